@@ -1,0 +1,1 @@
+"""Training backends, one file each; importable as `bench_dfusion.algorithms.*`."""

@@ -1,0 +1,132 @@
+"""What a training backend is: what it takes from the consistent samples, and a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.policy import Policy
+
+Rows = dict[str, Tensor]  # equal first dimensions: one row is one term of the loss
+
+
+@dataclass
+class Loss:
+    """A loss to minimise (scalar, mean over the rows) and detached figures worth a curve."""
+
+    value: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class AlgorithmConfig(BaseModel):
+    """Options of every algorithm: the optimiser's, which the loop reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate (1; D-Fusion on SD 2.1: 1e-4)")
+    updates: int = Field(2, ge=1, description="optimiser steps in one pass over a round's rows (count)")
+    inner_epochs: int = Field(1, ge=1, description="passes over a round's rows (count; D-Fusion: 2)")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay (1; ddpo-pytorch: 1e-4)")
+    grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm (1; ddpo-pytorch: 1)")
+
+
+class StepwiseConfig(AlgorithmConfig):
+    """Options of the algorithms whose loss is a sum over denoising steps."""
+
+    step_weight: Literal["one", "sigma"] = Field(
+        "one",
+        description="weight of a step's loss: 1, or sigma_t scaled to mean 1 (late steps have gradients 1/sigma "
+        "larger and little signal: method.md §6)",
+    )
+    window: tuple[float, float] = Field(
+        (0.0, 1.0), description="share of the steps trained on, [from, to) in sampling order, 0 the noisiest"
+    )
+
+
+class Algorithm(ABC):
+    """A training backend. One file under `algorithms/`, registered under `bench_dfusion.algorithms`.
+
+    The loop calls `prepare` once a round, shuffles its rows, and calls `loss` on batches of them; it owns
+    the optimiser, accumulation, clipping, checkpoints and the budget.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    needs_pairs: ClassVar[bool] = False
+
+    def __init__(self, config: AlgorithmConfig):
+        self.config = config
+
+    @abstractmethod
+    def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
+        """The rows of a round, on the CPU; what stays fixed in the round (references, advantages) is computed here.
+
+        Randomness comes from `generator` alone, so that a resumed round is the same round.
+        """
+
+    @abstractmethod
+    def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
+        """The mean loss over `rows` with gradients to the policy's parameters."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What must survive a kill between rounds (reward statistics, say)."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"{self.name} keeps no state, but the checkpoint holds {sorted(state)}")
+
+
+def window_steps(policy: Policy, window: tuple[float, float]) -> Tensor:
+    """Indices of the stochastic steps in a window [W]; raises ValueError if there is none."""
+    total = len(policy.schedule)
+    first, last = (round(share * total) for share in window)
+    steps = torch.arange(first, last)
+    steps = steps[policy.schedule.stochastic.cpu()[steps]]
+    if not len(steps):
+        raise ValueError(f"window {window} holds none of the {total} stochastic steps")
+    return steps
+
+
+def step_weights(policy: Policy, steps: Tensor, kind: str) -> Tensor:
+    """The weight of each of `steps` [W]: 1, or sigma_t over its mean."""
+    if kind == "one":
+        return torch.ones(len(steps))
+    std = policy.schedule.std.cpu()[steps]
+    return std / std.mean()
+
+
+def every_step(rows: Tensor, steps: Tensor, weights: Tensor) -> Rows:
+    """The product of sample (or pair) rows and steps: row numbers, step numbers and weights, [R·W]."""
+    return {
+        "row": rows.repeat_interleave(len(steps)),
+        "step": steps.repeat(len(rows)),
+        "weight": weights.repeat(len(rows)),
+    }
+
+
+def step_log_prob(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
+    """log p of the stored steps (rows [B] of the samples, step numbers [B]) under the policy as it is now, [B]."""
+    trajectory = samples.samples.trajectory
+    x_t, x_s = trajectory.latents[rows, steps], trajectory.latents[rows, steps + 1]
+    prompts = [trajectory.prompts[i] for i in rows.tolist()]
+    device = policy.device
+    return policy.log_prob(x_t.to(device), x_s.to(device), steps.to(device), prompts)
+
+
+@torch.no_grad()
+def all_log_probs(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
+    """`step_log_prob` over many rows without gradients, in the policy's batches: [R] on the CPU."""
+    parts = [
+        step_log_prob(policy, samples, r, s).cpu()
+        for r, s in zip(rows.split(policy.batch), steps.split(policy.batch), strict=True)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0)

@@ -1,0 +1,259 @@
+"""The command `bench-dfusion`: verbs only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench_dfusion import registry
+from bench_dfusion.registry import PluginError, UsageError
+
+app = typer.Typer(
+    help="Which method aligns a text-to-image diffusion model best, at what cost, and the proof.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that defines a plugin, for a first try.")]
+
+
+@app.command()
+def run(
+    algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")],
+    reward: Annotated[str, typer.Option(help="Training reward (bench-dfusion list rewards).")],
+    builder: Annotated[str, typer.Option(help="Builder of the consistent samples.")] = "dfusion",
+    track: Annotated[str, typer.Option(help="Track name or TOML file.")] = "micro",
+    seed: Annotated[int | None, typer.Option(help="Training seed (default 0).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Run seeds 0 to this minus 1.")] = None,
+    model: Annotated[str | None, typer.Option(help="A diffusers pipeline directory or Hub id instead of the track's.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Training prompts instead of the track's, one a line.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="SECTION.OPTION=VALUE: algo., builder., reward., track.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with sections algo, builder, reward, track.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where run directories go.")] = Path("runs"),
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Train one algorithm with one reward on consistent samples, then evaluate base against trained."""
+    _load_files(plugin)
+    if seed is not None and seeds is not None:
+        raise UsageError("--seed and --seeds exclude each other")
+    if seeds is not None and seeds < 1:
+        raise UsageError(f"--seeds must be 1 or more, not {seeds}")
+    numbers = range(seeds) if seeds is not None else [seed or 0]
+    from bench_dfusion import config as configs
+    from bench_dfusion.trainer import run_cell
+
+    cells = [
+        configs.resolve(
+            track_source=track,
+            algo=algo,
+            builder=builder,
+            reward=reward,
+            seed=n,
+            model=model,
+            prompts=prompts,
+            settings=settings,
+            config=config,
+        )
+        for n in numbers
+    ]
+    records = []
+    for cell in cells:
+        try:
+            records.append(run_cell(cell, folder, device))
+        except KeyboardInterrupt:
+            out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
+            raise typer.Exit(130) from None
+    for cell, record in zip(cells, records, strict=True):
+        _show(record, folder / cell.folder)
+    if len(records) > 1:
+        _table(records)
+    if any(r.status == "failed" for r in records):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_plugins(
+    kind: Annotated[str | None, typer.Argument(help="algorithms, rewards, builders, models or tracks.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One plugin, with its options.")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Show the plugins that are installed, or one plugin's options."""
+    _load_files(plugin)
+    if kind is not None and kind not in registry.KINDS:
+        raise UsageError(registry.unknown("kind of plugin", kind, registry.KINDS))
+    if kind and name:
+        found = registry.plugins(kind)
+        if name not in found:
+            raise UsageError(registry.unknown(kind[:-1], name, found))
+        _describe(kind, name, found[name])
+        return
+    for each in [kind] if kind else registry.KINDS:
+        grid = Table(title=each, title_justify="left", box=None, pad_edge=False)
+        for column in ("name", "what it is", "source", "from"):
+            grid.add_column(column, overflow="fold")
+        for plugin_name, found_plugin in registry.plugins(each).items():
+            try:
+                value = found_plugin.load()
+                summary, paper = _summary(value), getattr(value, "paper", "")
+            except PluginError as error:
+                summary, paper = f"broken: {error}", ""
+            grid.add_row(plugin_name, escape(summary), escape(paper), found_plugin.source)
+        out.print(grid)
+        out.print()
+
+
+@app.command()
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="Directory with run directories or records.")] = Path("runs"),
+    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+) -> None:
+    """Print the table of the runs found, one table a track."""
+    from bench_dfusion import records
+    from bench_dfusion.leaderboard import table
+
+    if not folder.is_dir():
+        raise UsageError(f"no directory {folder}; bench-dfusion run leaves its runs in runs/")
+    found = [record for _, record in records.find(folder)]
+    if not found:
+        raise UsageError(f"no finished run below {folder}")
+    for track_hash in dict.fromkeys(r.track_hash for r in found):
+        own = [r for r in found if r.track_hash == track_hash]
+        if csv:
+            try:
+                print(table(own).to_csv(index=False), end="")
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        else:
+            _table(own)
+
+
+def _load_files(paths: Sequence[Path] | None) -> None:
+    for path in paths or []:
+        registry.load_file(path)
+
+
+def _summary(value: Any) -> str:
+    text = getattr(value, "summary", None) or (value.__doc__ or "").strip()
+    return text.splitlines()[0] if text else ""
+
+
+def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
+    value = plugin.load()
+    out.print(f"[bold]{name}[/bold]  ({plugin.source})\n{escape(_summary(value))}")
+    if getattr(value, "paper", None):
+        out.print(escape(f"source: {value.paper}"))
+    if kind == "tracks":
+        from bench_dfusion import track as tracks
+
+        content = tracks.validate(tracks.Track, tracks.read(name), "track")
+        out.print(f"{content.id}  hash {content.hash}")
+        out.print_json(json.dumps(content.model_dump(mode="json")))
+        return
+    fields = getattr(getattr(value, "Config", None), "model_fields", {})
+    if fields:
+        section = {"algorithms": "algo", "builders": "builder", "rewards": "reward"}[kind]
+        grid = Table(box=None, pad_edge=False)
+        for column in ("option", "default", "meaning (unit; source)"):
+            grid.add_column(column, overflow="fold")
+        for option, info in fields.items():
+            limits = ", ".join(str(m) for m in info.metadata)
+            text = (info.description or "") + (f" [{limits}]" if limits else "")
+            grid.add_row(f"{section}.{option}", str(info.default), escape(text))
+        out.print(grid)
+
+
+def _show(record: Any, folder: Path) -> None:
+    """What one run says: base against trained, before every judge."""
+    title = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
+    if record.status == "failed":
+        out.print(f"[red]{escape(title)}: failed. {escape(record.evidence or '')}[/red]\n{folder}")
+        return
+    grid = Table(title=escape(f"{title}: {len(record.verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
+    for column in ("judge", "base", "trained", "gain", "95 % (prompts)", ""):
+        grid.add_column(column, justify="left" if column in ("judge", "") else "right")
+    for v in record.verdicts:
+        note = "training reward" if v.trained_on else ""
+        grid.add_row(
+            v.judge, f"{v.base:.3f}", f"{v.trained:.3f}", f"{v.gain.mean:+.3f}", f"{v.gain.low:+.3f} to {v.gain.high:+.3f}", note
+        )
+        for template, (base, trained) in v.templates.items():
+            if len(v.templates) > 1:
+                grid.add_row(f"  {template}", f"{base:.3f}", f"{trained:.3f}", f"{trained - base:+.3f}", "", style="dim")
+    out.print(grid)
+    d, c = record.drift, record.cost
+    out.print(
+        f"diversity {d.diversity_base:.2f} → {d.diversity_trained:.2f} effective images, drift {d.pixels:.1f} levels, "
+        f"KL {d.kl:.4f}; {c.reward_queries} reward queries, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB"
+    )
+    out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
+    out.print(f"{folder}/: record.json, pytorch_lora_weights.safetensors, base_trained.png, triples.png")
+
+
+def _table(records: Sequence[Any]) -> None:
+    from bench_dfusion.leaderboard import table
+
+    try:
+        frame = table(records)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    judges = [c.removesuffix(" gain") for c in frame.columns if c.endswith(" gain")]
+    grid = Table(title=f"{records[0].track}  ({records[0].track_hash[:12]})", title_justify="left")
+    columns = ["rank", "algorithm", "builder", "reward", "seeds", *judges, "diversity", "queries", "seconds", "note"]
+    for column in columns:
+        grid.add_column(column, justify="right" if column in (*judges, "seeds", "diversity", "queries", "seconds") else "left")
+    for _, line in frame.iterrows():
+        cells = []
+        for column in columns:
+            if column in judges:
+                cells.append(f"{line[f'{column} gain']:+.3f} [{line[f'{column} low']:+.3f}, {line[f'{column} high']:+.3f}]")
+            elif isinstance(line.get(column), float):
+                cells.append(f"{line[column]:.2f}" if column == "diversity" else f"{line[column]:.0f}")
+            else:
+                cells.append(str(line.get(column, "")))
+        grid.add_row(*map(escape, cells))
+    out.print(grid)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=False)
+    except UsageError as error:
+        print(f"bench-dfusion: {error}", file=sys.stderr)
+        sys.exit(2)
+    except PluginError as error:
+        import traceback
+
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"bench-dfusion: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.exceptions.ClickException):
+            print(f"bench-dfusion: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, click.exceptions.Exit):
+            sys.exit(error.exit_code)
+        raise
+
+
+if __name__ == "__main__":
+    main()

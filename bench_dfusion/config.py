@@ -1,0 +1,150 @@
+"""From what a user gives to a resolved cell: defaults, the track's, a TOML file's, then `--set`, later over earlier."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_dfusion import registry, track
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig
+from bench_dfusion.consistent import Builder, BuilderConfig
+from bench_dfusion.registry import UsageError
+from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.track import Track
+
+SECTIONS = {"algo": "algorithms", "builder": "builders", "reward": "rewards"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Track × algorithm × builder × reward × seed, every option resolved."""
+
+    track: Track
+    algorithm: type[Algorithm]
+    algorithm_config: AlgorithmConfig
+    builder: type[Builder]
+    builder_config: BuilderConfig
+    reward: type[Reward]
+    reward_config: RewardConfig
+    seed: int
+    given: dict[str, Any]  # what the user wrote, as they wrote it
+    sources: dict[str, str]  # the distribution of each plugin
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Every option's value, JSON-able."""
+        return {
+            "algorithm": {"name": self.algorithm.name, **self.algorithm_config.model_dump(mode="json")},
+            "builder": {"name": self.builder.name, **self.builder_config.model_dump(mode="json")},
+            "reward": {"name": self.reward.name, **self.reward_config.model_dump(mode="json")},
+            "track": self.track.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """The cell's directory below the output directory."""
+        name = f"{self.algorithm.name}-{self.builder.name}-{self.reward.name}-s{self.seed}-{self.hash[:8]}"
+        return f"{self.track.id}/{name}"
+
+
+def resolve(
+    *,
+    track_source: str = "micro",
+    algo: str,
+    builder: str = "dfusion",
+    reward: str,
+    seed: int = 0,
+    model: str | None = None,
+    prompts: Path | None = None,
+    settings: list[str] | None = None,
+    config: Path | None = None,
+) -> Cell:
+    """Resolve what the command line gives into a cell. Raises UsageError, in one line, on anything wrong."""
+    names = {"algo": algo, "builder": builder, "reward": reward}
+    classes = {section: registry.load(SECTIONS[section], name) for section, name in names.items()}
+    content = track.read(track_source)
+    given: dict[str, Any] = {"track": track_source, **names, "seed": seed}
+    file_options: dict[str, Any] = track.read_toml(config) if config else {}
+    if config:
+        given["config"] = file_options
+    set_options = _settings(settings or [])
+    if settings:
+        given["set"] = list(settings)
+    for options in (file_options, set_options):
+        for key, value in options.items():
+            if key not in (*SECTIONS, "track"):
+                raise UsageError(registry.unknown("section", key, [*SECTIONS, "track"]))
+            if not isinstance(value, dict):
+                raise UsageError(f"{key} is a section: write {key}.OPTION=VALUE")
+    changes = _merge(file_options.get("track", {}), set_options.get("track", {}))
+    if model is not None:
+        given["model"] = model
+        changes = _merge(changes, {"model": {"id": model, "sha256": None, "revision": None}})
+    if prompts is not None:
+        given["prompts"] = str(prompts)
+        own, _ = track.read_prompts(prompts)
+        held = set(own) & set(content.get("prompts", {}).get("heldout", []))
+        if held:
+            raise UsageError(f"{prompts}: {sorted(held)[0]!r} is a held-out prompt of {track_source}, never to be trained on")
+        validation = [p for p in content.get("prompts", {}).get("validation", []) if p not in own]
+        changes = _merge(changes, {"prompts": {"train": own, "validation": validation}})
+    if changes:
+        # A changed track is another track: its records never mix with the published one's.
+        content = _merge(content, changes)
+        content["name"] = f"{content.get('name', 'track')}-custom"
+    resolved_track: Track = track.validate(Track, content, "track")
+    configs = {}
+    for section, cls in classes.items():
+        defaults = getattr(resolved_track, SECTIONS[section]).get(names[section], {})
+        values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
+        configs[section] = track.validate(cls.Config, values, section)
+    sources = {section: registry.plugins(SECTIONS[section])[name].source for section, name in names.items()}
+    if seed < 0:
+        raise UsageError(f"seed must be 0 or more, not {seed}")
+    return Cell(
+        resolved_track,
+        classes["algo"],
+        configs["algo"],
+        classes["builder"],
+        configs["builder"],
+        classes["reward"],
+        configs["reward"],
+        seed,
+        given,
+        sources,
+    )
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _settings(settings: list[str]) -> dict[str, Any]:
+    """`algo.beta=0.2` to {"algo": {"beta": 0.2}}; values are JSON where they read as JSON, else strings."""
+    result: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        parts = key.strip().split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise UsageError(f"--set {setting!r}: write SECTION.OPTION=VALUE, for example algo.beta=0.2")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = None if value == "None" else value
+        nested: dict[str, Any] = {parts[-1]: parsed}
+        for part in reversed(parts[:-1]):
+            nested = {part: nested}
+        result = _merge(result, nested)
+    return result

@@ -1,0 +1,116 @@
+"""Base and trained on the same held-out noise, before every judge."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench_dfusion import samplers, statistics
+from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.records import Drift, Gain, Verdict
+from bench_dfusion.reward import Reward
+from bench_dfusion.track import Track
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from any values, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("\n".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+@dataclass
+class Drawn:
+    """Evaluation images of one policy: uint8 [P·K, H, W, 3], prompt by prompt, and their trajectories."""
+
+    images: Tensor
+    trajectory: Trajectory
+
+
+def draw(policy: Policy, prompts: Sequence[str], per_prompt: int, advance: Callable[[int], None]) -> Drawn:
+    """Sample with noise that depends on (prompt, image index) alone."""
+    each = [p for p in prompts for _ in range(per_prompt)]
+    seeds = torch.tensor([seed_of("evaluation", p, i) for p in prompts for i in range(per_prompt)])
+    trajectory = policy.sample(each, seeds, advance)
+    return Drawn(policy.decode(trajectory.final), trajectory)
+
+
+def judge(
+    judges: dict[str, Reward], base: Drawn, trained: Drawn, track: Track, training: Reward
+) -> tuple[list[Verdict], np.ndarray]:
+    """Every judge's verdict, and the per-prompt gains of the ranking one [P]."""
+    prompts, k = list(track.prompts.heldout), track.evaluation.images_per_prompt
+    templates = track.prompts.templates or {}
+    verdicts = []
+    for name, judge_reward in judges.items():
+        scores = [judge_reward.score(d.images, d.trajectory.prompts).view(-1, k).mean(1).numpy() for d in (base, trained)]
+        gains = (scores[1] - scores[0]).astype(float)
+        interval = statistics.paired_gain(gains[None])
+        by_template: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            by_template.setdefault(templates.get(prompt, "all"), []).append(i)
+        verdicts.append(
+            Verdict(
+                judge=name,
+                metric=judge_reward.unit,
+                trained_on=judge_reward.fingerprint() == training.fingerprint() or _same_source(judge_reward, training),
+                base=float(scores[0].mean()),
+                trained=float(scores[1].mean()),
+                gain=Gain(mean=interval.mean, low=interval.low, high=interval.high, kind=interval.kind),
+                templates={
+                    t: (float(scores[0][rows].mean()), float(scores[1][rows].mean())) for t, rows in by_template.items()
+                },
+                per_prompt=[(float(b), float(a)) for b, a in zip(*scores, strict=True)],
+                fingerprint=judge_reward.fingerprint(),
+            )
+        )
+    return verdicts, gains
+
+
+def _same_source(a: Reward, b: Reward) -> bool:
+    # The oracle's graded and full scores are one judge: training on either makes the other a ceiling too.
+    return type(a) is type(b) and a.name == "oracle"
+
+
+def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: Reward | None) -> Drift:
+    """Distance, KL and diversity of the trained policy beside the base.
+
+    Diversity is measured in the image embedding of `embed` where it has one, else in pixels.
+    """
+    difference = trained.images.float() - base.images.float()
+    kl = []
+    steps = policy.schedule.stochastic.nonzero()[:, 0].tolist()
+    trajectory = trained.trajectory
+    with torch.no_grad():
+        for rows in torch.arange(0, len(trajectory), per_prompt).split(policy.batch):  # one image of each prompt
+            prompts = [trajectory.prompts[i] for i in rows.tolist()]
+            for i in steps:
+                x_t = trajectory.latents[rows, i].to(policy.device)
+                step = torch.full((len(rows),), i, device=policy.device)
+                mean = policy.mean(x_t, step, prompts)
+                with policy.reference():
+                    other = policy.mean(x_t, step, prompts)
+                kl.append(samplers.gaussian_kl(mean, other, policy.schedule.std[step]).cpu())
+    embedded, space = [], "pixels"
+    for drawn in (base, trained):
+        if embed is not None and hasattr(embed, "embed"):
+            space = f"{embed.name} image embedding"
+            with torch.no_grad():
+                parts = [embed.embed(p.permute(0, 3, 1, 2).float() / 255).cpu() for p in drawn.images.split(128)]
+            embedded.append(torch.cat(parts))
+        else:
+            embedded.append(drawn.images.float().flatten(1))
+    diversity = [
+        float(np.mean([statistics.vendi(group.numpy()) for group in e.view(-1, per_prompt, e.shape[-1])]))
+        for e in embedded
+    ]
+    return Drift(
+        pixels=float(difference.square().flatten(1).mean(1).sqrt().mean()),
+        kl=float(torch.cat(kl).mean()),
+        diversity_base=diversity[0],
+        diversity_trained=diversity[1],
+        diversity_space=space,
+    )

@@ -1,0 +1,185 @@
+"""The consistent sample builder of D-Fusion (Hu, Zhang, Kuang, ICML 2025, §4) and its control, `vanilla`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bench_dfusion import samplers
+from bench_dfusion.consistent import (
+    Builder,
+    BuilderConfig,
+    ConsistentSamples,
+    Samples,
+    Score,
+    references_and_bases,
+    winning_pairs,
+)
+from bench_dfusion.fusion.attention import Taps
+from bench_dfusion.fusion.items import item_tokens
+from bench_dfusion.fusion.masks import item_mask
+from bench_dfusion.policy import Policy, Trajectory
+
+
+class PairConfig(BuilderConfig):
+    margin: float = Field(
+        0.0, ge=0, description="a pair is kept if winner − loser exceeds this (reward units; officially none is dropped)"
+    )
+
+
+class DFusionConfig(PairConfig):
+    steps: tuple[float, float] = Field(
+        (0.1, 1.0),
+        description="share of the steps that fuse, [from, to) in sampling order, 0 the noisiest "
+        "(official: all but the two noisiest of 20)",
+    )
+    layers: tuple[str, ...] | None = Field(
+        None, description="self-attention modules to fuse; None: the family's default (official: mid and up blocks)"
+    )
+    threshold: str | float = Field(
+        "otsu", description="mask threshold: a probability (official: 0 to 0.03 by hand), 'mean+K', 'max*K' or 'otsu'"
+    )
+    attributes: bool = Field(False, description="count an item's attributes among its tokens (official: nouns only)")
+    items: dict[str, tuple[str, ...]] | None = Field(
+        None, description="items by hand, for each prompt the words; None: head nouns are found"
+    )
+    map_side: int | None = Field(
+        None,
+        ge=1,
+        description="side of the cross-attention maps the mask is made from; None: a quarter of the latent's side "
+        "(official 16 of 64), the latent's own for latents of 16 or less",
+    )
+
+
+class DFusion(Builder):
+    """Targets start from a base's noise and take a reference's content by mask-guided self-attention fusion."""
+
+    name = "dfusion"
+    summary = "winners denoised from the loser's own noise with mask-guided self-attention fusion"
+    paper = "Hu, Zhang, Kuang 2025 (D-Fusion, ICML)"
+    Config: ClassVar[type[BuilderConfig]] = DFusionConfig
+    config: DFusionConfig
+
+    def queries(self, drawn: int) -> int:
+        return drawn + drawn // 2
+
+    def check(self, policy: Policy, prompts: Sequence[str]) -> None:
+        self._taps(policy)
+        for prompt in prompts:
+            self._tokens(policy, prompt)
+
+    def build(self, policy: Policy, drawn: Samples, score: Score) -> ConsistentSamples:
+        references, bases = references_and_bases(drawn)
+        trajectory, masks = self.targets(policy, drawn.trajectory, references, bases)
+        images = policy.decode(trajectory.final)
+        targets = Samples(trajectory, images, score(images, trajectory.prompts))
+        samples = Samples.cat([drawn, targets])
+        rows = torch.arange(len(drawn), len(samples))
+        pairs, dropped = winning_pairs(samples, rows, bases, self.config.margin)
+        return ConsistentSamples(
+            samples,
+            drawn=len(drawn),
+            pairs=pairs,
+            train=torch.cat([rows, bases]),
+            triples=torch.stack([references, bases, rows], 1),
+            masks=masks,
+            dropped=dropped,
+        )
+
+    @torch.no_grad()
+    def targets(
+        self, policy: Policy, drawn: Trajectory, references: Tensor, bases: Tensor
+    ) -> tuple[Trajectory, Tensor]:
+        """Denoise a target for each (reference, base) row of `drawn`, both [M].
+
+        Returns the targets' trajectories, whose log-probs are those under the fused prediction that drew
+        them, and the masks averaged over the fused steps [M, side, side]. A reference that serves several
+        bases goes through the network once a step.
+        """
+        taps = self._taps(policy)
+        order = references.argsort(stable=True)  # bases of one reference side by side, in one batch
+        parts, masks = [], []
+        for rows in order.split(policy.batch):
+            trajectory, mask = self._targets(policy, taps, drawn, references[rows], bases[rows])
+            parts.append(trajectory)
+            masks.append(mask)
+        back = order.argsort()
+        return Trajectory.cat(parts)[back], torch.cat(masks)[back]
+
+    def _targets(
+        self, policy: Policy, taps: Taps, drawn: Trajectory, references: Tensor, bases: Tensor
+    ) -> tuple[Trajectory, Tensor]:
+        schedule, device = policy.schedule, policy.device
+        unique, which = references.unique(return_inverse=True)
+        which = which.to(device)
+        reference_prompts = [drawn.prompts[i] for i in unique.tolist()]
+        prompts = [drawn.prompts[i] for i in bases.tolist()]
+        tokens = [self._tokens(policy, p) for p in reference_prompts]
+        noise = samplers.sample_noise(drawn.seeds[bases], len(schedule), tuple(drawn.latents.shape[2:])).to(device)
+        latents, log_probs = [noise[:, 0]], []
+        first, last = (round(share * len(schedule)) for share in self.config.steps)
+        total = torch.zeros(len(bases), taps.positions, device=device)
+        for i in range(len(schedule)):
+            step = torch.full((len(bases),), i, device=device)
+            if first <= i < last:
+                x_r = drawn.latents[unique, i].to(device)
+                with taps.recording():
+                    policy.mean(x_r, step[: len(unique)], reference_prompts)
+                conditional = taps.maps[-len(unique) :]  # the second half of both branches, or all of one
+                mask = item_mask(conditional, tokens, self.config.threshold)[which]
+                total += mask
+                branches = 1 if policy.guidance == 1 else 2
+                both = torch.cat([which + b * len(unique) for b in range(branches)])
+                keys_values = {name: (k[both], v[both]) for name, (k, v) in taps.keys_values.items()}
+                with taps.fusing(keys_values, mask.repeat(branches, 1)):
+                    mean = policy.mean(latents[-1], step, prompts)
+            else:
+                mean = policy.mean(latents[-1], step, prompts)
+            x_s = mean + schedule.std[i] * noise[:, i + 1]
+            log_probs.append(samplers.gaussian_log_prob(x_s, mean, schedule.std[step]))
+            latents.append(x_s)
+        side = int(taps.positions**0.5)
+        trajectory = Trajectory(
+            torch.stack(latents, 1).cpu(), torch.stack(log_probs, 1).cpu(), drawn.seeds[bases].clone(), prompts
+        )
+        return trajectory, (total / max(1, last - first)).view(-1, side, side).cpu()
+
+    def _taps(self, policy: Policy) -> Taps:
+        side = policy.adapter.latent_shape[-1]
+        map_side = self.config.map_side or (side if side <= 16 else side // 4)
+        return Taps(policy.adapter, self.config.layers or policy.adapter.fused_layers(), map_side)
+
+    def _tokens(self, policy: Policy, prompt: str) -> list[list[int]]:
+        by_hand = (self.config.items or {}).get(prompt)
+        return item_tokens(
+            policy.adapter.text(prompt), policy.adapter.tokenizer, items=by_hand, attributes=self.config.attributes
+        )
+
+
+class Vanilla(Builder):
+    """No fusion: the references themselves are the winners. The control every table needs."""
+
+    name = "vanilla"
+    summary = "no fusion: the references themselves win over their bases (the control)"
+    paper = "Yang et al. 2023 (D3PO's pairs by rank)"
+    Config: ClassVar[type[BuilderConfig]] = PairConfig
+    config: PairConfig
+
+    def queries(self, drawn: int) -> int:
+        return drawn
+
+    def build(self, policy: Policy, drawn: Samples, score: Score) -> ConsistentSamples:
+        references, bases = references_and_bases(drawn)
+        pairs, dropped = winning_pairs(drawn, references, bases, self.config.margin)
+        return ConsistentSamples(
+            drawn,
+            drawn=len(drawn),
+            pairs=pairs,
+            train=torch.arange(len(drawn)),
+            triples=torch.stack([references, bases, references], 1),
+            dropped=dropped,
+        )

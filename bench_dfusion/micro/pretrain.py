@@ -1,0 +1,523 @@
+"""The recipe that made the shipped weights: `python -m bench_dfusion.micro.pretrain --work DIR`.
+
+Stages, each resumable after a kill (a checkpoint every two minutes, every step seeded by its number):
+a CLIP tokenizer for the grammar, an autoencoder, a small CLIP in open_clip's format, the text encoder
+and the denoiser together, and the package (a diffusers pipeline directory and an open_clip directory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from bench_dfusion import files
+from bench_dfusion.micro import prompts as lists
+from bench_dfusion.micro.scenes import COLOURS, NUMBERS, PLURALS, SHAPES, SIZE, Scene, Spec, coverage, random_spec
+from bench_dfusion.micro.scenes import render as draw_scene
+from bench_dfusion.micro.scenes import sample_scene
+from bench_dfusion.progress import bar
+
+GRID = 8  # latent positions a side
+CHANNELS = 16
+CONTEXT = 16  # text tokens
+CHECKPOINT_EVERY = 120.0  # s
+MIX = {"single": 0.13, "count": 0.27, "attributes": 0.3, "relation": 0.3}
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass
+class World:
+    """Rendered scenes: images uint8 [N, 64, 64, 3], the prompts' specs, and each object's place [N, 4, 64]."""
+
+    images: np.ndarray
+    specs: list[Spec]
+    places: np.ndarray
+
+
+def _scene(job: tuple[int, int, bool]) -> tuple[np.ndarray, Spec, np.ndarray]:
+    seed, index, everything = job
+    rng = random.Random(f"{seed}:{index}")
+    template = rng.choices(list(MIX), list(MIX.values()))[0]
+    spec = random_spec(template, rng) if everything else lists.draw(template, "train", rng)
+    scene = sample_scene(spec, rng)
+    return draw_scene(scene), spec, _places(scene)
+
+
+def _places(scene: Scene) -> np.ndarray:
+    """The share of each latent position that each object covers, [4, 64]."""
+    result = np.zeros((4, GRID * GRID), np.float16)
+    step = SIZE // GRID
+    for i, o in enumerate(scene.objects):
+        covered = coverage(o.thing.shape, o.x, o.y, o.radius)
+        result[i] = covered.reshape(GRID, step, GRID, step).mean((1, 3)).reshape(-1)
+    return result
+
+
+def make_world(n: int, seed: int, everything: bool = False) -> World:
+    """`n` scenes of the train compositions, or of `everything` (the CLIP's world knows them all)."""
+    jobs = [(seed, i, everything) for i in range(n)]
+    parts = []
+    with get_context("fork").Pool(2) as pool, bar("render", n) as progress:
+        for part in pool.imap(_scene, jobs, chunksize=500):
+            parts.append(part)
+            progress.advance()
+    images, specs, places = zip(*parts, strict=True)
+    return World(np.stack(images), list(specs), np.stack(places))
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges spell the grammar's words whole; other words fall back to bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    words = [*COLOURS, *SHAPES, *PLURALS.values(), *NUMBERS, "a", "an", "and", "left", "right", "of", "above", "below"]
+    plain = CLIPTokenizer().backend_tokenizer
+    trainer_tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trainer_tokenizer.normalizer, trainer_tokenizer.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)  # type: ignore[call-arg]
+    trainer_tokenizer.train_from_iterator(sorted(words), trainer)
+    merges = [tuple(m) for m in json.loads(trainer_tokenizer.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
+    # The end token has the highest number: open_clip pools the text there.
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT)
+    for word in words:
+        assert len(tokenizer(word).input_ids) == 3, f"{word} is not one token"
+    return tokenizer
+
+
+def token_places(specs: list[Spec], ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
+    """For each text token the number of its object: [N, L], -1 none, 0 first, 1 second, 2 all of a count."""
+    colours = {tokenizer(c).input_ids[1] for c in COLOURS}
+    nouns = {tokenizer(s).input_ids[1] for s in (*SHAPES, *PLURALS.values())}
+    result = torch.full(ids.shape, -1)
+    for row, spec in enumerate(specs):
+        thing = 0
+        for column, token in enumerate(ids[row].tolist()):
+            if token in colours or token in nouns:
+                result[row, column] = 2 if spec.template == "count" else thing
+                thing += token in nouns
+    return result
+
+
+# ---------------------------------------------------------------- training loop
+
+
+def train(
+    label: str,
+    work: Path,
+    modules: dict[str, nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    step: Callable[[int], dict[str, float]],
+    steps: int,
+    ema: float,
+) -> dict[str, Tensor]:
+    """Train for `steps` optimiser steps from the last checkpoint on; returns the weights averaged by `ema`."""
+    path = work / f"{label}.safetensors"
+    parameters = {f"{m}.{k}": v for m, module in modules.items() for k, v in module.state_dict().items()}
+    average = {k: v.detach().clone() for k, v in parameters.items()}
+    n = 0
+    if path.exists():
+        tensors, meta = files.load_tensors(path)
+        n = meta["step"]
+        for k, v in parameters.items():
+            v.data.copy_(tensors[k])
+            average[k].copy_(tensors[f"ema.{k}"])
+        for i, optimizer in enumerate(optimizers):
+            prefix = f"opt{i}."
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            files.restore_optimizer(optimizer, own)
+    base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
+
+    def save() -> None:
+        tensors = dict(parameters) | {f"ema.{k}": v for k, v in average.items()}
+        for i, optimizer in enumerate(optimizers):
+            tensors |= {f"opt{i}.{k}": v for k, v in files.optimizer_tensors(optimizer).items()}
+        files.save_tensors(path, tensors, {"step": n})
+
+    saved = time.monotonic()
+    smooth: dict[str, float] = {}
+    with bar(label, steps, n) as progress:
+        while n < steps:
+            for optimizer, rates in zip(optimizers, base_rates, strict=True):
+                for group, base in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = base * warm_then_cosine(n / steps)
+                optimizer.zero_grad(set_to_none=True)
+            metrics = step(n)
+            for optimizer in optimizers:
+                optimizer.step()
+            n += 1
+            decay = min(ema, (1 + n) / (10 + n))
+            with torch.no_grad():
+                for k, v in parameters.items():
+                    if v.is_floating_point():
+                        average[k].lerp_(v, 1 - decay)
+            for k, v in metrics.items():
+                smooth[k] = smooth.get(k, v) * 0.98 + v * 0.02
+            progress.advance(1, " ".join(f"{k} {v:.4f}" for k, v in smooth.items()))
+            if time.monotonic() - saved > CHECKPOINT_EVERY or n == steps:
+                save()
+                saved = time.monotonic()
+    return average
+
+
+def warm_then_cosine(done: float) -> float:
+    return min(1.0, done / 0.02 + 0.02) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done))) + 0.005
+
+
+def batches(n: int, size: int, seed: int, step: int) -> Tensor:
+    return torch.randint(n, (size,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+
+
+# ---------------------------------------------------------------- autoencoder
+
+
+def make_autoencoder() -> AutoencoderTiny:
+    model = AutoencoderTiny(
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(0, 1, 2, 2),
+        num_decoder_blocks=(3, 3, 2, 0),
+        latent_channels=CHANNELS,
+    )
+    # torch's default convolution weights shrink the signal at every layer; without this it stays grey for long.
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+        elif hasattr(layer, "conv"):
+            convolutions = [c for c in layer.conv if isinstance(c, nn.Conv2d)]
+            for c in convolutions:
+                nn.init.kaiming_normal_(c.weight, nonlinearity="relu")
+            convolutions[-1].weight.data.mul_(0.3)
+    return model
+
+
+def train_autoencoder(work: Path, world: World, steps: int, seed: int) -> AutoencoderTiny:
+    """L1 + MSE, objects weighted 5 times, with noise on the latents so that the denoiser's small errors do not show.
+
+    The latents are then standardised per channel by folding their statistics into the encoder's last and
+    the decoder's first convolution. The decoder's own clamp and padding make the second fold inexact:
+    `train_decoder` mends it.
+    """
+    torch.manual_seed(seed)
+    model = make_autoencoder().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    size = 20
+
+    def step(n: int) -> dict[str, float]:
+        image = to_tensor(world.images[batches(len(world.images), size, seed, n).numpy()])
+        image = image.to(memory_format=torch.channels_last)
+        weight = 1 + 4 * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > 0.6).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model.encoder(image).float()
+            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(n))
+            out = model.decoder(z + 0.1 * min(1.0, n / 600) * noise).float()
+        error = out - image
+        loss = (weight / weight.mean() * (error.abs() + error.square())).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return {"loss": loss.item(), "psnr": -10 * math.log10(error.square().mean().item() / 4)}
+
+    weights = train("autoencoder", work, {"ae": model}, [optimizer], step, steps, ema=0.997)
+    model.load_state_dict({k.removeprefix("ae."): v for k, v in weights.items()})
+    model.to(memory_format=torch.contiguous_format).eval()
+    z = encode(model, world.images[:4000]).float()
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    last, first = model.encoder.layers[-1], model.decoder.layers[0]
+    with torch.no_grad():
+        last.weight.div_(std[:, None, None, None])
+        last.bias.sub_(mean).div_(std)
+        first.bias.add_((first.weight.sum((2, 3)) * mean).sum(1))
+        first.weight.mul_(std[:, None, None])
+    return model
+
+
+def train_decoder(work: Path, model: AutoencoderTiny, latents: Tensor, world: World, steps: int, seed: int) -> None:
+    """Go on with the decoder alone, on the frozen encoder's latents with noise, the denoiser's kind of error."""
+    decoder = model.decoder.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    size = 20
+
+    def step(n: int) -> dict[str, float]:
+        rows = batches(len(latents), size, seed + 1, n)
+        image = to_tensor(world.images[rows.numpy()]).to(memory_format=torch.channels_last)
+        weight = 1 + 4 * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > 0.6).float()
+        g = torch.Generator().manual_seed(n)
+        z = latents[rows].float()
+        z = z + 0.2 * torch.rand(size, 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = decoder(z.to(memory_format=torch.channels_last)).float()
+        error = out - image
+        loss = (weight / weight.mean() * (error.abs() + error.square())).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        return {"loss": loss.item(), "psnr": -10 * math.log10(error.square().mean().item() / 4)}
+
+    weights = train("decoder", work, {"decoder": decoder}, [optimizer], step, steps, ema=0.998)
+    decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in weights.items()})
+    model.to(memory_format=torch.contiguous_format).eval()
+
+
+@torch.no_grad()
+def encode(model: AutoencoderTiny, images: np.ndarray) -> Tensor:
+    with bar("encode", len(images)) as progress:
+        parts = []
+        for i in range(0, len(images), 250):
+            parts.append(model.encode(to_tensor(images[i : i + 250])).latents.half())
+            progress.advance(len(parts[-1]))
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------- CLIP
+
+CLIP_CONFIG: dict[str, object] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": SIZE, "layers": 5, "width": 160, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 3, "hf_tokenizer_name": "local"},
+}
+PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def train_clip(work: Path, world: World, tokenizer: CLIPTokenizer, steps: int, seed: int, batch: int = 192) -> nn.Module:
+    """Contrastive training (Radford et al. 2021) on renders with noise and blur: a good but exploitable judge."""
+    import open_clip
+
+    torch.manual_seed(seed)
+    config = json.loads(json.dumps(CLIP_CONFIG))
+    config["text_cfg"] |= {"vocab_size": len(tokenizer)}
+    model = open_clip.CLIP(**config)
+    captions = [s.prompt for s in world.specs]
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    key = {c: i for i, c in enumerate(dict.fromkeys(captions))}
+    caption = torch.tensor([key[c] for c in captions])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+
+    def step(n: int) -> dict[str, float]:
+        rows = batches(len(ids), batch, seed, n)
+        g = torch.Generator().manual_seed(seed * 7_000_003 + n)
+        image = to_tensor(world.images[rows.numpy()])
+        image = image + torch.rand(batch, 1, 1, 1, generator=g) * 0.15 * torch.randn(image.shape, generator=g)
+        soft = F.avg_pool2d(image, 3, 1, 1)
+        image = torch.where(torch.rand(batch, 1, 1, 1, generator=g) < 0.25, soft, image)
+        with torch.autocast("cpu", torch.bfloat16):
+            a, b, scale = model(image, ids[rows])[:3]
+        logits = scale.float() * a.float() @ b.float().T
+        same = caption[rows][:, None] == caption[rows]
+        logits = logits.masked_fill(same & ~torch.eye(batch, dtype=torch.bool), -1e4)  # equal captions are no negatives
+        target = torch.arange(batch)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        return {"loss": loss.item(), "top1": (logits.argmax(1) == target).float().mean().item()}
+
+    weights = train("clip", work, {"clip": model}, [optimizer], step, steps, ema=0.995)
+    model.load_state_dict({k.removeprefix("clip."): v for k, v in weights.items()})
+    return model.eval()
+
+
+def package_clip(out: Path, model: nn.Module, tokenizer: CLIPTokenizer) -> None:
+    """Write the directory that open_clip loads as `local-dir:PATH` (fp16 safetensors)."""
+    tokenizer.save_pretrained(out)
+    config = json.loads(json.dumps(CLIP_CONFIG))
+    config["text_cfg"] |= {"vocab_size": len(tokenizer)}
+    files.write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": PREPROCESS})
+    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    files.save_tensors(out / "open_clip_model.safetensors", half)
+
+
+# ---------------------------------------------------------------- text encoder and denoiser
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_denoiser(layers: int = 6, heads: int = 4, head: int = 48) -> PixArtTransformer2DModel:
+    """A transformer without convolutions: what a picture shows travels through attention alone."""
+    return PixArtTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=layers,
+        cross_attention_dim=heads * head,
+        sample_size=GRID,
+        patch_size=1,
+        caption_channels=128,
+        use_additional_conditions=False,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )
+
+
+class KeepProbabilities:
+    """An attention processor that computes what `AttnProcessor` does and keeps the head-averaged probabilities."""
+
+    def __init__(self, kept: list[Tensor]):
+        self.kept = kept
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = (
+            attn.head_to_batch_dim(x)
+            for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        )
+        length = encoder_hidden_states.shape[1]
+        mask = attn.prepare_attention_mask(attention_mask, length, len(hidden_states))  # type: ignore[arg-type]
+        probabilities = attn.get_attention_scores(q, k, mask)
+        self.kept.append(probabilities.unflatten(0, (len(hidden_states), -1)).float().mean(1))
+        return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v)))
+
+
+def train_denoiser(
+    work: Path,
+    latents: Tensor,
+    world: World,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    seed: int,
+    label: str = "denoiser",
+    place_weight: float = 0.03,
+    batch: int = 128,
+    lr: float = 1.2e-3,
+    muon: bool = False,
+    **shape: int,
+) -> tuple[CLIPTextModel, PixArtTransformer2DModel]:
+    """v-prediction with 10 % caption drop, and a placing loss on the cross-attention maps.
+
+    The placing loss is minus the log of the share of an item token's attention (mean over layers and
+    heads: the map D-Fusion's mask is made from) that falls on the item's object. Stable Diffusion's maps
+    localise by the size of its training; token supervision (after TokenCompose, Wang et al. 2024,
+    eq. 5, here as a log-likelihood) gives a small network the same property in an hour.
+    """
+    torch.manual_seed(seed)
+    text, net, scheduler = make_text_encoder(tokenizer), make_denoiser(**shape), make_scheduler()
+    kept: list[Tensor] = []
+    net.set_attn_processor(  # SDPA's backward is slow on CPUs
+        {k: KeepProbabilities(kept) if "attn2" in k else AttnProcessor() for k in net.attn_processors}
+    )
+    ids = tokenizer([s.prompt for s in world.specs], padding="max_length", return_tensors="pt").input_ids
+    length = int((ids != tokenizer.pad_token_id).sum(1).max()) + 1
+    ids = ids[:, :length]
+    empty = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids[0]
+    owner = token_places(world.specs, ids, tokenizer)
+    places = torch.from_numpy(world.places)
+    alphas = scheduler.alphas_cumprod
+    parameters = [*text.parameters(), *net.parameters()]
+    if muon:
+        hidden = [p for n, p in net.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
+        hidden = [p for p in hidden if min(p.shape) > 6]
+        rest = [p for p in parameters if not any(p is h for h in hidden)]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+        ]
+    else:
+        optimizers = [torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+
+    def step(n: int) -> dict[str, float]:
+        rows = batches(len(latents), batch, seed, n)
+        g = torch.Generator().manual_seed(seed * 7_000_003 + n)
+        x0 = latents[rows].float()
+        u = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch  # stratified over the noise levels
+        t = (u.pow(0.8) * 999.99).long()
+        a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
+        noise = torch.randn(x0.shape, generator=g)
+        drop = torch.rand(batch, generator=g) < 0.1
+        tokens = torch.where(drop[:, None], empty, ids[rows])
+        mask = (tokens != tokenizer.pad_token_id) | (
+            (tokens == tokenizer.pad_token_id).cumsum(1) == 1  # the first end token counts, the padding does not
+        )
+        kept.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            states = text(tokens, attention_mask=mask.long()).last_hidden_state
+            out = net(a * x0 + s * noise, states, t, encoder_attention_mask=mask.float(), return_dict=False)[0]
+        loss = F.mse_loss(out.float(), a * noise - s * x0)
+        metrics = {"v": loss.item()}
+        if place_weight:
+            maps = torch.stack(kept).mean(0).transpose(1, 2)  # [B, L, 64]
+            who = owner[rows]
+            place = places[rows].float()
+            everything = place.sum(1, keepdim=True).clamp(max=1)
+            target = torch.cat([place[:, :2], everything], 1)
+            mine = target.gather(1, who.clamp(min=0)[..., None].expand(-1, -1, target.shape[-1]))
+            share = (maps * mine).sum(-1) / maps.sum(-1).clamp(min=1e-6)
+            use = (who >= 0) & ~drop[:, None]
+            placing = -share.clamp(min=1e-4).log()[use].mean()
+            loss = loss + place_weight * placing
+            metrics["place"] = placing.item()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        return metrics
+
+    weights = train(label, work, {"text": text, "net": net}, optimizers, step, steps, ema=0.998)
+    for name, module in (("text", text), ("net", net)):
+        module.load_state_dict(
+            {k.removeprefix(name + "."): v for k, v in weights.items() if k.startswith(name + ".")}
+        )
+        module.eval()
+    return text, net
+
+
+# ---------------------------------------------------------------- package
+
+
+def package(
+    out: Path, tokenizer: CLIPTokenizer, vae: AutoencoderTiny, text: CLIPTextModel, net: PixArtTransformer2DModel
+) -> None:
+    """Write the pipeline directory (fp16 safetensors) that plain `DiffusionPipeline.from_pretrained` loads."""
+    net.set_default_attn_processor()
+    pipe = PixArtSigmaPipeline(tokenizer, text, vae, net, make_scheduler())
+    pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)

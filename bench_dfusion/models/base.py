@@ -1,0 +1,85 @@
+"""What the Policy asks of a family of diffusers pipelines."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first
+
+
+class Adapter(ABC):
+    """A diffusers pipeline seen by the Policy. One subclass for a family of networks.
+
+    Subclasses say which pipeline classes they serve, which module denoises, and how it is called.
+    Registered under the entry point group `bench_dfusion.models`.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]  # names of the diffusers classes served
+    network_name: ClassVar[str]  # the pipeline's attribute: "unet", "transformer"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self.network: nn.Module = getattr(pipe, self.network_name)
+        self.scheduler = pipe.scheduler
+        self.tokenizer = pipe.tokenizer
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of one latent at the model's own resolution."""
+        config = self.network.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    def text(self, prompt: str) -> str:
+        """The prompt as the tokenizer receives it."""
+        return prompt
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings [B, L, D] and what else the network wants beside them, without gradients."""
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's raw output for `latents` [B, C, H, W] at training timesteps [B]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], float32; gradients flow where they are enabled."""
+        vae = self.pipe.vae
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    # attention, for D-Fusion
+
+    def attentions(self, kind: str) -> dict[str, nn.Module]:
+        """The attention modules of a kind, "self" or "cross", by name in the network's order."""
+        suffix = {"self": ".attn1", "cross": ".attn2"}[kind]
+        return {name: module for name, module in self.network.named_modules() if name.endswith(suffix)}
+
+    @abstractmethod
+    def fused_layers(self) -> tuple[str, ...]:
+        """The self-attention modules that D-Fusion fuses by default, in the network's order."""
+
+    @abstractmethod
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
+        """Write `pytorch_lora_weights.safetensors` in the format of diffusers."""
+
+
+def guided(adapter: Adapter, latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
+    """The guided output u + w (c - u) (Ho & Salimans 2022); one branch where w is 1.
+
+    With guidance, `conditioning` holds the unconditional half first: its batch is twice the latents'.
+    """
+    if scale == 1:
+        return adapter.predict(latents, timestep, conditioning)
+    both = adapter.predict(torch.cat([latents] * 2), torch.cat([timestep] * 2), conditioning)
+    unconditional, conditional = both.chunk(2)
+    return unconditional + scale * (conditional - unconditional)

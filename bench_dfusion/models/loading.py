@@ -1,0 +1,66 @@
+"""From a model's name to its adapter: the embedded pipeline, a local directory or the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from bench_dfusion import files, micro, registry
+from bench_dfusion.models.base import Adapter
+from bench_dfusion.registry import UsageError
+from bench_dfusion.track import ModelSection
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UsageError(registry.unknown("dtype", name, DTYPES))
+    return DTYPES[name]
+
+
+def load_adapter(model: ModelSection, device: torch.device | str = "cpu") -> tuple[Adapter, str]:
+    """The adapter of a pipeline and the hash of its files. Raises UsageError where either is not as asked."""
+    folder = micro.PIPELINE if model.id == "micro" else Path(model.id)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(f"{folder} is no diffusers pipeline directory: it has no model_index.json")
+        digest = files.tree_sha256(folder)
+    elif model.id == "micro":
+        raise UsageError(f"the embedded weights are not at {folder}: run python -m bench_dfusion.micro.pretrain")
+    else:
+        digest = ""
+    adapters = adapters_by_pipeline()
+    try:
+        config = DiffusionPipeline.load_config(str(folder) if digest else model.id, revision=model.revision)
+    except Exception as error:
+        raise UsageError(f"no model {model.id!r}: neither a directory here nor reachable on the Hub ({_line(error)})") from None
+    name = config["_class_name"]
+    if name not in adapters:
+        raise UsageError(f"{model.id} is a {name}; supported are {', '.join(sorted(adapters))}")
+    source: Any = folder if digest else DiffusionPipeline.download(model.id, revision=model.revision)
+    digest = digest or files.tree_sha256(Path(source))
+    if model.sha256 and model.sha256 != digest:
+        raise UsageError(f"{model.id}: its files hash to {digest[:12]}…, the track fixes {model.sha256[:12]}…")
+    pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.to(device)
+    return adapters[name](pipe), digest
+
+
+def adapters_by_pipeline() -> dict[str, type[Adapter]]:
+    """The adapter class of every supported diffusers pipeline class."""
+    return {
+        pipeline: cls
+        for plugin in registry.plugins("models").values()
+        for cls in (plugin.load(),)
+        for pipeline in cls.pipelines
+    }
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

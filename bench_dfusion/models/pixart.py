@@ -1,0 +1,60 @@
+"""PixArt: a transformer without convolutions, with cross-attention to the text. The embedded model's family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench_dfusion import files
+from bench_dfusion.models.base import Adapter, Conditioning
+
+
+class PixArtAdapter(Adapter):
+    """PixArtSigmaPipeline and PixArtAlphaPipeline without micro-conditions (resolution, aspect ratio)."""
+
+    pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
+    network_name = "transformer"
+
+    def __init__(self, pipe: object):
+        super().__init__(pipe)
+        if self.network.use_additional_conditions:
+            raise ValueError("PixArt checkpoints with micro-conditions (use_additional_conditions) are not supported")
+
+    def text(self, prompt: str) -> str:
+        return prompt.lower().strip()  # as the pipeline does
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        # PixArt's tokenizers are T5's with no length of their own; the pipeline's default is 300.
+        length = min(300, self.tokenizer.model_max_length)
+        tokens = self.tokenizer(
+            [self.text(p) for p in prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        encoder = self.pipe.text_encoder
+        ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
+        return {"states": encoder(ids, attention_mask=mask)[0], "mask": mask}
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        output = self.network(
+            latents,
+            encoder_hidden_states=conditioning["states"],
+            encoder_attention_mask=conditioning["mask"],
+            timestep=timestep,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        # Checkpoints that also learn the variance output it in the second half of the channels.
+        return output[:, : latents.shape[1]]
+
+    def fused_layers(self) -> tuple[str, ...]:
+        """The second half of the blocks: there is no encoder to leave out, the first half stands for it."""
+        names = tuple(self.attentions("self"))
+        return names[len(names) // 2 :]
+
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
+        """diffusers has no LoRA loader for PixArt: the keys are what its other transformer pipelines use."""
+        named = {f"transformer.{k}": v for k, v in layers.items()}
+        files.save_tensors(folder / "pytorch_lora_weights.safetensors", named)

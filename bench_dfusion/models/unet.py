@@ -1,0 +1,41 @@
+"""Stable Diffusion 1.x and 2.x: a UNet with cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench_dfusion.models.base import Adapter, Conditioning
+
+
+class UNetAdapter(Adapter):
+    """StableDiffusionPipeline (SD 1.4, 1.5, 2.1-base, 2.1)."""
+
+    pipelines = ("StableDiffusionPipeline",)
+    network_name = "unet"
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        encoder = self.pipe.text_encoder
+        mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        return {"states": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.network(latents, timestep, encoder_hidden_states=conditioning["states"], return_dict=False)[0]
+
+    def fused_layers(self) -> tuple[str, ...]:
+        """The mid block and every up block that has attention, never the encoder (the official choice)."""
+        return tuple(n for n in self.attentions("self") if n.startswith(("mid_block.", "up_blocks.")))
+
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
+        type(self.pipe).save_lora_weights(folder, unet_lora_layers=dict(layers), safe_serialization=True)

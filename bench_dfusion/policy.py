@@ -1,0 +1,207 @@
+"""The policy: a diffusers model seen as a stepwise Gaussian policy, with LoRA on top of a frozen base.
+
+`sample` draws trajectories, `log_prob` scores stored steps with gradients, `decode` makes pictures.
+The frozen reference is the same network with the LoRA switched off (`policy.reference()`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from bench_dfusion import samplers
+from bench_dfusion.models.base import Adapter, Conditioning, guided
+from bench_dfusion.samplers import Schedule
+
+
+@dataclass
+class Trajectory:
+    """The denoising runs of B samples with T steps, on the CPU.
+
+    latents   float32 [B, T + 1, C, H, W], from the start noise x_T to x_0
+    log_probs float32 [B, T], under the prediction that drew them (behaviour), averaged over C·H·W
+    seeds     int64 [B]
+    prompts   B strings
+    """
+
+    latents: Tensor
+    log_probs: Tensor
+    seeds: Tensor
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: Tensor) -> Trajectory:
+        return Trajectory(
+            self.latents[rows], self.log_probs[rows], self.seeds[rows], [self.prompts[i] for i in rows.tolist()]
+        )
+
+    @property
+    def final(self) -> Tensor:
+        """x_0 [B, C, H, W]."""
+        return self.latents[:, -1]
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        return Trajectory(
+            *(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Trajectory)[:3]),
+            [prompt for p in parts for prompt in p.prompts],
+        )
+
+
+class Policy:
+    """A pipeline's network as a policy.
+
+    adapter    how the pipeline's family answers (see `models/base.py`)
+    steps, eta, guidance   the sampler: T, DDIM's eta in (0, 1], the guidance scale (1: one branch)
+    rank, alpha   the LoRA's; targets are the family's attention projections unless given
+    batch      samples in one call of the network; a fixed shape where bit-equality is promised
+    autocast   dtype of the network's arithmetic, None for its own; log-probs are float32 in any case
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        steps: int,
+        eta: float = 1.0,
+        guidance: float = 1.0,
+        rank: int = 4,
+        alpha: float | None = None,
+        targets: Sequence[str] | None = None,
+        batch: int = 64,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ):
+        self.adapter, self.guidance, self.batch, self.autocast = adapter, guidance, batch, autocast
+        self.device = torch.device(device)
+        self.schedule: Schedule = samplers.ddim_schedule(adapter.scheduler, steps, eta).to(self.device)
+        self.alphas_cumprod = adapter.scheduler.alphas_cumprod.float().to(self.device)
+        self.network_evaluations = 0  # forwards of one sample through one branch
+        self._encoded: dict[str, Conditioning] = {}
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or adapter.lora_targets), lora_dropout=0.0
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, adapter.network)
+        self.lora_config = config
+        self.parameters: dict[str, nn.Parameter] = {
+            name: p for name, p in adapter.network.named_parameters() if "lora_" in name
+        }
+        for p in self.parameters.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        adapter.network.to(self.device)
+
+    # conditioning
+
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of prompts, encoded once each; with guidance the unconditional half first."""
+        new = [p for p in dict.fromkeys([*prompts, *([""] if self.guidance != 1 else [])]) if p not in self._encoded]
+        for i in range(0, len(new), self.batch):
+            part = new[i : i + self.batch]
+            encoded = self.adapter.encode(part)
+            for row, prompt in enumerate(part):
+                self._encoded[prompt] = {k: v[row].to(self.device) for k, v in encoded.items()}
+        wanted = [""] * len(prompts) * (self.guidance != 1) + list(prompts)
+        return {k: torch.stack([self._encoded[p][k] for p in wanted]) for k in self._encoded[wanted[0]]}
+
+    # the Gaussian step
+
+    def predict(self, x_t: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The guided output in float32 for x_t [B, ...] at training timesteps [B]."""
+        self.network_evaluations += len(x_t) * (1 if self.guidance == 1 else 2)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return guided(self.adapter, x_t, timestep, self.condition(prompts), self.guidance).float()
+
+    def mean(self, x_t: Tensor, step: Tensor, prompts: Sequence[str]) -> Tensor:
+        """mu_theta [B, ...] of the next latent; `step` [B] indexes the schedule, 0 the noisiest."""
+        output = self.predict(x_t, self.schedule.timesteps[step], prompts)
+        return samplers.step_mean(self.schedule, step, x_t, output)
+
+    def log_prob(self, x_t: Tensor, x_s: Tensor, step: Tensor, prompts: Sequence[str]) -> Tensor:
+        """log p(x_s | x_t) [B], averaged over the latent (method: DDPO §4.2); 0 at deterministic steps."""
+        mean = self.mean(x_t, step, prompts)
+        return samplers.gaussian_log_prob(x_s, mean, self.schedule.std[step])
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], seeds: Tensor, advance: Callable[[int], None] = lambda n: None
+    ) -> Trajectory:
+        """Draw one trajectory for each (prompt, seed); `advance` is told the number of samples done."""
+        parts = []
+        for i in range(0, len(prompts), self.batch):
+            parts.append(self._sample(list(prompts[i : i + self.batch]), seeds[i : i + self.batch]))
+            advance(len(parts[-1]))
+        return Trajectory.cat(parts)
+
+    def _sample(self, prompts: list[str], seeds: Tensor) -> Trajectory:
+        steps = len(self.schedule)
+        noise = samplers.sample_noise(seeds, steps, self.adapter.latent_shape).to(self.device)
+        latents, log_probs = [noise[:, 0]], []
+        for i in range(steps):
+            step = torch.full((len(prompts),), i, device=self.device)
+            mean = self.mean(latents[-1], step, prompts)
+            x_s = mean + self.schedule.std[i] * noise[:, i + 1]
+            log_probs.append(samplers.gaussian_log_prob(x_s, mean, self.schedule.std[step]))
+            latents.append(x_s)
+        return Trajectory(torch.stack(latents, 1).cpu(), torch.stack(log_probs, 1).cpu(), seeds.clone(), prompts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of x_0 [B, C, H, W]: uint8 [B, H, W, 3] on the CPU."""
+        parts = []
+        for part in latents.split(self.batch):
+            images = self.adapter.decode(part.to(self.device))
+            parts.append((images * 255).round().byte().permute(0, 2, 3, 1).cpu())
+        return torch.cat(parts)
+
+    # the reference and the weights
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the network is the frozen base: the LoRA is off and no gradient is recorded."""
+        layers = [m for m in self.adapter.network.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)  # disabling cleared requires_grad, enabling restores it
+            for p in self.parameters.values():
+                p.requires_grad_(True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The LoRA's weights in peft's naming."""
+        state = get_peft_model_state_dict(self.adapter.network)
+        return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        result: Any = set_peft_model_state_dict(self.adapter.network, state)
+        if result.unexpected_keys:
+            raise ValueError(f"these weights are no LoRA of this network: {result.unexpected_keys[:3]}")
+
+    def save_lora(self, folder: Path) -> None:
+        """Write the LoRA as `pytorch_lora_weights.safetensors` (diffusers) and as a peft directory `peft/`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapter.save_lora(folder, self.state())
+        peft_folder = folder / "peft"
+        self.lora_config.save_pretrained(peft_folder)
+        from bench_dfusion import files
+
+        files.save_tensors(
+            peft_folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in self.state().items()}
+        )

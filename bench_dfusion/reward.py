@@ -1,0 +1,46 @@
+"""What a reward is; the same object is a judge where it evaluates a run it did not train."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+
+class RewardConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Reward(ABC):
+    """Scores pictures against prompts. One file under `reward_models/`, registered under `bench_dfusion.rewards`.
+
+    name, summary, paper   one line each for `bench-dfusion list rewards`
+    unit                   what a score means and its range
+    differentiable         whether gradients flow through `score_tensors`
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    unit: ClassVar[str]
+    Config: ClassVar[type[RewardConfig]] = RewardConfig
+    differentiable: ClassVar[bool] = False
+
+    def __init__(self, config: RewardConfig, device: torch.device | str = "cpu"):
+        self.config = config
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores float32 [B] on the CPU for images uint8 [B, H, W, 3] and B prompts."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of everything a score depends on: weights, preprocessing, rules."""
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError, before any compute, if this reward cannot score a prompt."""

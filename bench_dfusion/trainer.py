@@ -1,0 +1,331 @@
+"""The one loop: sample, score, build, loss, step; then evaluate, and leave a record."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench_dfusion import evaluation, files, pictures, records, registry
+from bench_dfusion import track as tracks
+from bench_dfusion.algorithm import Algorithm
+from bench_dfusion.config import Cell
+from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
+from bench_dfusion.evaluation import seed_of
+from bench_dfusion.models.loading import dtype, load_adapter
+from bench_dfusion.policy import Policy
+from bench_dfusion.progress import bar
+from bench_dfusion.records import Record, Round
+from bench_dfusion.registry import UsageError
+from bench_dfusion.reward import Reward
+from bench_dfusion.track import Track
+
+COLLAPSE = 4.0  # standard deviations of the first round's rewards below its mean
+
+
+class Collapse(RuntimeError):
+    """The run's reward collapsed or turned non-finite; the message is the evidence."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside weights and optimiser."""
+
+    round: int = 0
+    queries: int = 0
+    updates: int = 0
+    network_evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run_cell(cell: Cell, out: Path, device: str | None = None) -> Record:
+    """Train and evaluate one cell in `out / cell.folder`, or go on where it was stopped; returns its record.
+
+    Raises UsageError on anything that can be known before compute. A finished cell is only read.
+    """
+    folder = out / cell.folder
+    record_path = folder / "record.json"
+    if record_path.exists():
+        return records.read(record_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        files.write_json(folder / "cell.json", {"given": cell.given, "resolved": cell.resolved, "hash": cell.hash})
+        run = Run(cell, folder, device)
+        run.train()
+        return run.finish()
+
+
+class Run:
+    """One cell while it runs."""
+
+    def __init__(self, cell: Cell, folder: Path, device: str | None = None):
+        self.cell, self.folder = cell, folder
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        track = cell.track
+        prompts = [*track.prompts.train, *track.prompts.heldout]
+        self.reward: Reward = cell.reward(cell.reward_config, self.device)
+        self.reward.check(prompts)
+        self.judges = load_judges(track, self.device)
+        for judge in self.judges.values():
+            judge.check(track.prompts.heldout)
+        adapter, self.model_sha256 = load_adapter(track.model, self.device)
+        self.policy = make_policy(track, adapter, cell.seed, self.device)
+        self.builder: Builder = cell.builder(cell.builder_config)
+        self.builder.check(self.policy, prompts)
+        self.algorithm: Algorithm = cell.algorithm(cell.algorithm_config)
+        config = cell.algorithm_config
+        self.parameters = list(self.policy.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
+        )
+        drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
+        self.rounds = track.budget.reward_queries // self.builder.queries(drawn)
+        if not self.rounds:
+            raise UsageError(
+                f"the budget of {track.budget.reward_queries} reward queries is less than one round of "
+                f"{self.builder.queries(drawn)}: raise track.budget.reward_queries or lower prompts_per_round"
+            )
+        self.progress = Progress()
+        self.failure: str | None = None
+        self.checkpoint = folder / "checkpoint.safetensors"
+        if self.checkpoint.exists():
+            self._restore()
+
+    def train(self) -> None:
+        """Rounds up to the budget, a checkpoint after each."""
+        label = f"{self.cell.algorithm.name}/{self.cell.builder.name}/{self.cell.reward.name}"
+        with bar(f"train {label}", self.rounds, self.progress.round) as progress:
+            while self.progress.round < self.rounds and self.failure is None:
+                number = self.progress.round
+                before = self.policy.network_evaluations
+                try:
+                    samples = self._collect(number)
+                    metrics = self._improve(samples, number)
+                    self._note(samples, metrics, number)
+                except Collapse as error:
+                    self.failure = str(error)
+                    break
+                self.progress.network_evaluations += self.policy.network_evaluations - before
+                self.progress.round += 1
+                if self.progress.round == self.rounds:
+                    pictures.triples(self.folder / "triples.png", samples)
+                self._save()
+                rewards = [r["reward"] for r in self.progress.rounds]
+                progress.advance(1, f"reward {rewards[-1]:.3f} (first round {rewards[0]:.3f})")
+        if self.failure is not None:
+            files.write_json(self.folder / "failure.json", {"round": self.progress.round, "evidence": self.failure})
+
+    def _collect(self, number: int) -> ConsistentSamples:
+        """Sample, decode, score, build."""
+        prompts = round_prompts(self.cell.track, self.cell.seed, number)
+        seeds = torch.tensor([seed_of("train", self.cell.seed, number, p, i) for i, p in enumerate(prompts)])
+        with self.progress.phase("sample"):
+            trajectory = self.policy.sample(prompts, seeds)
+            images = self.policy.decode(trajectory.final)
+        drawn = Samples(trajectory, images, self._score(images, prompts))
+        with self.progress.phase("build"):
+            return self.builder.build(self.policy, drawn, self._score)
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        with self.progress.phase("score"):
+            rewards = self.reward.score(images, prompts).float()
+        if rewards.shape != (len(images),):
+            raise Collapse(f"reward {self.reward.name} returned shape {tuple(rewards.shape)} for {len(images)} images")
+        if not rewards.isfinite().all():
+            bad = int((~rewards.isfinite()).nonzero()[0])
+            raise Collapse(f"reward {self.reward.name} returned {rewards[bad].item()} for {prompts[bad]!r}")
+        self.progress.queries += len(images)
+        return rewards
+
+    def _improve(self, samples: ConsistentSamples, number: int) -> dict[str, float]:
+        """The optimiser's steps of a round; returns the means of the metrics."""
+        generator = torch.Generator().manual_seed(seed_of("rows", self.cell.seed, number))
+        config = self.cell.algorithm_config
+        sums: dict[str, float] = {}
+        count = 0
+        with self.progress.phase("prepare"):
+            rows = self.algorithm.prepare(self.policy, samples, generator)
+        total = len(next(iter(rows.values())))
+        with self.progress.phase("train"):
+            for _ in range(config.inner_epochs if total else 0):
+                order = torch.randperm(total, generator=generator)
+                for part in order.chunk(config.updates):
+                    self.optimizer.zero_grad(set_to_none=True)
+                    for piece in part.split(self.policy.batch):
+                        loss = self.algorithm.loss(self.policy, samples, {k: v[piece] for k, v in rows.items()})
+                        (loss.value * (len(piece) / len(part))).backward()
+                        for name, value in {"loss": loss.value, **loss.metrics}.items():
+                            sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(piece)
+                        count += len(piece)
+                    norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_norm))
+                    if not math.isfinite(norm):
+                        raise Collapse(f"round {number}: the gradient's norm is {norm}")
+                    sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm * len(part)
+                    self.optimizer.step()
+                    self.progress.updates += 1
+        return {name: value / count for name, value in sums.items()}
+
+    def _note(self, samples: ConsistentSamples, metrics: dict[str, float], number: int) -> None:
+        rewards = samples.samples.rewards
+        drawn = rewards[: samples.drawn]
+        entry = Round(
+            round=number,
+            queries=self.progress.queries,
+            reward=float(drawn.mean()),
+            reward_sd=float(drawn.std()),
+            base_reward=float(rewards[samples.triples[:, 1]].mean()) if len(samples.triples) else None,
+            winner_reward=float(rewards[samples.triples[:, 2]].mean()) if len(samples.triples) else None,
+            pairs=len(samples.pairs),
+            dropped=samples.dropped,
+            metrics=metrics,
+        )
+        if any(not math.isfinite(v) for v in metrics.values()):
+            raise Collapse(f"round {number}: {metrics}")
+        self.progress.rounds.append(entry.model_dump())
+        first = self.progress.rounds[0]
+        floor = first["reward"] - COLLAPSE * first["reward_sd"]
+        if first["reward_sd"] > 0 and entry.reward < floor:
+            raise Collapse(f"round {number}: mean reward {entry.reward:.4f} fell below {floor:.4f}, {COLLAPSE} sd of round 0")
+
+    def _save(self) -> None:
+        tensors = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
+        tensors |= files.optimizer_tensors(self.optimizer)
+        tensors |= {f"algorithm.{k}": v for k, v in self.algorithm.state().items()}
+        files.save_tensors(self.checkpoint, tensors, {"cell": self.cell.hash, "progress": vars(self.progress)})
+
+    def _restore(self) -> None:
+        try:
+            tensors, meta = files.load_tensors(self.checkpoint)
+        except Exception as error:
+            raise UsageError(f"{self.checkpoint} is damaged ({error}); remove it to start this cell over") from None
+        if meta.get("cell") != self.cell.hash:
+            raise UsageError(f"{self.checkpoint} belongs to another configuration; remove {self.folder} or use another --out")
+        with torch.no_grad():
+            for name, parameter in self.policy.parameters.items():
+                parameter.copy_(tensors[f"lora.{name}"])
+        files.restore_optimizer(self.optimizer, tensors)
+        prefix = "algorithm."
+        self.algorithm.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.progress = Progress(**meta["progress"])
+
+    def finish(self) -> Record:
+        """Evaluate (unless the run failed), write LoRA, pictures and record."""
+        track, policy, cell = self.cell.track, self.policy, self.cell
+        verdicts, drift = [], None
+        if self.failure is None:
+            before = policy.network_evaluations
+            with self.progress.phase("evaluate"):
+                k = track.evaluation.images_per_prompt
+                with bar("evaluate", 2 * k * len(track.prompts.heldout)) as progress:
+                    trained = evaluation.draw(policy, track.prompts.heldout, k, progress.advance)
+                    with policy.reference():
+                        base = evaluation.draw(policy, track.prompts.heldout, k, progress.advance)
+                verdicts, _ = evaluation.judge(self.judges, base, trained, track, self.reward)
+                embed = next((j for j in self.judges.values() if hasattr(j, "embed")), None)
+                drift = evaluation.drift(policy, base, trained, k, embed)
+            pictures.base_and_trained(self.folder / "base_trained.png", base, trained, k, track)
+            self.progress.network_evaluations += policy.network_evaluations - before
+        policy.save_lora(self.folder)
+        code, dirty = records.code_state()
+        record = Record(
+            status="finished" if self.failure is None else "failed",
+            evidence=self.failure,
+            track=track.id,
+            track_hash=track.hash,
+            cell_hash=cell.hash,
+            algorithm=cell.algorithm.name,
+            builder=cell.builder.name,
+            reward=cell.reward.name,
+            seed=cell.seed,
+            given=cell.given,
+            resolved=cell.resolved,
+            verdicts=verdicts,
+            drift=drift,
+            rounds=[Round(**r) for r in self.progress.rounds],
+            cost=records.Cost(
+                reward_queries=self.progress.queries,
+                network_evaluations=self.progress.network_evaluations,
+                updates=self.progress.updates,
+                seconds={k: round(v, 2) for k, v in self.progress.seconds.items()},
+                peak_memory_mb=round(records.peak_memory_mb(self.device), 1),
+                device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            ),
+            provenance=records.Provenance(
+                code=code,
+                dirty=dirty,
+                versions=records.versions(),
+                plugins=cell.sources,
+                hardware=records.hardware(),
+                model_sha256=self.model_sha256,
+                reward_fingerprint=self.reward.fingerprint(),
+                lora_sha256=files.sha256(self.folder / "pytorch_lora_weights.safetensors"),
+            ),
+        )
+        records.write(self.folder / "record.json", record)
+        return record
+
+
+def make_policy(track: Track, adapter: Any, seed: int, device: torch.device) -> Policy:
+    lora = track.lora
+    return Policy(
+        adapter,
+        steps=track.sampler.steps,
+        eta=track.sampler.eta,
+        guidance=track.sampler.guidance,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=lora.targets,
+        batch=track.batch,
+        autocast=dtype(track.model.autocast) if track.model.autocast else None,
+        device=device,
+        seed=seed_of("lora", seed) % 2**31,
+    )
+
+
+def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
+    """The track's judges by name; a name may carry an option, as in `oracle:full`."""
+    judges = {}
+    for text in track.evaluation.judges:
+        name, _, option = text.partition(":")
+        cls = registry.load("rewards", name)
+        values = {**track.rewards.get(name, {}), **({"score": option} if option else {})}
+        judges[text] = cls(tracks.validate(cls.Config, values, f"judge {text}"), device)
+    return judges
+
+
+def round_prompts(track: Track, seed: int, number: int) -> list[str]:
+    """The prompts of a round, each `samples_per_prompt` times: a shuffled pass over the train prompts, then the next."""
+    train, n = track.prompts.train, track.budget.prompts_per_round
+    chosen = []
+    for position in range(number * n, (number + 1) * n):
+        lap, place = divmod(position, len(train))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of("prompts", seed, lap)))
+        chosen.append(train[int(order[place])])
+    return [p for p in chosen for _ in range(track.budget.samples_per_prompt)]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is running {folder}") from None
+        yield

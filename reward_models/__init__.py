@@ -1,0 +1,1 @@
+"""Rewards, one file each; importable as `bench_dfusion.reward_models.*`."""
