@@ -32,10 +32,14 @@ from bench_dfusion.policy import Policy
 
 class DDPOConfig(StepwiseConfig):
     clip: float = Field(1e-4, gt=0, lt=1, description="the ratio is clipped to 1 ± this (paper: 1e-4)")
-    advantage_clip: float = Field(5.0, gt=0, description="advantages are clipped to ± this, in standard deviations (paper: 5)")
+    advantage_clip: float = Field(
+        5.0, gt=0, description="advantages are clipped to ± this, in standard deviations (paper: 5)"
+    )
     buffer: int = Field(16, ge=2, description="rewards remembered for each prompt (count; method.md §3: 16)")
     min_count: int = Field(
-        16, ge=2, description="below so many remembered rewards the round's own mean and spread serve (count; method.md §3: 16)"
+        16,
+        ge=2,
+        description="below so many remembered rewards the round's own mean and spread serve (count; method.md §3: 16)",
     )
     old_log_prob: Literal["plain", "behaviour"] = Field(
         "plain",

@@ -34,7 +34,10 @@ class DPOConfig(StepwiseConfig):
         0.1, gt=0, description="strength of the implicit KL, in units of averaged log-probs (D3PO and D-Fusion: 0.1)"
     )
     ratio_clamp: float = Field(
-        0.1, ge=0, lt=1, description="ratios are clamped to 1 ± this, which also stops their gradient; 0: off (D3PO: 0.1)"
+        0.1,
+        ge=0,
+        lt=1,
+        description="ratios are clamped to 1 ± this, which also stops their gradient; 0: off (D3PO: 0.1)",
     )
 
 
@@ -53,7 +56,9 @@ class DPO(Algorithm):
         winner, loser = samples.pairs[rows["row"]].T
         # Every (sample, step) once, however many pairs it is in.
         total = len(policy.schedule)
-        keys, place = torch.cat([winner * total + rows["step"], loser * total + rows["step"]]).unique(return_inverse=True)
+        keys, place = torch.cat([winner * total + rows["step"], loser * total + rows["step"]]).unique(
+            return_inverse=True
+        )
         with policy.reference():
             reference = all_log_probs(policy, samples, keys // total, keys % total)
         rows["ref_w"], rows["ref_l"] = reference[place].chunk(2)

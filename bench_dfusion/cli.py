@@ -25,7 +25,9 @@ app = typer.Typer(
 )
 out = Console()
 
-Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that defines a plugin, for a first try.")]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="A Python file that defines a plugin, for a first try.")
+]
 
 
 @app.command()
@@ -36,9 +38,13 @@ def run(
     track: Annotated[str, typer.Option(help="Track name or TOML file.")] = "micro",
     seed: Annotated[int | None, typer.Option(help="Training seed (default 0).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Run seeds 0 to this minus 1.")] = None,
-    model: Annotated[str | None, typer.Option(help="A diffusers pipeline directory or Hub id instead of the track's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers pipeline directory or Hub id instead of the track's.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Training prompts instead of the track's, one a line.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="SECTION.OPTION=VALUE: algo., builder., reward., track.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="SECTION.OPTION=VALUE: algo., builder., reward., track.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with sections algo, builder, reward, track.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where run directories go.")] = Path("runs"),
     device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
@@ -186,11 +192,18 @@ def _show(record: Any, folder: Path) -> None:
     for v in record.verdicts:
         note = "training reward" if v.trained_on else ""
         grid.add_row(
-            v.judge, f"{v.base:.3f}", f"{v.trained:.3f}", f"{v.gain.mean:+.3f}", f"{v.gain.low:+.3f} to {v.gain.high:+.3f}", note
+            v.judge,
+            f"{v.base:.3f}",
+            f"{v.trained:.3f}",
+            f"{v.gain.mean:+.3f}",
+            f"{v.gain.low:+.3f} to {v.gain.high:+.3f}",
+            note,
         )
         for template, (base, trained) in v.templates.items():
             if len(v.templates) > 1:
-                grid.add_row(f"  {template}", f"{base:.3f}", f"{trained:.3f}", f"{trained - base:+.3f}", "", style="dim")
+                grid.add_row(
+                    f"  {template}", f"{base:.3f}", f"{trained:.3f}", f"{trained - base:+.3f}", "", style="dim"
+                )
     out.print(grid)
     d, c = record.drift, record.cost
     out.print(
@@ -212,12 +225,16 @@ def _table(records: Sequence[Any]) -> None:
     grid = Table(title=f"{records[0].track}  ({records[0].track_hash[:12]})", title_justify="left")
     columns = ["rank", "algorithm", "builder", "reward", "seeds", *judges, "diversity", "queries", "seconds", "note"]
     for column in columns:
-        grid.add_column(column, justify="right" if column in (*judges, "seeds", "diversity", "queries", "seconds") else "left")
+        grid.add_column(
+            column, justify="right" if column in (*judges, "seeds", "diversity", "queries", "seconds") else "left"
+        )
     for _, line in frame.iterrows():
         cells = []
         for column in columns:
             if column in judges:
-                cells.append(f"{line[f'{column} gain']:+.3f} [{line[f'{column} low']:+.3f}, {line[f'{column} high']:+.3f}]")
+                cells.append(
+                    f"{line[f'{column} gain']:+.3f} [{line[f'{column} low']:+.3f}, {line[f'{column} high']:+.3f}]"
+                )
             elif isinstance(line.get(column), float):
                 cells.append(f"{line[column]:.2f}" if column == "diversity" else f"{line[column]:.0f}")
             else:

@@ -93,7 +93,9 @@ def resolve(
         own, _ = track.read_prompts(prompts)
         held = set(own) & set(content.get("prompts", {}).get("heldout", []))
         if held:
-            raise UsageError(f"{prompts}: {sorted(held)[0]!r} is a held-out prompt of {track_source}, never to be trained on")
+            raise UsageError(
+                f"{prompts}: {sorted(held)[0]!r} is a held-out prompt of {track_source}, never to be trained on"
+            )
         validation = [p for p in content.get("prompts", {}).get("validation", []) if p not in own]
         changes = _merge(changes, {"prompts": {"train": own, "validation": validation}})
     if changes:

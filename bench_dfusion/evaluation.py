@@ -46,7 +46,9 @@ def judge(
     templates = track.prompts.templates or {}
     verdicts = []
     for name, judge_reward in judges.items():
-        scores = [judge_reward.score(d.images, d.trajectory.prompts).view(-1, k).mean(1).numpy() for d in (base, trained)]
+        scores = [
+            judge_reward.score(d.images, d.trajectory.prompts).view(-1, k).mean(1).numpy() for d in (base, trained)
+        ]
         gains = (scores[1] - scores[0]).astype(float)
         interval = statistics.paired_gain(gains[None])
         by_template: dict[str, list[int]] = {}

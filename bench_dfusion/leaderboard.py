@@ -48,7 +48,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     """
     hashes = {r.track_hash for r in records}
     if len(hashes) > 1:
-        raise ValueError(f"records of {len(hashes)} different tracks never share a table: {sorted({r.track for r in records})}")
+        raise ValueError(
+            f"records of {len(hashes)} different tracks never share a table: {sorted({r.track for r in records})}"
+        )
     lines, gains = [], {}
     for row in rows(records):
         failed = [r for r in row.records if r.status == "failed"]
@@ -84,7 +86,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
         line["name"] = name
         lines.append(line)
     shapes = {g.shape for g in gains.values()}
-    ranges = statistics.rank_ranges(gains) if len(gains) > 1 and len(shapes) == 1 else {n: (1, 1) for n in gains}
+    ranges = statistics.rank_ranges(gains) if len(gains) > 1 and len(shapes) == 1 else dict.fromkeys(gains, (1, 1))
     for line in lines:
         low, high = ranges.get(str(line["name"]), (None, None))
         line["rank"] = "" if low is None else str(low) if low == high else f"{low}–{high}"

@@ -34,26 +34,36 @@ class Verdict(Part):
 
     judge: str = Field(description="the reward plugin that judged")
     metric: str = Field(description="what it measured")
-    trained_on: bool = Field(description="whether this judge was the training reward: then it is a ceiling and never ranks")
+    trained_on: bool = Field(
+        description="whether this judge was the training reward: then it is a ceiling and never ranks"
+    )
     base: float = Field(description="mean over held-out images of the frozen base")
     trained: float = Field(description="mean over the same noise of the trained policy")
     gain: Gain = Field(description="the paired gain")
     templates: dict[str, tuple[float, float]] = Field(description="(base, trained) for each prompt template")
-    per_prompt: list[tuple[float, float]] = Field(description="(base, trained) for each held-out prompt, in the track's order")
+    per_prompt: list[tuple[float, float]] = Field(
+        description="(base, trained) for each held-out prompt, in the track's order"
+    )
     fingerprint: str = Field(description="hash of the judge's weights and rules")
 
 
 class Drift(Part):
     pixels: float = Field(description="root mean square pixel distance trained − base on the same noise (8-bit levels)")
-    kl: float = Field(description="mean per-step KL(trained || base) along trained trajectories, averaged over the latent (nats)")
-    diversity_base: float = Field(description="Vendi score within a prompt, mean over prompts, of the base (effective images)")
+    kl: float = Field(
+        description="mean per-step KL(trained || base) along trained trajectories, averaged over the latent (nats)"
+    )
+    diversity_base: float = Field(
+        description="Vendi score within a prompt, mean over prompts, of the base (effective images)"
+    )
     diversity_trained: float = Field(description="the same of the trained policy (effective images)")
     diversity_space: str = Field(description="what the Vendi score's embeddings are")
 
 
 class Cost(Part):
     reward_queries: int = Field(description="images the training reward scored, targets included (count)")
-    network_evaluations: int = Field(description="forwards of one sample through one branch, evaluation included (count)")
+    network_evaluations: int = Field(
+        description="forwards of one sample through one branch, evaluation included (count)"
+    )
     updates: int = Field(description="optimiser steps (count)")
     seconds: dict[str, float] = Field(description="wall time of each phase (s)")
     peak_memory_mb: float = Field(description="peak memory of the device, or of the process on a CPU (MB)")
@@ -87,7 +97,9 @@ class Record(Part):
     """One cell's result."""
 
     schema_version: Literal[1] = Field(SCHEMA, description="version of this schema")
-    status: Literal["finished", "failed"] = Field(description="failed: reward collapsed or turned non-finite; ranks as a miss")
+    status: Literal["finished", "failed"] = Field(
+        description="failed: reward collapsed or turned non-finite; ranks as a miss"
+    )
     evidence: str | None = Field(None, description="why the run failed")
     track: str = Field(description="the track's name and version")
     track_hash: str = Field(description="hash of everything the track fixes")

@@ -110,11 +110,11 @@ def load_file(path: Path) -> list[Plugin]:
     added = []
     for kind, base in (("algorithms", Algorithm), ("rewards", Reward), ("builders", Builder)):
         for value in vars(module).values():
-            if inspect.isclass(value) and issubclass(value, base) and value.__module__ == name:
-                if not inspect.isabstract(value):
-                    plugin = Plugin(kind, value.name, str(path), value=value)
-                    _from_files[kind, value.name] = plugin
-                    added.append(plugin)
+            own = inspect.isclass(value) and issubclass(value, base) and value.__module__ == name
+            if own and not inspect.isabstract(value):
+                plugin = Plugin(kind, value.name, str(path), value=value)
+                _from_files[kind, value.name] = plugin
+                added.append(plugin)
     if not added:
         raise UsageError(f"{path} defines no subclass of Algorithm, Reward or Builder")
     return added

@@ -65,10 +65,14 @@ def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
     scheduler.set_timesteps(steps)
     timesteps = torch.as_tensor(scheduler.timesteps).long().cpu()
     if len(timesteps) != steps:
-        raise ValueError(f"the scheduler made {len(timesteps)} steps of {steps}: only first-order samplers are policies")
+        raise ValueError(
+            f"the scheduler made {len(timesteps)} steps of {steps}: only first-order samplers are policies"
+        )
     cumulative = scheduler.alphas_cumprod.double().cpu()
     if cumulative[timesteps[0]] < 1e-8 and prediction == "epsilon":
-        raise ValueError("a zero-terminal-SNR schedule needs v_prediction: epsilon says nothing of x_0 at the first step")
+        raise ValueError(
+            "a zero-terminal-SNR schedule needs v_prediction: epsilon says nothing of x_0 at the first step"
+        )
     after = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])
     a_t, a_s = cumulative[timesteps], cumulative[after]
     std = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).clamp(min=0).sqrt()

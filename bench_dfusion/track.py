@@ -21,7 +21,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     id: str = Field(description="'micro' (embedded), a local pipeline directory, or a Hub id")
     revision: str | None = Field(None, description="Hub revision (commit or tag); None: the default branch")
-    sha256: str | None = Field(None, description="hash of the pipeline directory's weights and configs; None: not fixed")
+    sha256: str | None = Field(
+        None, description="hash of the pipeline directory's weights and configs; None: not fixed"
+    )
     dtype: str = Field("float32", description="dtype of the frozen weights: float32, bfloat16 or float16")
     autocast: str | None = Field(None, description="dtype of the network's arithmetic; None: its own")
 
@@ -42,7 +44,9 @@ class PromptsSection(Section):
     train: tuple[str, ...] = Field(min_length=1, description="prompts trained on")
     validation: tuple[str, ...] = Field((), description="prompts for tuning and choosing designs")
     heldout: tuple[str, ...] = Field(min_length=2, description="prompts that rank, only ever reported")
-    templates: dict[str, str] | None = Field(None, description="template of each held-out prompt, for figures by template")
+    templates: dict[str, str] | None = Field(
+        None, description="template of each held-out prompt, for figures by template"
+    )
 
     @model_validator(mode="after")
     def _disjoint(self) -> PromptsSection:
@@ -63,7 +67,9 @@ class PromptsSection(Section):
 class BudgetSection(Section):
     reward_queries: int = Field(ge=1, description="images the training reward may score, targets included (count)")
     prompts_per_round: int = Field(ge=1, description="prompts sampled in a round (count)")
-    samples_per_prompt: int = Field(16, ge=4, multiple_of=4, description="samples of a prompt in a round (D-Fusion: 16)")
+    samples_per_prompt: int = Field(
+        16, ge=4, multiple_of=4, description="samples of a prompt in a round (D-Fusion: 16)"
+    )
 
 
 class EvaluationSection(Section):

@@ -202,7 +202,9 @@ class Run:
         first = self.progress.rounds[0]
         floor = first["reward"] - COLLAPSE * first["reward_sd"]
         if first["reward_sd"] > 0 and entry.reward < floor:
-            raise Collapse(f"round {number}: mean reward {entry.reward:.4f} fell below {floor:.4f}, {COLLAPSE} sd of round 0")
+            raise Collapse(
+                f"round {number}: mean reward {entry.reward:.4f} fell below {floor:.4f}, {COLLAPSE} sd of round 0"
+            )
 
     def _save(self) -> None:
         tensors = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
@@ -216,7 +218,9 @@ class Run:
         except Exception as error:
             raise UsageError(f"{self.checkpoint} is damaged ({error}); remove it to start this cell over") from None
         if meta.get("cell") != self.cell.hash:
-            raise UsageError(f"{self.checkpoint} belongs to another configuration; remove {self.folder} or use another --out")
+            raise UsageError(
+                f"{self.checkpoint} belongs to another configuration; remove {self.folder} or use another --out"
+            )
         with torch.no_grad():
             for name, parameter in self.policy.parameters.items():
                 parameter.copy_(tensors[f"lora.{name}"])

@@ -21,13 +21,15 @@ from bench_dfusion.consistent import (
 )
 from bench_dfusion.fusion.attention import Taps
 from bench_dfusion.fusion.items import item_tokens
-from bench_dfusion.fusion.masks import item_mask
+from bench_dfusion.fusion.masks import ItemTokens, item_mask
 from bench_dfusion.policy import Policy, Trajectory
 
 
 class PairConfig(BuilderConfig):
     margin: float = Field(
-        0.0, ge=0, description="a pair is kept if winner − loser exceeds this (reward units; officially none is dropped)"
+        0.0,
+        ge=0,
+        description="a pair is kept if winner − loser exceeds this (reward units; officially none is dropped)",
     )
 
 
@@ -130,7 +132,7 @@ class DFusion(Builder):
                 with taps.recording():
                     policy.mean(x_r, step[: len(unique)], reference_prompts)
                 conditional = taps.maps[-len(unique) :]  # the second half of both branches, or all of one
-                mask = item_mask(conditional, tokens, self.config.threshold)[which]
+                mask = self.mask(conditional, tokens)[which]
                 total += mask
                 branches = 1 if policy.guidance == 1 else 2
                 both = torch.cat([which + b * len(unique) for b in range(branches)])
@@ -147,6 +149,10 @@ class DFusion(Builder):
             torch.stack(latents, 1).cpu(), torch.stack(log_probs, 1).cpu(), drawn.seeds[bases].clone(), prompts
         )
         return trajectory, (total / max(1, last - first)).view(-1, side, side).cpu()
+
+    def mask(self, maps: Tensor, tokens: ItemTokens) -> Tensor:
+        """The mask [R, positions] of references from their cross-attention maps [R, positions, tokens]."""
+        return item_mask(maps, tokens, self.config.threshold)
 
     def _taps(self, policy: Policy) -> Taps:
         side = policy.adapter.latent_shape[-1]

@@ -186,7 +186,7 @@ class _Phrase:
     @property
     def named(self) -> bool:
         """Whether the phrase could end here with a noun."""
-        return self.noun or bool(self.words) and self.words[-1].kind == "material"
+        return self.noun or (bool(self.words) and self.words[-1].kind == "material")
 
 
 _NOUNS = ("noun", "noun-ing", "base", "third")

@@ -63,7 +63,7 @@ def read(image: np.ndarray) -> tuple[Seen, ...]:
     nearest = ((hue[:, :, None] - palette_hue) ** 2).sum(-1).argmin(-1)
     found = []
     for index, colour in enumerate(_NAMES):
-        labels, n = ndimage.label((chroma > CHROMA) & (nearest == index), structure=np.ones((3, 3)))
+        labels, _ = ndimage.label((chroma > CHROMA) & (nearest == index), structure=np.ones((3, 3)))
         for k, where in enumerate(ndimage.find_objects(labels), 1):
             region = labels == k
             area = int(region.sum())

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,9 +27,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bench_dfusion import files
 from bench_dfusion.micro import prompts as lists
-from bench_dfusion.micro.scenes import COLOURS, NUMBERS, PLURALS, SHAPES, SIZE, Scene, Spec, coverage, random_spec
+from bench_dfusion.micro.scenes import (
+    COLOURS,
+    NUMBERS,
+    PLURALS,
+    SHAPES,
+    SIZE,
+    Scene,
+    Spec,
+    coverage,
+    random_spec,
+    sample_scene,
+)
 from bench_dfusion.micro.scenes import render as draw_scene
-from bench_dfusion.micro.scenes import sample_scene
 from bench_dfusion.progress import bar
 
 GRID = 8  # latent positions a side
@@ -304,7 +314,9 @@ CLIP_CONFIG: dict[str, object] = {
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def train_clip(work: Path, world: World, tokenizer: CLIPTokenizer, steps: int, seed: int, batch: int = 192) -> nn.Module:
+def train_clip(
+    work: Path, world: World, tokenizer: CLIPTokenizer, steps: int, seed: int, batch: int = 192
+) -> nn.Module:
     """Contrastive training (Radford et al. 2021) on renders with noise and blur: a good but exploitable judge."""
     import open_clip
 
@@ -373,7 +385,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_denoiser(layers: int = 6, heads: int = 4, head: int = 48) -> PixArtTransformer2DModel:
+def make_denoiser(layers: int = 6, heads: int = 4, head: int = 32) -> PixArtTransformer2DModel:
     """A transformer without convolutions: what a picture shows travels through attention alone."""
     return PixArtTransformer2DModel(
         num_attention_heads=heads,
@@ -408,7 +420,11 @@ class KeepProbabilities:
         self.kept = kept
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         q, k, v = (
             attn.head_to_batch_dim(x)
@@ -428,12 +444,8 @@ def train_denoiser(
     tokenizer: CLIPTokenizer,
     steps: int,
     seed: int,
-    label: str = "denoiser",
     place_weight: float = 0.03,
     batch: int = 128,
-    lr: float = 1.2e-3,
-    muon: bool = False,
-    **shape: int,
 ) -> tuple[CLIPTextModel, PixArtTransformer2DModel]:
     """v-prediction with 10 % caption drop, and a placing loss on the cross-attention maps.
 
@@ -443,7 +455,7 @@ def train_denoiser(
     eq. 5, here as a log-likelihood) gives a small network the same property in an hour.
     """
     torch.manual_seed(seed)
-    text, net, scheduler = make_text_encoder(tokenizer), make_denoiser(**shape), make_scheduler()
+    text, net, scheduler = make_text_encoder(tokenizer), make_denoiser(), make_scheduler()
     kept: list[Tensor] = []
     net.set_attn_processor(  # SDPA's backward is slow on CPUs
         {k: KeepProbabilities(kept) if "attn2" in k else AttnProcessor() for k in net.attn_processors}
@@ -456,16 +468,7 @@ def train_denoiser(
     places = torch.from_numpy(world.places)
     alphas = scheduler.alphas_cumprod
     parameters = [*text.parameters(), *net.parameters()]
-    if muon:
-        hidden = [p for n, p in net.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
-        hidden = [p for p in hidden if min(p.shape) > 6]
-        rest = [p for p in parameters if not any(p is h for h in hidden)]
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
-        ]
-    else:
-        optimizers = [torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
     def step(n: int) -> dict[str, float]:
         rows = batches(len(latents), batch, seed, n)
@@ -502,11 +505,9 @@ def train_denoiser(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         return metrics
 
-    weights = train(label, work, {"text": text, "net": net}, optimizers, step, steps, ema=0.998)
+    weights = train("denoiser", work, {"text": text, "net": net}, [optimizer], step, steps, ema=0.998)
     for name, module in (("text", text), ("net", net)):
-        module.load_state_dict(
-            {k.removeprefix(name + "."): v for k, v in weights.items() if k.startswith(name + ".")}
-        )
+        module.load_state_dict({k.removeprefix(name + "."): v for k, v in weights.items() if k.startswith(name + ".")})
         module.eval()
     return text, net
 
@@ -521,3 +522,40 @@ def package(
     net.set_default_attn_processor()
     pipe = PixArtSigmaPipeline(tokenizer, text, vae, net, make_scheduler())
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    # transformers would load half weights as halves, diffusers loads them as floats: say float for both.
+    config = out / "text_encoder" / "config.json"
+    content = json.loads(config.read_text())
+    content["dtype"] = "float32"
+    files.write_json(config, content)
+
+
+# ---------------------------------------------------------------- the recipe
+
+RENDERS = 90_000
+STEPS = {"autoencoder": 3700, "decoder": 3000, "clip": 700, "denoiser": 5600}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints; the same directory resumes a killed run")
+    parser.add_argument("--out", type=Path, default=Path("micro-weights"), help="where pipeline/ and clip/ are written")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the recipe's steps and renders, for a trial")
+    args = parser.parse_args()
+    steps = {stage: max(1, round(n * args.scale)) for stage, n in STEPS.items()}
+    work, seed = args.work, args.seed
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    world = make_world(max(500, round(RENDERS * args.scale)), seed + 1)
+    vae = train_autoencoder(work, world, steps["autoencoder"], seed)
+    latents = encode(vae, world.images)
+    train_decoder(work, vae, latents, world, steps["decoder"], seed)
+    text, net = train_denoiser(work, latents, world, tokenizer, steps["denoiser"], seed)
+    package(args.out / "pipeline", tokenizer, vae, text, net)
+    everything = make_world(len(world.specs) // 2, seed + 2, everything=True)
+    package_clip(args.out / "clip", train_clip(work, everything, tokenizer, steps["clip"], seed), tokenizer)
+    print(f"{args.out}: pipeline {files.tree_sha256(args.out / 'pipeline')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from bench_dfusion import files, micro, registry
 from bench_dfusion.models.base import Adapter
@@ -37,7 +41,9 @@ def load_adapter(model: ModelSection, device: torch.device | str = "cpu") -> tup
     try:
         config = DiffusionPipeline.load_config(str(folder) if digest else model.id, revision=model.revision)
     except Exception as error:
-        raise UsageError(f"no model {model.id!r}: neither a directory here nor reachable on the Hub ({_line(error)})") from None
+        raise UsageError(
+            f"no model {model.id!r}: neither a directory here nor reachable on the Hub ({_line(error)})"
+        ) from None
     name = config["_class_name"]
     if name not in adapters:
         raise UsageError(f"{model.id} is a {name}; supported are {', '.join(sorted(adapters))}")
@@ -45,7 +51,8 @@ def load_adapter(model: ModelSection, device: torch.device | str = "cpu") -> tup
     digest = digest or files.tree_sha256(Path(source))
     if model.sha256 and model.sha256 != digest:
         raise UsageError(f"{model.id}: its files hash to {digest[:12]}…, the track fixes {model.sha256[:12]}…")
-    pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype))
+    with _quiet():
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.to(device)
@@ -60,6 +67,23 @@ def adapters_by_pipeline() -> dict[str, type[Adapter]]:
         for cls in (plugin.load(),)
         for pipeline in cls.pipelines
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' and transformers' remarks on loading, which a user can do nothing about."""
+    verbosity = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity[0])
+        transformers_logging.set_verbosity(verbosity[1])
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
 
 
 def _line(error: Exception) -> str:

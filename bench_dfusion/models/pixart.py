@@ -31,7 +31,11 @@ class PixArtAdapter(Adapter):
         # PixArt's tokenizers are T5's with no length of their own; the pipeline's default is 300.
         length = min(300, self.tokenizer.model_max_length)
         tokens = self.tokenizer(
-            [self.text(p) for p in prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            [self.text(p) for p in prompts],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
         )
         encoder = self.pipe.text_encoder
         ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
@@ -50,9 +54,8 @@ class PixArtAdapter(Adapter):
         return output[:, : latents.shape[1]]
 
     def fused_layers(self) -> tuple[str, ...]:
-        """The second half of the blocks: there is no encoder to leave out, the first half stands for it."""
-        names = tuple(self.attentions("self"))
-        return names[len(names) // 2 :]
+        """Every block: there is no encoder to leave out (measured on the embedded model: docs/micro.md)."""
+        return tuple(self.attentions("self"))
 
     def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
         """diffusers has no LoRA loader for PixArt: the keys are what its other transformer pipelines use."""

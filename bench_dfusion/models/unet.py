@@ -27,7 +27,9 @@ class UNetAdapter(Adapter):
             return_tensors="pt",
         )
         encoder = self.pipe.text_encoder
-        mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        mask = (
+            tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        )
         return {"states": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,0 +1,235 @@
+"""Does fusion matter in a model? Targets against bases, references and controls, over fusion designs.
+
+    python benchmarks/fusion.py --out fusion.json [--model DIR] [--guidance 1] [--samples 16]
+
+On the validation prompts of the micro world, with the oracle's graded score. Every design stands beside
+controls, since a redraw of a bad sample looks better by chance (regression to the mean): the same fusion
+with a reference of another prompt, with another bad sample of the same prompt as reference, and with a
+random mask of equal area. Writes JSON, prints a table, and draws the trade-off as `<out>.svg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench_dfusion import statistics, track
+from bench_dfusion.consistent import Samples, references_and_bases
+from bench_dfusion.evaluation import seed_of
+from bench_dfusion.fusion.builder import DFusion, DFusionConfig
+from bench_dfusion.fusion.masks import ItemTokens
+from bench_dfusion.micro import oracle
+from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.policy import Policy
+from bench_dfusion.progress import bar
+from bench_dfusion.track import Track
+from bench_dfusion.trainer import make_policy
+
+
+class RandomMask(DFusion):
+    """The control whose mask has the same area in random places."""
+
+    def mask(self, maps: Tensor, tokens: ItemTokens) -> Tensor:
+        mask = super().mask(maps, tokens)
+        g = torch.Generator().manual_seed(0)
+        return torch.stack([row[torch.randperm(len(row), generator=g)] for row in mask])
+
+
+@dataclass
+class Setting:
+    policy: Policy
+    drawn: Samples
+    references: Tensor
+    bases: Tensor
+    others: Tensor  # a reference of another prompt for each base
+    bad: Tensor  # another base of the same prompt for each base
+
+    def scores(self, images: Tensor) -> np.ndarray:
+        prompts = [self.drawn.prompts[i] for i in self.bases.tolist()]
+        return np.array([oracle.judge(i, p).graded for i, p in zip(images.numpy(), prompts, strict=True)])
+
+    def by_prompt(self, values: np.ndarray) -> np.ndarray:
+        names = np.array([self.drawn.prompts[i] for i in self.bases.tolist()])
+        return np.array([values[names == n].mean() for n in dict.fromkeys(names)])
+
+
+def distance(a: Tensor, b: Tensor) -> np.ndarray:
+    """Root mean square pixel distance of each pair, in 8-bit levels."""
+    return ((a.float() - b.float()) ** 2).flatten(1).mean(1).sqrt().numpy()
+
+
+def prepare(policy: Policy, prompts: list[str], samples: int) -> Setting:
+    each = [p for p in prompts for _ in range(samples)]
+    seeds = torch.tensor([seed_of("fusion", p, i) for p in prompts for i in range(samples)])
+    with bar("draw", len(each)) as progress:
+        trajectory = policy.sample(each, seeds, progress.advance)
+    images = policy.decode(trajectory.final)
+    graded = [oracle.judge(i, p).graded for i, p in zip(images.numpy(), each, strict=True)]
+    drawn = Samples(trajectory, images, torch.tensor(graded))
+    references, bases = references_and_bases(drawn)
+    others = references.roll(samples // 2)
+    half = samples // 2
+    bad = bases.view(-1, half).roll(half // 2, 1).reshape(-1)
+    return Setting(policy, drawn, references, bases, others, bad)
+
+
+def measure(setting: Setting, config: DFusionConfig) -> dict[str, object]:
+    policy, drawn, bases = setting.policy, setting.drawn, setting.bases
+    base_images, reference_images = drawn.images[bases], drawn.images[setting.references]
+    base = drawn.rewards[bases].numpy().astype(float)
+    reference = drawn.rewards[setting.references].numpy().astype(float)
+    runs: dict[str, tuple[Callable[..., DFusion], Tensor]] = {
+        "target": (DFusion, setting.references),
+        "other prompt": (DFusion, setting.others),
+        "bad sample": (DFusion, setting.bad),
+        "random mask": (RandomMask, setting.references),
+    }
+    result: dict[str, object] = {
+        "config": config.model_dump(mode="json", exclude_defaults=True),
+        "base": base.mean(),
+        "reference": reference.mean(),
+        "reference distance": float(distance(reference_images, base_images).mean()),
+    }
+    gains = {}
+    for name, (cls, references) in runs.items():
+        trajectory, masks = cls(config).targets(policy, drawn.trajectory, references, bases)
+        images = policy.decode(trajectory.final)
+        score = setting.scores(images)
+        gains[name] = setting.by_prompt(score - base)
+        interval = statistics.mean_interval(gains[name])
+        result[name] = {
+            "gain": interval.mean,
+            "gain low": interval.low,
+            "gain high": interval.high,
+            "wins": float((score > base).mean()),
+            "losses": float((score < base).mean()),
+            "distance": float(distance(images, base_images).mean()),
+        }
+        if name == "target":
+            result["mask area"] = float(masks.mean())
+        else:
+            over = statistics.mean_interval(gains["target"] - gains[name])
+            result[name] |= {"over": over.mean, "over low": over.low, "over high": over.high}  # type: ignore[operator]
+    gap = reference.mean() - base.mean()
+    result["gap closed"] = result["target"]["gain"] / gap  # type: ignore[index]
+    return result
+
+
+def line(r: dict) -> str:
+    t = r["target"]
+    others = "  ".join(
+        f"{n}: {r[n]['gain']:+.3f} d {r[n]['distance']:.1f} [{r[n]['over low']:+.3f}, {r[n]['over high']:+.3f}]"
+        for n in ("other prompt", "bad sample", "random mask")
+    )
+    return (
+        f"{json.dumps(r['config'])}: base {r['base']:.3f} ref {r['reference']:.3f} gain {t['gain']:+.3f} closed {r['gap closed']:.2f} "
+        f"wins−losses {t['wins'] - t['losses']:+.2f} distance {t['distance']:.1f} of {r['reference distance']:.1f} area {r['mask area']:.2f} | {others}"
+    )
+
+
+def designs(layers: list[str]) -> list[DFusionConfig]:
+    """Layers, thresholds and steps around the family's default."""
+    half, third = tuple(layers[len(layers) // 2 :]), tuple(layers[-2:])
+    result = []
+    for chosen in (tuple(layers), half, third):
+        for threshold in ("otsu", "mean+0.5", "max*0.5"):
+            for steps in ((0.0, 1.0), (0.1, 1.0), (0.25, 1.0)):
+                result.append(DFusionConfig(layers=chosen, threshold=threshold, steps=steps))
+    return result
+
+
+def draw_tradeoff(results: list[dict], path: Path) -> None:
+    import altair as alt
+    import pandas as pd
+
+    rows = []
+    for i, r in enumerate(results):
+        for name in ("target", "other prompt", "bad sample", "random mask"):
+            v = r[name]
+            rows.append(
+                {
+                    "design": i,
+                    "reference used": name.replace("target", "own (target)"),
+                    "distance": v["distance"] / r["reference distance"],
+                    "gain": v["gain"] / (r["reference"] - r["base"]),
+                }
+            )
+    frame = pd.DataFrame(rows)
+    chart = (
+        alt.Chart(frame, title="What fusion gains, against how far the target moves from its base")
+        .mark_point(filled=True, size=50)
+        .encode(
+            x=alt.X("distance", title="pixel distance target–base, share of reference–base"),
+            y=alt.Y("gain", title="share of the graded gap closed"),
+            color=alt.Color("reference used", title="reference"),
+            shape="reference used",
+        )
+        .properties(width=520, height=320)
+    )
+    goal = alt.Chart(pd.DataFrame({"distance": [0.5], "gain": [0.3]}))
+    chart = (
+        chart
+        + goal.mark_rule(strokeDash=[4, 4]).encode(x="distance")
+        + goal.mark_rule(strokeDash=[4, 4]).encode(y="gain")
+    )
+    chart.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", help="pipeline directory (default: the embedded one)")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--config", action="append", help="JSON of DFusionConfig fields instead of the grid")
+    args = parser.parse_args()
+    content = track.read("micro")
+    if args.model:
+        content["model"] = {**content["model"], "id": args.model, "sha256": None}
+    for key in ("guidance", "steps"):
+        if getattr(args, key):
+            content["sampler"][key] = getattr(args, key)
+    settings = Track.model_validate(content)
+    adapter, _ = load_adapter(settings.model)
+    policy = make_policy(settings, adapter, 0, torch.device("cpu"))
+    setting = prepare(policy, list(settings.prompts.validation), args.samples)
+    full = [oracle.judge(i, p).full for i, p in zip(setting.drawn.images.numpy(), setting.drawn.prompts, strict=True)]
+    templates = [
+        p.split()[0]
+        if p.split()[0] != "a"
+        else ("single", "attributes", "relation")[(len(p.split()) > 3) + (len(p.split()) > 3 and "and" not in p)]
+        for p in setting.drawn.prompts
+    ]
+    for t in dict.fromkeys("count" if t in ("two", "three", "four") else t for t in templates):
+        own = [
+            f
+            for f, u in zip(full, templates, strict=True)
+            if u == t or (t == "count" and u in ("two", "three", "four"))
+        ]
+        print(f"base, {t}: full {np.mean(own):.3f} of {len(own)}")
+    print(f"base: full {np.mean(full):.3f}, graded {setting.drawn.rewards.mean():.3f}")
+    grid = (
+        [DFusionConfig(**json.loads(c)) for c in args.config]
+        if args.config
+        else designs(list(adapter.attentions("self")))
+    )
+    results = []
+    with bar("designs", len(grid)) as progress:
+        for config in grid:
+            results.append(measure(setting, config))
+            print(line(results[-1]), flush=True)
+            progress.advance()
+    args.out.write_text(json.dumps(results, indent=1))
+    draw_tradeoff(results, args.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
