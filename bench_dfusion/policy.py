@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from bench_dfusion import samplers
+from bench_dfusion import files, samplers
 from bench_dfusion.models.base import Adapter, Conditioning, guided
 from bench_dfusion.samplers import Schedule
 
@@ -53,7 +53,9 @@ class Trajectory:
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         return Trajectory(
-            *(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Trajectory)[:3]),
+            torch.cat([p.latents for p in parts]),
+            torch.cat([p.log_probs for p in parts]),
+            torch.cat([p.seeds for p in parts]),
             [prompt for p in parts for prompt in p.prompts],
         )
 
@@ -199,9 +201,7 @@ class Policy:
         folder.mkdir(parents=True, exist_ok=True)
         self.adapter.save_lora(folder, self.state())
         peft_folder = folder / "peft"
-        self.lora_config.save_pretrained(peft_folder)
-        from bench_dfusion import files
-
+        self.lora_config.save_pretrained(str(peft_folder))
         files.save_tensors(
             peft_folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in self.state().items()}
         )

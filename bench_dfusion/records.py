@@ -96,7 +96,7 @@ class Provenance(Part):
 class Record(Part):
     """One cell's result."""
 
-    schema_version: Literal[1] = Field(SCHEMA, description="version of this schema")
+    schema_version: Literal[1] = Field(1, description="version of this schema")
     status: Literal["finished", "failed"] = Field(
         description="failed: reward collapsed or turned non-finite; ranks as a miss"
     )

@@ -207,7 +207,7 @@ class Run:
             )
 
     def _save(self) -> None:
-        tensors = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
+        tensors: dict[str, Tensor] = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
         tensors |= files.optimizer_tensors(self.optimizer)
         tensors |= {f"algorithm.{k}": v for k, v in self.algorithm.state().items()}
         files.save_tensors(self.checkpoint, tensors, {"cell": self.cell.hash, "progress": vars(self.progress)})
@@ -232,7 +232,8 @@ class Run:
     def finish(self) -> Record:
         """Evaluate (unless the run failed), write LoRA, pictures and record."""
         track, policy, cell = self.cell.track, self.policy, self.cell
-        verdicts, drift = [], None
+        verdicts: list[records.Verdict] = []
+        drift = None
         if self.failure is None:
             before = policy.network_evaluations
             with self.progress.phase("evaluate"):
