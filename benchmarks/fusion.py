@@ -25,7 +25,7 @@ from bench_dfusion.consistent import Samples, references_and_bases
 from bench_dfusion.evaluation import seed_of
 from bench_dfusion.fusion.builder import DFusion, DFusionConfig
 from bench_dfusion.fusion.masks import ItemTokens
-from bench_dfusion.micro import oracle
+from bench_dfusion.micro import oracle, scenes
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
@@ -122,27 +122,40 @@ def measure(setting: Setting, config: DFusionConfig) -> dict[str, object]:
     return result
 
 
-def line(r: dict) -> str:
-    t = r["target"]
-    others = "  ".join(
-        f"{n}: {r[n]['gain']:+.3f} d {r[n]['distance']:.1f} [{r[n]['over low']:+.3f}, {r[n]['over high']:+.3f}]"
-        for n in ("other prompt", "bad sample", "random mask")
-    )
-    return (
-        f"{json.dumps(r['config'])}: base {r['base']:.3f} ref {r['reference']:.3f} gain {t['gain']:+.3f} closed {r['gap closed']:.2f} "
-        f"wins−losses {t['wins'] - t['losses']:+.2f} distance {t['distance']:.1f} of {r['reference distance']:.1f} area {r['mask area']:.2f} | {others}"
-    )
+CONTROLS = ("other prompt", "bad sample", "random mask")
+COLUMNS = (
+    "| layers | threshold | steps | gap closed | wins − losses | distance, share of ref.–base "
+    "| gain over: other prompt | bad sample | random mask |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table_line(r: dict) -> str:
+    """A design as a row of a Markdown table; gains over controls with 95 % intervals over prompts, and their distances."""
+    t, c, scale = r["target"], r["config"], r["reference distance"]
+    over = [
+        f"{r[n]['over']:+.3f} [{r[n]['over low']:+.3f}, {r[n]['over high']:+.3f}] at {r[n]['distance'] / scale:.2f}"
+        for n in CONTROLS
+    ]
+    layers = c["layers"]
+    cells = [
+        f"{len(layers)} ({layers[0].split('.')[1]}–{layers[-1].split('.')[1]})",
+        str(c.get("threshold", "otsu")),
+        "{:g}–{:g}".format(*c.get("steps", DFusionConfig().steps)),
+        f"{r['gap closed']:.2f}",
+        f"{t['wins'] - t['losses']:+.2f}",
+        f"{t['distance'] / scale:.2f}",
+        *over,
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def designs(layers: list[str]) -> list[DFusionConfig]:
     """Layers, thresholds and steps around the family's default."""
-    half, third = tuple(layers[len(layers) // 2 :]), tuple(layers[-2:])
-    result = []
-    for chosen in (tuple(layers), half, third):
-        for threshold in ("otsu", "mean+0.5", "max*0.5"):
-            for steps in ((0.0, 1.0), (0.1, 1.0), (0.25, 1.0)):
-                result.append(DFusionConfig(layers=chosen, threshold=threshold, steps=steps))
-    return result
+    everything, most, half = tuple(layers), tuple(layers[len(layers) // 3 :]), tuple(layers[len(layers) // 2 :])
+    chosen = [(everything, rule, (0.0, 1.0)) for rule in ("otsu", "mean+1", "max*0.5", "max*0.25")]
+    chosen += [(everything, "otsu", (0.125, 1.0)), (everything, "otsu", (0.25, 1.0)), (everything, "otsu", (0.0, 0.5))]
+    chosen += [(most, "otsu", (0.0, 1.0)), (half, "otsu", (0.0, 1.0))]
+    return [DFusionConfig(layers=of, threshold=rule, steps=steps) for of, rule, steps in chosen]
 
 
 def draw_tradeoff(results: list[dict], path: Path) -> None:
@@ -151,7 +164,7 @@ def draw_tradeoff(results: list[dict], path: Path) -> None:
 
     rows = []
     for i, r in enumerate(results):
-        for name in ("target", "other prompt", "bad sample", "random mask"):
+        for name in ("target", *CONTROLS):
             v = r[name]
             rows.append(
                 {
@@ -201,31 +214,23 @@ def main() -> None:
     adapter, _ = load_adapter(settings.model)
     policy = make_policy(settings, adapter, 0, torch.device("cpu"))
     setting = prepare(policy, list(settings.prompts.validation), args.samples)
-    full = [oracle.judge(i, p).full for i, p in zip(setting.drawn.images.numpy(), setting.drawn.prompts, strict=True)]
-    templates = [
-        p.split()[0]
-        if p.split()[0] != "a"
-        else ("single", "attributes", "relation")[(len(p.split()) > 3) + (len(p.split()) > 3 and "and" not in p)]
-        for p in setting.drawn.prompts
-    ]
-    for t in dict.fromkeys("count" if t in ("two", "three", "four") else t for t in templates):
-        own = [
-            f
-            for f, u in zip(full, templates, strict=True)
-            if u == t or (t == "count" and u in ("two", "three", "four"))
-        ]
-        print(f"base, {t}: full {np.mean(own):.3f} of {len(own)}")
-    print(f"base: full {np.mean(full):.3f}, graded {setting.drawn.rewards.mean():.3f}")
+    verdicts = [oracle.judge(i, p) for i, p in zip(setting.drawn.images.numpy(), setting.drawn.prompts, strict=True)]
+    templates = [scenes.parse(p).template for p in setting.drawn.prompts]
+    for t in scenes.TEMPLATES:
+        own = [v for v, u in zip(verdicts, templates, strict=True) if u == t]
+        print(f"base, {t}: full {np.mean([v.full for v in own]):.3f}, graded {np.mean([v.graded for v in own]):.3f}")
+    print(f"base: full {np.mean([v.full for v in verdicts]):.3f}, graded {np.mean([v.graded for v in verdicts]):.3f}")
     grid = (
         [DFusionConfig(**json.loads(c)) for c in args.config]
         if args.config
         else designs(list(adapter.attentions("self")))
     )
     results = []
+    print(COLUMNS)
     with bar("designs", len(grid)) as progress:
         for config in grid:
             results.append(measure(setting, config))
-            print(line(results[-1]), flush=True)
+            print(table_line(results[-1]), flush=True)
             progress.advance()
     args.out.write_text(json.dumps(results, indent=1))
     draw_tradeoff(results, args.out.with_suffix(".svg"))
