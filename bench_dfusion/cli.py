@@ -35,7 +35,9 @@ def run(
     algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")],
     reward: Annotated[str, typer.Option(help="Training reward (bench-dfusion list rewards).")],
     builder: Annotated[str, typer.Option(help="Builder of the consistent samples.")] = "dfusion",
-    track: Annotated[str, typer.Option(help="Track name or TOML file.")] = "micro",
+    track: Annotated[
+        str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Training seed (default 0).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Run seeds 0 to this minus 1.")] = None,
     model: Annotated[
@@ -163,9 +165,7 @@ def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
     if kind == "tracks":
         from bench_dfusion import track as tracks
 
-        content = tracks.validate(tracks.Track, tracks.read(name), "track")
-        out.print(f"{content.id}  hash {content.hash}")
-        out.print_json(json.dumps(content.model_dump(mode="json")))
+        out.print_json(json.dumps(tracks.read(name)))
         return
     fields = getattr(getattr(value, "Config", None), "model_fields", {})
     if fields:

@@ -57,7 +57,7 @@ class Cell:
 
 def resolve(
     *,
-    track_source: str = "micro",
+    track_source: str | None = None,
     algo: str,
     builder: str = "dfusion",
     reward: str,
@@ -68,6 +68,7 @@ def resolve(
     config: Path | None = None,
 ) -> Cell:
     """Resolve what the command line gives into a cell. Raises UsageError, in one line, on anything wrong."""
+    track_source = track_source or ("micro" if model is None else "paper")
     names = {"algo": algo, "builder": builder, "reward": reward}
     classes = {section: registry.load(SECTIONS[section], name) for section, name in names.items()}
     content = track.read(track_source)
@@ -90,14 +91,10 @@ def resolve(
         changes = _merge(changes, {"model": {"id": model, "sha256": None, "revision": None}})
     if prompts is not None:
         given["prompts"] = str(prompts)
-        own, _ = track.read_prompts(prompts)
-        held = set(own) & set(content.get("prompts", {}).get("heldout", []))
-        if held:
-            raise UsageError(
-                f"{prompts}: {sorted(held)[0]!r} is a held-out prompt of {track_source}, never to be trained on"
-            )
-        validation = [p for p in content.get("prompts", {}).get("validation", []) if p not in own]
-        changes = _merge(changes, {"prompts": {"train": own, "validation": validation}})
+        changes = _merge(changes, {"prompts": _own_prompts(prompts, content.get("prompts", {}), track_source)})
+    for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
+        if part not in content and part not in changes:
+            raise UsageError(f"track {track_source} leaves the {part} to you: give {option}")
     if changes:
         # A changed track is another track: its records never mix with the published one's.
         content = _merge(content, changes)
@@ -123,6 +120,21 @@ def resolve(
         given,
         sources,
     )
+
+
+def _own_prompts(path: Path, track_prompts: dict[str, Any], name: str) -> dict[str, Any]:
+    """The user's training prompts; on a track without held-out prompts every fourth of them is held out."""
+    own, _ = track.read_prompts(path)
+    held = track_prompts.get("heldout")
+    if held is None:
+        own = list(dict.fromkeys(own))
+        if len(own) < 8:
+            raise UsageError(f"{path} holds {len(own)} prompts; every fourth is held out, so give at least 8")
+        return {"train": [p for i, p in enumerate(own) if i % 4 != 3], "heldout": own[3::4]}
+    both = set(own) & set(held)
+    if both:
+        raise UsageError(f"{path}: {sorted(both)[0]!r} is a held-out prompt of {name}, never to be trained on")
+    return {"train": own, "validation": [p for p in track_prompts.get("validation", []) if p not in own]}
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

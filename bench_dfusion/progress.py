@@ -23,7 +23,7 @@ class Bar:
         self.start = self.printed = time.monotonic()
         self.progress = progress
         if progress is not None:
-            self.task = progress.add_task(label, total=total, completed=done, note="")
+            self.task = progress.add_task(label, total=total, completed=int(done), note="")
 
     def advance(self, n: float = 1.0, note: str = "") -> None:
         self.done += n

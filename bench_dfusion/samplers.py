@@ -39,8 +39,8 @@ class Schedule:
         return self.std > MIN_STD
 
     def to(self, device: torch.device) -> Schedule:
-        moved = (x.to(device) for x in (self.timesteps, self.alpha_t, self.alpha_s, self.std))
-        return Schedule(*moved, prediction_type=self.prediction_type)
+        t, a_t, a_s, std = (x.to(device) for x in (self.timesteps, self.alpha_t, self.alpha_s, self.std))
+        return Schedule(t, a_t, a_s, std, self.prediction_type)
 
 
 def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:

@@ -74,9 +74,7 @@ class FakeAdapter(Adapter):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = Network(shape[0], scale)
-        super().__init__(
-            SimpleNamespace(net=network, scheduler=scheduler, tokenizer=None, components={"net": network})
-        )
+        super().__init__(SimpleNamespace(net=network, scheduler=scheduler, tokenizer=None, components={"net": network}))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -75,7 +75,9 @@ def test_where_the_spacing_does_not_divide_the_next_timestep_is_the_schedules(pr
 
 def test_a_schedule_and_a_step_by_hand():
     # Two timesteps with cumulative alphas .64 and .25; T = 2 goes 1 -> 0 -> 0.
-    schedule = ddim_schedule(ddim(num_train_timesteps=2, trained_betas=[0.36, 0.609375], prediction_type="epsilon"), 2, 1)
+    schedule = ddim_schedule(
+        ddim(num_train_timesteps=2, trained_betas=[0.36, 0.609375], prediction_type="epsilon"), 2, 1
+    )
     assert schedule.timesteps.tolist() == [1, 0]
     torch.testing.assert_close(schedule.alpha_t, torch.tensor([0.25, 0.64]))
     torch.testing.assert_close(schedule.alpha_s, torch.tensor([0.64, 0.64]))
@@ -138,7 +140,7 @@ def test_samplers_that_are_no_policy_are_refused_with_the_reason(scheduler, eta,
 # --- densities
 
 
-@given(st.floats(0.01, 3), st.floats(0.01, 3), st.integers(0, 2**32))
+@given(st.floats(0.01, 3), st.floats(0.01, 3), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_log_prob_and_kl_are_those_of_torch_averaged_over_the_latent(std_a, std_b, seed):
     x, mean, other = noise(3, 2, 3, 4, 4, seed=seed)
@@ -195,7 +197,8 @@ def test_both_predictions_say_the_same():
 # --- noise
 
 
-@given(st.lists(st.integers(0, 2**62), min_size=1, max_size=8), st.data())
+# torch's CPU generator uses the low 32 bits of a seed: beyond them, two seeds may share their noise.
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=8), st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_samples_noise_depends_on_its_own_seed_alone(seeds, data):
     everyone = samplers.sample_noise(torch.tensor(seeds), 2, (1, 2, 2))

@@ -97,7 +97,7 @@ class Taps:
 
             return hook
 
-        cross = self.adapter.attentions("cross")
+        cross: dict[str, Any] = dict(self.adapter.attentions("cross"))
         originals = {name: module.processor for name, module in cross.items()}
         handles = []
         try:

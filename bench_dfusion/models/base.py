@@ -36,7 +36,7 @@ class Adapter(ABC):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """[C, H, W] of one latent at the model's own resolution."""
-        config = self.network.config
+        config: Any = self.network.config
         return (config.in_channels, config.sample_size, config.sample_size)
 
     def text(self, prompt: str) -> str:
