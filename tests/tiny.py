@@ -1,0 +1,120 @@
+"""Tiny random-weight pipelines of the real diffusers classes, saved and loaded back like a user's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from clip_bpe import clip_tokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from fakes import shake
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from bench_dfusion.micro import pretrain
+from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.policy import Policy
+from bench_dfusion.track import ModelSection
+
+
+def tiny_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Stable Diffusion in small: cross-attention at 16² and 8², in the encoder, the middle and the decoder."""
+    with _seeded():
+        tokenizer = clip_tokenizer()
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=(2, 4),  # the number of heads, in spite of its name
+            norm_num_groups=8,
+        )
+        _sharpen(unet)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type=prediction_type,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_pixart(folder: Path) -> Path:
+    """The embedded model's classes with 3 blocks of 2 heads × 8."""
+    with _seeded():
+        tokenizer = pretrain.make_tokenizer()
+        text = pretrain.make_text_encoder(tokenizer)
+        denoiser = pretrain.make_denoiser(layers=3, heads=2, head=8)
+        _sharpen(denoiser)
+        for block in denoiser.transformer_blocks:
+            block.scale_shift_table.data[[2, 5]] += 1  # the gates of attention and MLP start near 0
+        vae = pretrain.make_autoencoder()
+    PixArtSigmaPipeline(tokenizer, text, vae, denoiser, pretrain.make_scheduler()).save_pretrained(folder)
+    return folder
+
+
+def policy_of(folder: Path, lora: float = 0.1, **options: Any) -> Policy:
+    """The policy of a saved pipeline, its LoRA moved off zero by `lora`; `options` are the Policy's."""
+    adapter, _ = load_adapter(ModelSection(id=str(folder)))
+    policy = Policy(adapter, **{"steps": 4, **options})
+    if lora:
+        shake(policy, lora)
+    return policy
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _sharpen(network: nn.Module) -> None:
+    """Attention of fresh weights is all but uniform and adds little: give it contrast and weight."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            for layer, factor in ((module.to_q, 3), (module.to_k, 3), (module.to_v, 2), (module.to_out[0], 2)):
+                layer.weight.data.mul_(factor)
