@@ -91,6 +91,7 @@ def tiny_pixart(folder: Path) -> Path:
         _sharpen(denoiser)
         for block in denoiser.transformer_blocks:
             block.scale_shift_table.data[[2, 5]] += 1  # the gates of attention and MLP start near 0
+            block.attn2.to_k.weight.data.mul_(5)  # no norm stands before this attention
         vae = pretrain.make_autoencoder()
     PixArtSigmaPipeline(tokenizer, text, vae, denoiser, pretrain.make_scheduler()).save_pretrained(folder)
     return folder
