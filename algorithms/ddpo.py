@@ -105,5 +105,5 @@ class DDPO(Algorithm):
 
 def ddpo_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The loss of each sample and step [B] (Black et al. 2023, §4.3, clipped as in PPO)."""
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-20, 20).exp()  # an infinite ratio would turn the clipped side's zero gradient into nan
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))

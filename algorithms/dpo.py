@@ -6,6 +6,7 @@ loss = -log sigmoid(beta [log clamp(e^{r_w}, 1 - eps, 1 + eps) - log clamp(e^{r_
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -78,6 +79,7 @@ class DPO(Algorithm):
 
 def dpo_terms(ratio_w: Tensor, ratio_l: Tensor, beta: float, clamp: float) -> Tensor:
     """The loss of each pair and step [B] from its log-ratios r_w, r_l [B] (D3PO eq. 12; clamp as in its code)."""
-    if clamp:
-        ratio_w, ratio_l = ((r.exp().clamp(1 - clamp, 1 + clamp)).log() for r in (ratio_w, ratio_l))
+    if clamp:  # log clamp(e^r, 1 - c, 1 + c), in logs so that no ratio overflows
+        low, high = math.log1p(-clamp), math.log1p(clamp)
+        ratio_w, ratio_l = ratio_w.clamp(low, high), ratio_l.clamp(low, high)
     return -F.logsigmoid(beta * (ratio_w - ratio_l))

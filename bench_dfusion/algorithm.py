@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from bench_dfusion.consistent import ConsistentSamples
@@ -24,10 +24,19 @@ class Loss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+def _share(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1] <= 1:
+        raise ValueError(f"a share is [from, to) with 0 <= from < to <= 1, not {list(value)}")
+    return value
+
+
+Share = Annotated[tuple[float, float], AfterValidator(_share)]
+
+
 class AlgorithmConfig(BaseModel):
     """Options of every algorithm: the optimiser's, which the loop reads."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate (1; D-Fusion on SD 2.1: 1e-4)")
     updates: int = Field(2, ge=1, description="optimiser steps in one pass over a round's rows (count)")
@@ -44,7 +53,7 @@ class StepwiseConfig(AlgorithmConfig):
         description="weight of a step's loss: 1, or sigma_t scaled to mean 1 (late steps have gradients 1/sigma "
         "larger and little signal: method.md §6)",
     )
-    window: tuple[float, float] = Field(
+    window: Share = Field(
         (0.0, 1.0), description="share of the steps trained on, [from, to) in sampling order, 0 the noisiest"
     )
 
@@ -125,8 +134,10 @@ def step_log_prob(policy: Policy, samples: ConsistentSamples, rows: Tensor, step
 @torch.no_grad()
 def all_log_probs(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
     """`step_log_prob` over many rows without gradients, in the policy's batches: [R] on the CPU."""
+    if not len(rows):
+        return torch.zeros(0)
     parts = [
         step_log_prob(policy, samples, r, s).cpu()
         for r, s in zip(rows.split(policy.batch), steps.split(policy.batch), strict=True)
     ]
-    return torch.cat(parts) if parts else torch.zeros(0)
+    return torch.cat(parts)

@@ -247,7 +247,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)  # typer.Exit comes back as its status
     except UsageError as error:
         print(f"bench-dfusion: {error}", file=sys.stderr)
         sys.exit(2)
@@ -261,15 +261,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
+    except typer.Abort:
+        sys.exit(130)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.exceptions.ClickException):
-            print(f"bench-dfusion: {error.format_message()}", file=sys.stderr)
-            sys.exit(2)
-        if isinstance(error, click.exceptions.Exit):
-            sys.exit(error.exit_code)
-        raise
+        # typer brings its own copy of click, whose exceptions it does not export: known by their method.
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"bench-dfusion: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

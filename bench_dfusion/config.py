@@ -88,10 +88,10 @@ def resolve(
     changes = _merge(file_options.get("track", {}), set_options.get("track", {}))
     if model is not None:
         given["model"] = model
-        changes = _merge(changes, {"model": {"id": model, "sha256": None, "revision": None}})
+        changes = _merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
     if prompts is not None:
         given["prompts"] = str(prompts)
-        changes = _merge(changes, {"prompts": _own_prompts(prompts, content.get("prompts", {}), track_source)})
+        changes = _merge({"prompts": _own_prompts(prompts, content.get("prompts", {}), track_source)}, changes)
     for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
         if part not in content and part not in changes:
             raise UsageError(f"track {track_source} leaves the {part} to you: give {option}")

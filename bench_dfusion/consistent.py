@@ -65,7 +65,7 @@ class ConsistentSamples:
 class BuilderConfig(BaseModel):
     """Options every builder has."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Builder(ABC):

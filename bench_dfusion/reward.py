@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class RewardConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Reward(ABC):

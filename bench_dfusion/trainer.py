@@ -24,7 +24,7 @@ from bench_dfusion.models.loading import dtype, load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round
-from bench_dfusion.registry import UsageError
+from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import Reward
 from bench_dfusion.track import Track
 
@@ -64,10 +64,16 @@ def run_cell(cell: Cell, out: Path, device: str | None = None) -> Record:
     record_path = folder / "record.json"
     if record_path.exists():
         return records.read(record_path)
+    try:
+        run = Run(cell, folder, device)
+    except PluginError:
+        raise
+    except ValueError as error:  # a model, builder, reward or prompt that does not fit
+        raise UsageError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         files.write_json(folder / "cell.json", {"given": cell.given, "resolved": cell.resolved, "hash": cell.hash})
-        run = Run(cell, folder, device)
+        run.restore()
         run.train()
         return run.finish()
 
@@ -105,8 +111,6 @@ class Run:
         self.progress = Progress()
         self.failure: str | None = None
         self.checkpoint = folder / "checkpoint.safetensors"
-        if self.checkpoint.exists():
-            self._restore()
 
     def train(self) -> None:
         """Rounds up to the budget, a checkpoint after each."""
@@ -212,7 +216,10 @@ class Run:
         tensors |= {f"algorithm.{k}": v for k, v in self.algorithm.state().items()}
         files.save_tensors(self.checkpoint, tensors, {"cell": self.cell.hash, "progress": vars(self.progress)})
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one. Raises UsageError where it is damaged or another cell's."""
+        if not self.checkpoint.exists():
+            return
         try:
             tensors, meta = files.load_tensors(self.checkpoint)
         except Exception as error:

@@ -92,27 +92,30 @@ class PlainDFusion:
             if isinstance(module, Attention):
                 self.attention[name] = PlainAttention()
                 module.set_processor(self.attention[name])
+        self._texts: dict[str, dict[str, Tensor]] = {}
         self._plain: dict[tuple[int, int], Tensor] = {}
         self._references: dict[tuple[int, int], Reference] = {}
 
     # one forward
 
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        """What the network is told of a prompt; PixArt is told which tokens are padding."""
+        if prompt not in self._texts:
+            length = self.pipe.tokenizer.model_max_length
+            tokens = self.pipe.tokenizer([prompt], padding="max_length", max_length=length, return_tensors="pt")
+            if "unet" in self.pipe.components:
+                self._texts[prompt] = {"encoder_hidden_states": self.encoder(tokens.input_ids)[0]}
+            else:
+                states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+                mask = tokens.attention_mask
+                self._texts[prompt] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        return self._texts[prompt]
+
     def output(self, x: Tensor, t: int, prompt: str) -> Tensor:
-        pixart = "transformer" in self.pipe.components
-        tokens = self.pipe.tokenizer(
-            [prompt], padding="max_length", max_length=self.pipe.tokenizer.model_max_length, return_tensors="pt"
-        )
-        if not pixart:
-            states = self.encoder(tokens.input_ids)[0]
-            return self.network(x[None], torch.tensor([t]), encoder_hidden_states=states).sample[0]
-        states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return self.network(
-            x[None],
-            encoder_hidden_states=states,
-            encoder_attention_mask=tokens.attention_mask,
-            timestep=torch.tensor([t]),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample[0]
+        text: dict[str, Any] = {**self.text(prompt)}
+        if "unet" not in self.pipe.components:
+            text["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        return self.network(x[None], timestep=torch.tensor([t]), **text).sample[0]
 
     @torch.no_grad()
     def mean(

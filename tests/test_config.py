@@ -168,7 +168,6 @@ def test_a_negative_seed_is_refused(toy: str) -> None:
     assert "-1" in refusal(toy, seed=-1)
 
 
-@pytest.mark.xfail(strict=True, reason="inf passes gt=0 and then breaks cell.json", raises=pytest.fail.Exception)
 @pytest.mark.parametrize("setting", ["algo.beta=Infinity", "track.sampler.guidance=Infinity"])
 def test_infinite_values_are_refused(toy: str, setting: str) -> None:
     refusal(toy, settings=[setting])
@@ -242,7 +241,6 @@ def test_held_out_prompts_are_never_trained_on(toy: str, tmp_path: Path) -> None
     assert "'a cow'" in refusal(toy, prompts=prompts(tmp_path, "a cow"), settings=changed)
 
 
-@pytest.mark.xfail(strict=True, reason="--prompts overwrites --set track.prompts.validation", raises=AssertionError)
 def test_own_prompts_leave_a_validation_set_that_was_given(toy: str, tmp_path: Path) -> None:
     found = cell(toy, prompts=prompts(tmp_path, "a lion"), settings=["track.prompts.validation=[]"])
     assert found.track.prompts.validation == ()

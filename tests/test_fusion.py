@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from plain_fusion import PlainDFusion, Target
 from tiny import policy_of
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from bench_dfusion.fusion.masks import ItemTokens, item_mask, threshold
 from bench_dfusion.policy import Policy, Trajectory
 
 STEPS = 4
+TOLERANCE = 1e-4  # of the largest magnitude, for float32 (the worst seen is 2e-5, at guidance 5)
 # The pieces that the tokenizer makes of a prompt after the start token, and by hand the places of each item's pieces.
 SD_PROMPTS = {
     "a capybara and an axolotl": ("a cap y bara and an ax o lot l", [[2, 3, 4], [7, 8, 9, 10]]),
@@ -32,10 +34,10 @@ PIXART_PROMPTS = {
     "a red cat and a blue square": ("a red c a t and a blue square", [[3, 4, 5], [9]]),
     "three rings": ("three rings", [[2]]),
 }
-# Rows of two prompts' 4 samples each: references out of order, one for two bases and one for three. The last base
-# has a reference of the other prompt, as controls in benchmarks have.
-REFERENCES = torch.tensor([4, 0, 4, 0, 0])
-BASES = torch.tensor([6, 2, 7, 3, 5])
+# Rows of two prompts' 4 samples each: references out of order, each for two bases. Base 5 has a reference of the
+# other prompt, as controls in benchmarks have.
+REFERENCES = torch.tensor([4, 0, 4, 0])
+BASES = torch.tensor([6, 5, 7, 2])
 
 
 class Watched(DFusion):
@@ -94,11 +96,10 @@ def pixart(pixart_dir: Path) -> Case:
     return make_case(pixart_dir, 1.0, PIXART_PROMPTS)
 
 
-def close(ours: Tensor, plain: Tensor, tolerance: float) -> None:
-    """Within `tolerance` of the plain values' largest magnitude."""
+def close(ours: Tensor, plain: Tensor) -> None:
     assert ours.shape == plain.shape
-    error = (ours.double() - plain).abs().max() / plain.abs().max()
-    assert error < tolerance, f"relative error {error:.1e}"
+    error = (ours.double() - plain.double()).abs().max() / plain.abs().max()
+    assert error < TOLERANCE, f"relative error {error:.1e}"
 
 
 def own(case: Case, rows: Tensor) -> Trajectory:
@@ -112,12 +113,12 @@ def own(case: Case, rows: Tensor) -> Trajectory:
 @pytest.mark.parametrize(
     ("name", "options", "fused_steps"),
     [
-        ("sd", {"threshold": "otsu"}, range(0, 4)),
-        ("sd", {"threshold": 0.0}, range(0, 4)),
+        ("sd", {"threshold": "max*0.5"}, range(0, 4)),
         ("sd_v", {"threshold": "mean+1", "steps": (0.25, 0.75)}, range(1, 3)),
         ("pixart", {"threshold": "otsu"}, range(0, 4)),
+        ("pixart", {"threshold": 0.0}, range(0, 4)),
         ("pixart", {"threshold": "max*0.5", "layers": ("transformer_blocks.1.attn1",)}, range(0, 4)),
-        ("pixart", {"threshold": 0.1, "steps": (0.5, 1.0)}, range(2, 4)),
+        ("pixart", {"threshold": 0.12, "steps": (0.5, 1.0)}, range(2, 4)),
     ],
     ids=str,
 )
@@ -128,7 +129,7 @@ def test_targets_are_those_of_the_plain_version(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Float32 against float64: means and latents to 2e-5 of their largest, log-probs to 2e-4, masks exactly."""
+    """Float32 against float64: means and latents within TOLERANCE, log-probs to 2e-5, masks exactly."""
     case: Case = request.getfixturevalue(name)
     config = DFusionConfig(**options)
     builder = Watched(config)
@@ -153,43 +154,42 @@ def test_targets_are_those_of_the_plain_version(
         side = case.policy.adapter.latent_shape[-1]
         torch.testing.assert_close(masks[j], expected.mean(0).view(side, side))
     order = REFERENCES.argsort(stable=True)
-    close(torch.stack(means, 1), torch.stack([plain[j].means for j in order.tolist()]), 2e-5)
-    close(ours.latents, torch.stack([t.latents for t in plain]), 2e-5)
-    torch.testing.assert_close(ours.log_probs.double(), torch.stack([t.log_probs for t in plain]), atol=2e-4, rtol=0)
+    close(torch.stack(means, 1), torch.stack([plain[j].means for j in order.tolist()]))
+    close(ours.latents, torch.stack([t.latents for t in plain]))
+    torch.testing.assert_close(ours.log_probs.double(), torch.stack([t.log_probs for t in plain]), atol=2e-5, rtol=0)
     assert ours.prompts == [case.drawn.prompts[b] for b in BASES.tolist()]
     assert torch.equal(ours.seeds, case.drawn.seeds[BASES])
 
-    # The comparison means something: masks are partial, and fusion moves targets far more than the tolerance.
+    # The comparison means something: masks are partial, and fusion moves every target by 50 tolerances or more.
     if config.threshold != 0.0:
         assert 0.02 < masks.mean() < 0.98
     bases = case.drawn.latents[BASES]
     change = (ours.latents - bases).abs().flatten(2).amax(2) / bases.abs().max()
-    assert (change[:, : fused_steps[0] + 1] < 1e-5).all() and (change[:, fused_steps[0] + 1 :] > 5e-3).all()
+    assert (change[:, : fused_steps[0] + 1] < TOLERANCE).all() and (change[:, fused_steps[0] + 1 :] > 5e-3).all()
 
 
-@pytest.mark.parametrize("name", ["sd", "pixart"])
-@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize(("name", "batch"), [("sd", 3), ("pixart", 3), ("pixart", 1)])
 def test_an_uneven_split_of_the_work_gives_the_same_targets(
     name: str, batch: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By reference the five targets are 3 + 2: batches of 2 and of 4 cut through a reference's targets."""
+    """By reference the targets are 2 + 2: batches of 3 and of 1 cut through a reference's targets."""
     case: Case = request.getfixturevalue(name)
     whole, masks = DFusion(DFusionConfig()).targets(case.policy, case.drawn, REFERENCES, BASES)
     monkeypatch.setattr(case.policy, "batch", batch)
     builder = Watched(DFusionConfig())
     split, split_masks = builder.targets(case.policy, case.drawn, REFERENCES, BASES)
-    rows = {2: [1, 2, 1], 4: [2, 1]}[batch]  # references of each batch
+    rows = {3: [2, 1], 1: [1, 1, 1, 1]}[batch]  # references of each batch
     assert [len(m) for m in builder.masks] == [n for n in rows for _ in range(STEPS)]
     assert torch.equal(split_masks, masks)
-    close(split.latents, whole.latents.double(), 1e-5)
-    close(split.log_probs, whole.log_probs.double(), 1e-5)
+    close(split.latents, whole.latents)
+    close(split.log_probs, whole.log_probs)
     assert split.prompts == whole.prompts and torch.equal(split.seeds, whole.seeds)
 
 
 def test_a_reference_of_two_bases_goes_through_the_network_once_a_step(sd: Case) -> None:
     before = sd.policy.network_evaluations
     DFusion(DFusionConfig()).targets(sd.policy, sd.drawn, REFERENCES, BASES)
-    assert sd.policy.network_evaluations - before == (5 + 2) * STEPS * 2  # two branches
+    assert sd.policy.network_evaluations - before == (4 + 2) * STEPS * 2  # two branches
 
 
 def test_the_official_steps_are_all_but_the_two_noisiest_of_20(pixart: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_the_official_steps_are_all_but_the_two_noisiest_of_20(pixart: Case, mon
     target, _ = builder.targets(pixart.policy, drawn, torch.tensor([0]), torch.tensor([1]))
     assert len(builder.masks) == 18
     change = (target.latents[0] - drawn.latents[1]).abs().flatten(1).amax(1)
-    assert (change[:3] < 1e-5).all() and change[3] > 1e-2
+    assert (change[:3] < TOLERANCE).all() and change[3] > 1e-2
 
 
 # ---------------------------------------------------------------- limits of the mask
@@ -214,7 +214,7 @@ def test_an_empty_mask_leaves_the_bases_own_trajectory_bit_for_bit(name: str, re
     target, masks = DFusion(DFusionConfig(threshold=2.0)).targets(case.policy, case.drawn, references, rows)
     base = own(case, rows)
     assert torch.equal(target.latents, base.latents) and torch.equal(target.log_probs, base.log_probs)
-    close(target.latents, case.drawn.latents[rows].double(), 1e-5)
+    close(target.latents, case.drawn.latents[rows])
     assert not masks.any()
 
 
@@ -368,6 +368,16 @@ def test_maps_of_a_resolution_that_no_layer_has_are_an_error(sd: Case) -> None:
     builder = DFusion(DFusionConfig(map_side=5))
     with pytest.raises(ValueError, match="25 positions"):
         builder.targets(sd.policy, sd.drawn, REFERENCES[:1], BASES[:1])
+
+
+def test_a_transformer_of_larger_patches_has_maps(pixart_dir: Path, tmp_path: Path) -> None:
+    pipe = PixArtSigmaPipeline.from_pretrained(pixart_dir)
+    pipe.transformer = PixArtTransformer2DModel.from_config({**pipe.transformer.config, "patch_size": 2})
+    pipe.save_pretrained(tmp_path)
+    policy = policy_of(tmp_path, steps=2)
+    drawn = policy.sample(["three rings"] * 2, torch.arange(2))
+    _, masks = DFusion(DFusionConfig()).targets(policy, drawn, torch.tensor([0]), torch.tensor([1]))
+    assert masks.shape == (1, 4, 4)
 
 
 # ---------------------------------------------------------------- pairs

@@ -78,9 +78,9 @@ def test_a_run_leaves_record_lora_and_pictures_and_is_only_read_again(tmp_path: 
     assert judged["clip"].trained_on and not judged["oracle"].trained_on
     gains = np.array([t - b for b, t in judged["oracle"].per_prompt])
     assert judged["oracle"].gain.mean == pytest.approx(gains.mean())
-    # hand count of network evaluations: 6 rounds x 8 samples x 8 steps, 6 x 8 samples x 4 window steps trained on,
-    # 6 evaluation images x 8 steps x 2 policies, 3 images x 8 steps x 2 for the KL
-    assert record.cost.network_evaluations == 6 * 8 * 8 + 6 * 8 * 4 + 6 * 8 * 2 + 3 * 8 * 2
+    # by hand, 2 branches each: 6 rounds x 8 samples x (5 steps drawn + 2 in the window trained on),
+    # 6 evaluation images x 5 steps x 2 policies, 3 images x 5 steps x 2 policies for the KL
+    assert record.cost.network_evaluations == 2 * (6 * 8 * (5 + 2) + 6 * 5 * 2 + 3 * 5 * 2)
     stamp = (folder / "record.json").stat().st_mtime_ns
     again = command(*words, cwd=tmp_path)
     assert again.returncode == 0 and (folder / "record.json").stat().st_mtime_ns == stamp
@@ -96,7 +96,7 @@ def test_sigkill_in_every_phase_ends_with_the_same_record(tmp_path: Path) -> Non
     assert calm.returncode == 0, calm.stderr
     # dfusion: 4 rounds of 8 + 4 queries, two score calls each; die while sampling's score, while building's,
     # in the middle of an update, and while judging
-    env = {"DIE_HERE": str(tmp_path / "killed"), "DIE_AT": "score:2,score:5,loss:9,judge:1"}
+    env = {"DIE_HERE": str(tmp_path / "killed"), "DIE_AT": "score:2,score:5,loss:3,judge:1"}
     codes = []
     for _ in range(5):
         codes.append(command(*words, "--out", "killed/runs", cwd=tmp_path, env=env).returncode)
@@ -133,15 +133,16 @@ def test_seeds_give_a_table_and_the_leaderboard_reads_the_same_runs(tmp_path: Pa
 
 
 def test_prompts_config_and_set_reach_the_record(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("a red square\n\nthree blue circles\n")
+    (tmp_path / "mine.txt").write_text("a purple cross\n\na blue circle\n")
     (tmp_path / "options.toml").write_text("[algo]\nbeta = 3.0\nupdates = 1\n")
-    tiny = [w for w in TINY if "prompts.train" not in w]
+    tiny = [w for w in TINY if "prompts.train" not in w and "prompts.validation" not in w]
+    tiny += ["--set=track.prompts.validation=[]"]
     words = ("--prompts", "mine.txt", "--config", "options.toml", "--set", "algo.beta=4", *tiny)
     done = command("run", "--algo", "dpo", "--reward", "oracle", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder, record = only_record(tmp_path)
     assert record.resolved["algorithm"]["beta"] == 4 and record.resolved["algorithm"]["updates"] == 1
-    assert record.resolved["track"]["prompts"]["train"] == ["a red square", "three blue circles"]
+    assert record.resolved["track"]["prompts"]["train"] == ["a purple cross", "a blue circle"]
     assert record.track == "micro-custom-v1"
     assert json.loads((folder / "cell.json").read_text())["given"]["config"]["algo"]["beta"] == 3.0
 

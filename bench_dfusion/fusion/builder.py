@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion import samplers
+from bench_dfusion.algorithm import Share
 from bench_dfusion.consistent import (
     Builder,
     BuilderConfig,
@@ -34,7 +35,7 @@ class PairConfig(BuilderConfig):
 
 
 class DFusionConfig(PairConfig):
-    steps: tuple[float, float] = Field(
+    steps: Share = Field(
         (0.1, 1.0),
         description="share of the steps that fuse, [from, to) in sampling order, 0 the noisiest "
         "(official: all but the two noisiest of 20)",
@@ -52,8 +53,8 @@ class DFusionConfig(PairConfig):
     map_side: int | None = Field(
         None,
         ge=1,
-        description="side of the cross-attention maps the mask is made from; None: a quarter of the latent's side "
-        "(official 16 of 64), the latent's own for latents of 16 or less",
+        description="side of the cross-attention maps the mask is made from; None: the family's, a quarter of the latent's "
+        "side (official 16 of 64), the latent's own for latents of 16 or less",
     )
 
 
@@ -155,9 +156,8 @@ class DFusion(Builder):
         return item_mask(maps, tokens, self.config.threshold)
 
     def _taps(self, policy: Policy) -> Taps:
-        side = policy.adapter.latent_shape[-1]
-        map_side = self.config.map_side or (side if side <= 16 else side // 4)
-        return Taps(policy.adapter, self.config.layers or policy.adapter.fused_layers(), map_side)
+        layers = self.config.layers or policy.adapter.fused_layers()
+        return Taps(policy.adapter, layers, self.config.map_side or policy.adapter.map_side())
 
     def _tokens(self, policy: Policy, prompt: str) -> list[list[int]]:
         by_hand = (self.config.items or {}).get(prompt)

@@ -64,6 +64,11 @@ class Adapter(ABC):
         suffix = {"self": ".attn1", "cross": ".attn2"}[kind]
         return {name: module for name, module in self.network.named_modules() if name.endswith(suffix)}
 
+    def map_side(self) -> int:
+        """The side of the cross-attention maps that D-Fusion's mask is made from by default (method: 16 of SD's 64)."""
+        side = self.latent_shape[-1]
+        return side if side <= 16 else side // 4
+
     @abstractmethod
     def fused_layers(self) -> tuple[str, ...]:
         """The self-attention modules that D-Fusion fuses by default, in the network's order."""

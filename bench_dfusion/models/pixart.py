@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class PixArtAdapter(Adapter):
         )[0]
         # Checkpoints that also learn the variance output it in the second half of the channels.
         return output[:, : latents.shape[1]]
+
+    def map_side(self) -> int:
+        """Every layer works at the one resolution of the patches."""
+        config: Any = self.network.config
+        return config.sample_size // config.patch_size
 
     def fused_layers(self) -> tuple[str, ...]:
         """Every block: there is no encoder to leave out (measured on the embedded model: docs/micro.md)."""
