@@ -1,0 +1,56 @@
+"""How far the embedded CLIP agrees with the oracle on generated pictures: `python benchmarks/clip_agreement.py`.
+
+Pairwise accuracy within a prompt (which of two samples of one prompt is better, ties of the oracle left out)
+on the base model's samples of the validation prompts, and on clean renders whether the CLIP prefers a
+picture's own caption to one with an attribute, a number or a relation changed.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from bench_dfusion import registry, statistics, track
+from bench_dfusion.evaluation import seed_of
+from bench_dfusion.micro import oracle, scenes
+from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.trainer import make_policy
+
+
+def main() -> None:
+    settings = track.validate(track.Track, track.read("micro"), "track")
+    adapter, _ = load_adapter(settings.model)
+    policy = make_policy(settings, adapter, 0, torch.device("cpu"))
+    cls = registry.load("rewards", "clip")
+    clip = cls(cls.Config(model="micro"))
+    k = 16
+    prompts = [p for p in settings.prompts.validation for _ in range(k)]
+    seeds = torch.tensor([seed_of("agreement", p, i) for i, p in enumerate(prompts)])
+    images = policy.decode(policy.sample(prompts, seeds).final)
+    scores = clip.score(images, prompts).view(-1, k).numpy()
+    truth = np.array([oracle.judge(i, p).graded for i, p in zip(images.numpy(), prompts, strict=True)]).reshape(-1, k)
+    each = [statistics.pairwise_accuracy(s, t) for s, t in zip(scores, truth, strict=True)]
+    interval = statistics.mean_interval(np.array([e for e in each if np.isfinite(e)]))
+    print(
+        f"pairwise accuracy within a prompt: {interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}] over prompts"
+    )
+
+    rng = random.Random(0)
+    for template in scenes.TEMPLATES:
+        pictures, own, other = [], [], []
+        while len(own) < 200:
+            spec, change = scenes.random_spec(template, rng), scenes.random_spec(template, rng)
+            if spec != change and len(set(spec.prompt.split()) - set(change.prompt.split())) == 1:  # one word changed
+                pictures.append(torch.from_numpy(scenes.render(scenes.sample_scene(spec, rng))))
+                own.append(spec.prompt)
+                other.append(change.prompt)
+        batch = torch.stack(pictures)
+        print(
+            f"{template}: own caption over one with a word changed: {(clip.score(batch, own) > clip.score(batch, other)).float().mean():.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
