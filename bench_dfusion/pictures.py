@@ -66,7 +66,7 @@ def _grid(path: Path, cells: Sequence[tuple[str, list[str], list[np.ndarray]]], 
     gap, width, height = 10, wide * SIDE, SIDE + 2 * TEXT + 2
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for n, (title, labels, images) in enumerate(cells):
         x, y = gap + n % columns * (width + gap), gap + n // columns * (height + gap)
         draw.text((x, y), _fit(title, width, font), "black", font)
