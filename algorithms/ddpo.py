@@ -11,7 +11,7 @@ from collections import deque
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench_dfusion.algorithm import (
@@ -46,6 +46,12 @@ class DDPOConfig(StepwiseConfig):
         description="pi_old of fused samples: the plain policy at the start of the round, or the fused prediction "
         "that drew them (as the official code stores it; the first ratio is then not 1)",
     )
+
+    @model_validator(mode="after")
+    def _reachable(self) -> DDPOConfig:
+        if self.min_count > self.buffer:
+            raise ValueError(f"min_count {self.min_count} exceeds buffer {self.buffer}: it would never be reached")
+        return self
 
 
 class DDPO(Algorithm):

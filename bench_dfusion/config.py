@@ -91,13 +91,14 @@ def resolve(
         changes = _merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
     if prompts is not None:
         given["prompts"] = str(prompts)
-        changes = _merge({"prompts": _own_prompts(prompts, content.get("prompts", {}), track_source)}, changes)
+        known = {**content.get("prompts", {}), **changes.get("prompts", {})}
+        changes = _merge({"prompts": _own_prompts(prompts, known, track_source)}, changes)
     for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
         if part not in content and part not in changes:
             raise UsageError(f"track {track_source} leaves the {part} to you: give {option}")
     if changes:
-        # A changed track is another track: its records never mix with the published one's.
         content = _merge(content, changes)
+    if changes.keys() - {"batch"}:  # a changed track is another: its records never mix with the published one's
         content["name"] = f"{content.get('name', 'track')}-custom"
     resolved_track: Track = track.validate(Track, content, "track")
     configs = {}

@@ -170,7 +170,7 @@ class Run:
         with self.progress.phase("train"):
             for _ in range(config.inner_epochs if total else 0):
                 order = torch.randperm(total, generator=generator)
-                for part in order.chunk(config.updates):
+                for part in order.tensor_split(min(config.updates, total)):
                     self.optimizer.zero_grad(set_to_none=True)
                     for piece in part.split(self.policy.batch):
                         loss = self.algorithm.loss(self.policy, samples, {k: v[piece] for k, v in rows.items()})

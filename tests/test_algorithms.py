@@ -304,7 +304,7 @@ def test_dpos_log_ratios_are_to_the_base_not_to_the_round_before():
     policy = fake_policy()
     shake(policy)
     samples = with_targets(policy, draw(policy, PROMPTS))
-    algorithm = ALGORITHMS["dpo"](beta=3.0)
+    algorithm = ALGORITHMS["dpo"](beta=3.0, step_weight="sigma")
     rows = algorithm.prepare(policy, samples, generator())
     base = fake_policy()  # the same network without the shaken LoRA
     winner, loser = samples.pairs[rows["row"]].T
@@ -312,7 +312,8 @@ def test_dpos_log_ratios_are_to_the_base_not_to_the_round_before():
         all_log_probs(policy, samples, side, rows["step"]) - all_log_probs(base, samples, side, rows["step"])
         for side in (winner, loser)
     )
-    expected = torch.nn.functional.softplus(-3 * (ratio_w - ratio_l)).mean()
+    sigma = policy.schedule.std / policy.schedule.std.mean()
+    expected = (sigma[rows["step"]] * torch.nn.functional.softplus(-3 * (ratio_w - ratio_l))).mean()
     assert abs(float(expected) - math.log(2)) > 1e-3
     torch.testing.assert_close(algorithm.loss(policy, samples, rows).value, expected, rtol=1e-4, atol=1e-5)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from bench_dfusion import files, track
@@ -246,6 +247,17 @@ def test_own_prompts_leave_a_validation_set_that_was_given(toy: str, tmp_path: P
     assert found.track.prompts.validation == ()
 
 
+def test_a_track_without_prompts_holds_out_every_fourth_of_ones_own(tmp_path: Path) -> None:
+    bare = str(tmp_path / "bare.toml")
+    Path(bare).write_text(TRACK.split("[prompts]")[0] + "[budget]" + TRACK.split("[budget]")[1])
+    own = [f"scene {i}" for i in range(9)]
+    found = cell(bare, prompts=prompts(tmp_path, *own, "scene 0")).track.prompts
+    assert found.heldout == ("scene 3", "scene 7") and len(found.train) == 7
+    assert {*found.train, *found.heldout} == set(own)
+    assert "at least 8" in refusal(bare, prompts=prompts(tmp_path, *own[:7]))
+    assert "--prompts FILE" in refusal(bare)
+
+
 def test_prompt_files_without_prompts_or_with_one_twice(toy: str, tmp_path: Path) -> None:
     assert "holds no prompt" in refusal(toy, prompts=prompts(tmp_path, "", "  "))
     assert "'a lion' twice" in refusal(toy, prompts=prompts(tmp_path, "a lion", "a fox", "a lion "))
@@ -388,3 +400,25 @@ def test_a_restored_optimizer_keeps_its_own_learning_rate_and_a_fresh_one_is_res
     fresh = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.5)
     files.restore_optimizer(fresh, files.optimizer_tensors(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])))
     assert fresh.param_groups[0]["lr"] == 0.5 and not fresh.state
+
+
+def test_the_batch_size_does_not_make_another_track(toy: str) -> None:
+    plain, other = cell(toy), cell(toy, settings=["track.batch=3"])
+    assert other.track.batch == 3
+    assert (other.track.name, other.track.hash) == (plain.track.name, plain.track.hash)
+
+
+def test_own_heldout_prompts_leave_all_own_training_prompts(tmp_path: Path) -> None:
+    bare = str(tmp_path / "bare.toml")
+    Path(bare).write_text(TRACK.split("[prompts]")[0] + "[budget]" + TRACK.split("[budget]")[1])
+    own = ["a lion", "a fox"]
+    held = 'track.prompts.heldout=["a hen", "a cow"]'
+    found = cell(bare, prompts=prompts(tmp_path, *own), settings=[held]).track.prompts
+    assert found.train == tuple(own) and found.heldout == ("a hen", "a cow")
+
+
+def test_a_count_that_is_never_reached_is_refused() -> None:
+    from bench_dfusion.algorithms.ddpo import DDPOConfig
+
+    with pytest.raises(ValidationError, match="never be reached"):
+        DDPOConfig(buffer=4, min_count=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
-from fakes import ddim
+from fakes import ddim, fake_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -220,3 +220,18 @@ def test_noise_is_standard_normal_and_leaves_the_global_generator_alone():
     # Start noise and the steps' z of one seed are independent of each other.
     steps = z.flatten(2).permute(1, 0, 2).flatten(1)
     assert (torch.corrcoef(steps) - torch.eye(4)).abs().max() < 0.1
+
+
+def test_a_trajectory_takes_start_noise_and_each_steps_z_in_order():
+    policy, seeds = fake_policy(steps=5, batch=2), torch.tensor([4, 9, 2])
+    drawn = policy.sample(["one", "two", "one"], seeds)
+    z = samplers.sample_noise(seeds, 5, (2, 2, 2))
+    torch.testing.assert_close(drawn.latents[:, 0], z[:, 0])
+    for i in range(5):
+        step = torch.full((3,), i)
+        mean = policy.mean(drawn.latents[:, i], step, drawn.prompts).detach()
+        expected = mean + policy.schedule.std[i] * z[:, i + 1]
+        torch.testing.assert_close(drawn.latents[:, i + 1], expected)
+        # log p is -z^2 / 2 - log sigma - log sqrt(2 pi), averaged.
+        log_prob = -(z[:, i + 1] ** 2).mean((1, 2, 3)) / 2 - policy.schedule.std[i].log() - 0.9189385
+        torch.testing.assert_close(drawn.log_probs[:, i], log_prob, rtol=1e-4, atol=1e-4)
