@@ -91,8 +91,9 @@ def resolve(
         changes = _merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
     if prompts is not None:
         given["prompts"] = str(prompts)
-        known = {**content.get("prompts", {}), **changes.get("prompts", {})}
-        changes = _merge({"prompts": _own_prompts(prompts, known, track_source)}, changes)
+        held = changes.get("prompts", {}).get("heldout")
+        own = _own_prompts(prompts, content.get("prompts", {}), held if isinstance(held, list) else [], track_source)
+        changes = _merge({"prompts": own}, changes)
     for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
         if part not in content and part not in changes:
             raise UsageError(f"track {track_source} leaves the {part} to you: give {option}")
@@ -123,11 +124,11 @@ def resolve(
     )
 
 
-def _own_prompts(path: Path, track_prompts: dict[str, Any], name: str) -> dict[str, Any]:
-    """The user's training prompts; on a track without held-out prompts every fourth of them is held out."""
+def _own_prompts(path: Path, track_prompts: dict[str, Any], given: list[str], name: str) -> dict[str, Any]:
+    """The user's training prompts; every fourth is held out where neither the track nor `given` holds any."""
     own, _ = track.read_prompts(path)
-    held = track_prompts.get("heldout")
-    if held is None:
+    held = [*track_prompts.get("heldout", []), *given]
+    if not held:
         own = list(dict.fromkeys(own))
         if len(own) < 8:
             raise UsageError(f"{path} holds {len(own)} prompts; every fourth is held out, so give at least 8")
