@@ -222,24 +222,19 @@ def _table(records: Sequence[Any]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     judges = [c.removesuffix(" gain") for c in frame.columns if c.endswith(" gain")]
-    grid = Table(title=f"{records[0].track}  ({records[0].track_hash[:12]})", title_justify="left")
-    columns = ["rank", "algorithm", "builder", "reward", "seeds", *judges, "diversity", "queries", "seconds", "note"]
-    for column in columns:
-        grid.add_column(
-            column, justify="right" if column in (*judges, "seeds", "diversity", "queries", "seconds") else "left"
-        )
+    grid = Table(title=f"{records[0].track}  ({records[0].track_hash[:12]})", title_justify="left", box=None)
+    grid.add_column("rank", no_wrap=True)
+    grid.add_column("algorithm/builder/reward", overflow="fold")
+    for column in ("seeds", *(f"{j} gain" for j in judges), "queries"):
+        grid.add_column(column, justify="right", no_wrap=column == "seeds")
+    grid.add_column("note", overflow="fold")
     for _, line in frame.iterrows():
-        cells = []
-        for column in columns:
-            if column in judges:
-                cells.append(
-                    f"{line[f'{column} gain']:+.3f} [{line[f'{column} low']:+.3f}, {line[f'{column} high']:+.3f}]"
-                )
-            elif isinstance(line.get(column), float):
-                cells.append(f"{line[column]:.2f}" if column == "diversity" else f"{line[column]:.0f}")
-            else:
-                cells.append(str(line.get(column, "")))
-        grid.add_row(*map(escape, cells))
+        gains = [f"{line[f'{j} gain']:+.3f}" for j in judges]
+        if gains:  # the judge that ranks shows its interval; --csv has everything
+            gains[0] += f" [{line[f'{judges[0]} low']:+.3f}, {line[f'{judges[0]} high']:+.3f}]"
+        name = f"{line['algorithm']}/{line['builder']}/{line['reward']}"
+        cells = [line["rank"], name, line["seeds"], *gains, line["queries"], line["note"]]
+        grid.add_row(*(escape(str(c)) for c in cells))
     out.print(grid)
 
 

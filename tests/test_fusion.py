@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from plain_fusion import PlainDFusion, Target
+from pydantic import ValidationError
 from tiny import policy_of
 from torch import Tensor, nn
 
@@ -528,3 +529,9 @@ def test_a_mask_is_the_union_of_its_items_and_takes_the_threshold_in() -> None:
     # Each item has a threshold of its own: half of .5 and half of .5; half of .5.
     assert item_mask(maps, tokens, "max*0.5").tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert item_mask(maps, tokens, 2.0).sum() == 0
+
+
+@pytest.mark.parametrize("options", [{"threshold": "otzu"}, {"threshold": "nan"}, {"layers": ()}])
+def test_options_that_cannot_work_are_refused_before_any_compute(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        DFusionConfig(**options)

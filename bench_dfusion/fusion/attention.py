@@ -120,8 +120,8 @@ class Taps:
 
         def fuse(recorded: Tensor) -> Any:
             def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                m = resize_mask(mask, output.shape[1])[..., None].to(output.dtype)
-                return m * recorded.to(output.dtype) + (1 - m) * output
+                inside = resize_mask(mask, output.shape[1])[..., None].bool()
+                return torch.where(inside, recorded.to(output.dtype), output)
 
             return hook
 

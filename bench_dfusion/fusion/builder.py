@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from bench_dfusion import samplers
@@ -22,7 +22,7 @@ from bench_dfusion.consistent import (
 )
 from bench_dfusion.fusion.attention import Taps
 from bench_dfusion.fusion.items import item_tokens
-from bench_dfusion.fusion.masks import ItemTokens, item_mask
+from bench_dfusion.fusion.masks import ItemTokens, item_mask, threshold
 from bench_dfusion.policy import Policy, Trajectory
 
 
@@ -41,7 +41,9 @@ class DFusionConfig(PairConfig):
         "(official: all but the two noisiest of 20)",
     )
     layers: tuple[str, ...] | None = Field(
-        None, description="self-attention modules to fuse; None: the family's default (official: mid and up blocks)"
+        None,
+        min_length=1,
+        description="self-attention modules to fuse; None: the family's default (official: mid and up blocks)",
     )
     threshold: str | float = Field(
         "otsu", description="mask threshold: a probability (official: 0 to 0.03 by hand), 'mean+K', 'max*K' or 'otsu'"
@@ -56,6 +58,13 @@ class DFusionConfig(PairConfig):
         description="side of the cross-attention maps the mask is made from; None: the family's, a quarter of the latent's "
         "side (official 16 of 64), the latent's own for latents of 16 or less",
     )
+
+    @field_validator("threshold")
+    @classmethod
+    def _known(cls, rule: str | float) -> str | float:
+        if not threshold(torch.rand(1, 4), rule).isfinite().all():
+            raise ValueError(f"threshold {rule!r} is not finite")
+        return rule
 
 
 class DFusion(Builder):
