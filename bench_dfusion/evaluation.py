@@ -38,12 +38,14 @@ def draw(policy: Policy, prompts: Sequence[str], per_prompt: int, advance: Calla
     return Drawn(policy.decode(trajectory.final), trajectory)
 
 
-def judge(
-    judges: dict[str, Reward], base: Drawn, trained: Drawn, track: Track, training: Reward
-) -> tuple[list[Verdict], np.ndarray]:
-    """Every judge's verdict, and the per-prompt gains of the ranking one [P]."""
+def judge(judges: dict[str, Reward], base: Drawn, trained: Drawn, track: Track, training: Reward) -> list[Verdict]:
+    """Every judge's verdict, in the track's order: the first ranks."""
     prompts, k = list(track.prompts.heldout), track.evaluation.images_per_prompt
     templates = track.prompts.templates or {}
+    by_template: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_template.setdefault(templates.get(prompt, "all"), []).append(i)
+    trained_on = training.fingerprint()
     verdicts = []
     for name, judge_reward in judges.items():
         scores = [
@@ -51,14 +53,12 @@ def judge(
         ]
         gains = (scores[1] - scores[0]).astype(float)
         interval = statistics.paired_gain(gains[None])
-        by_template: dict[str, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            by_template.setdefault(templates.get(prompt, "all"), []).append(i)
+        fingerprint = judge_reward.fingerprint()
         verdicts.append(
             Verdict(
                 judge=name,
                 metric=judge_reward.unit,
-                trained_on=judge_reward.fingerprint() == training.fingerprint() or _same_source(judge_reward, training),
+                trained_on=fingerprint == trained_on or _same_source(judge_reward, training),
                 base=float(scores[0].mean()),
                 trained=float(scores[1].mean()),
                 gain=Gain(mean=interval.mean, low=interval.low, high=interval.high, kind=interval.kind),
@@ -66,10 +66,10 @@ def judge(
                     t: (float(scores[0][rows].mean()), float(scores[1][rows].mean())) for t, rows in by_template.items()
                 },
                 per_prompt=[(float(b), float(a)) for b, a in zip(*scores, strict=True)],
-                fingerprint=judge_reward.fingerprint(),
+                fingerprint=fingerprint,
             )
         )
-    return verdicts, gains
+    return verdicts
 
 
 def _same_source(a: Reward, b: Reward) -> bool:

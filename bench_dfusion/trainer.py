@@ -116,7 +116,7 @@ class Run:
         """Rounds up to the budget, a checkpoint after each."""
         label = f"{self.cell.algorithm.name}/{self.cell.builder.name}/{self.cell.reward.name}"
         with bar(f"train {label}", self.rounds, self.progress.round) as progress:
-            while self.progress.round < self.rounds and self.failure is None:
+            while self.progress.round < self.rounds:
                 number = self.progress.round
                 before = self.policy.network_evaluations
                 try:
@@ -249,7 +249,7 @@ class Run:
                     trained = evaluation.draw(policy, track.prompts.heldout, k, progress.advance)
                     with policy.reference():
                         base = evaluation.draw(policy, track.prompts.heldout, k, progress.advance)
-                verdicts, _ = evaluation.judge(self.judges, base, trained, track, self.reward)
+                verdicts = evaluation.judge(self.judges, base, trained, track, self.reward)
                 embed = next((j for j in self.judges.values() if hasattr(j, "embed")), None)
                 drift = evaluation.drift(policy, base, trained, k, embed)
             pictures.base_and_trained(self.folder / "base_trained.png", base, trained, k, track)
