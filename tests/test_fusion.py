@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -366,9 +367,21 @@ def test_prompts_without_an_item_are_refused_and_items_by_hand_serve_them(sd: Ca
 
 
 def test_maps_of_a_resolution_that_no_layer_has_are_an_error(sd: Case) -> None:
-    builder = DFusion(DFusionConfig(map_side=5))
-    with pytest.raises(ValueError, match="25 positions"):
-        builder.targets(sd.policy, sd.drawn, REFERENCES[:1], BASES[:1])
+    before = sd.policy.network_evaluations
+    with pytest.raises(ValueError, match=r"maps of side 5; there are \[8, 16\]"):
+        DFusion(DFusionConfig(map_side=5)).check(sd.policy, ["a bus"])
+    assert sd.policy.network_evaluations == before
+
+
+def test_the_masks_maps_are_the_nearest_to_a_quarter_of_the_side(sd: Case) -> None:
+    adapter = copy.copy(sd.policy.adapter)
+    blocks = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    for side, sides, chosen in ((64, (64, 32, 16, 8), 16), (96, (96, 48, 24, 12), 24), (90, (90, 45, 23, 12), 23)):
+        adapter.network = SimpleNamespace(
+            config=SimpleNamespace(in_channels=4, sample_size=side, down_block_types=blocks)
+        )
+        assert adapter.map_sides() == sides
+        assert adapter.map_side() == chosen
 
 
 def test_a_transformer_of_larger_patches_has_maps(pixart_dir: Path, tmp_path: Path) -> None:

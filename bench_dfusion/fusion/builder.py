@@ -55,8 +55,8 @@ class DFusionConfig(PairConfig):
     map_side: int | None = Field(
         None,
         ge=1,
-        description="side of the cross-attention maps the mask is made from; None: the family's, a quarter of the latent's "
-        "side (official 16 of 64), the latent's own for latents of 16 or less",
+        description="side of the cross-attention maps the mask is made from; None: the nearest there is to a quarter "
+        "of the latent's side (official 16 of 64), to the latent's own for latents of 16 or less",
     )
 
     @field_validator("threshold")
@@ -166,6 +166,11 @@ class DFusion(Builder):
 
     def _taps(self, policy: Policy) -> Taps:
         layers = self.config.layers or policy.adapter.fused_layers()
+        sides = policy.adapter.map_sides()
+        if self.config.map_side and self.config.map_side not in sides:
+            raise ValueError(
+                f"no cross-attention layer has maps of side {self.config.map_side}; there are {sorted(sides)}"
+            )
         return Taps(policy.adapter, layers, self.config.map_side or policy.adapter.map_side())
 
     def _tokens(self, policy: Policy, prompt: str) -> list[list[int]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first
@@ -57,17 +59,26 @@ class Adapter(ABC):
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
-    # attention, for D-Fusion
+    # attention
+
+    def plain_attention(self) -> None:
+        """Explicit attention matrices where sequences are short, which on a CPU halves the time of a training step."""
+        if math.prod(self.latent_shape[1:]) <= 1024:
+            cast(Any, self.network).set_attn_processor(AttnProcessor())
 
     def attentions(self, kind: str) -> dict[str, nn.Module]:
         """The attention modules of a kind, "self" or "cross", by name in the network's order."""
         suffix = {"self": ".attn1", "cross": ".attn2"}[kind]
         return {name: module for name, module in self.network.named_modules() if name.endswith(suffix)}
 
+    @abstractmethod
+    def map_sides(self) -> tuple[int, ...]:
+        """The sides of the square maps that the cross-attention layers work at."""
+
     def map_side(self) -> int:
-        """The side of the cross-attention maps that D-Fusion's mask is made from by default (method: 16 of SD's 64)."""
+        """The side of the maps that D-Fusion's mask is made from by default: what there is nearest to 16 of SD's 64."""
         side = self.latent_shape[-1]
-        return side if side <= 16 else side // 4
+        return min(self.map_sides(), key=lambda s: abs(s - (side if side <= 16 else side / 4)))
 
     @abstractmethod
     def fused_layers(self) -> tuple[str, ...]:

@@ -56,7 +56,10 @@ def load_adapter(model: ModelSection, device: torch.device | str = "cpu") -> tup
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.to(device)
-    return adapters[name](pipe), digest
+    adapter = adapters[name](pipe)
+    if torch.device(device).type == "cpu":
+        adapter.plain_attention()
+    return adapter, digest
 
 
 def adapters_by_pipeline() -> dict[str, type[Adapter]]:

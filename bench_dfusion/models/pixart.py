@@ -54,10 +54,9 @@ class PixArtAdapter(Adapter):
         # Checkpoints that also learn the variance output it in the second half of the channels.
         return output[:, : latents.shape[1]]
 
-    def map_side(self) -> int:
-        """Every layer works at the one resolution of the patches."""
+    def map_sides(self) -> tuple[int, ...]:
         config: Any = self.network.config
-        return config.sample_size // config.patch_size
+        return (config.sample_size // config.patch_size,)
 
     def fused_layers(self) -> tuple[str, ...]:
         """Every block: there is no encoder to leave out (measured on the embedded model: docs/micro.md)."""

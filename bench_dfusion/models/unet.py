@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ class UNetAdapter(Adapter):
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         return self.network(latents, timestep, encoder_hidden_states=conditioning["states"], return_dict=False)[0]
+
+    def map_sides(self) -> tuple[int, ...]:
+        config: Any = self.network.config
+        sides, side = [], config.sample_size
+        for kind in config.down_block_types:
+            sides += [side] * ("CrossAttn" in kind)
+            last, side = side, (side + 1) // 2  # the downsampler's convolution rounds up; the last block has none
+        return tuple(dict.fromkeys([*sides, last]))
 
     def fused_layers(self) -> tuple[str, ...]:
         """The mid block and every up block that has attention, never the encoder (the official choice)."""
