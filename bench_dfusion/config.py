@@ -105,6 +105,8 @@ def resolve(
     configs = {}
     for section, cls in classes.items():
         defaults = getattr(resolved_track, SECTIONS[section]).get(names[section], {})
+        if section == "algo":
+            defaults = {**defaults, **resolved_track.tuned.get(algo, {}).get(builder, {})}
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
     sources = {section: registry.plugins(SECTIONS[section])[name].source for section, name in names.items()}

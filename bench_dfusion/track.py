@@ -91,6 +91,10 @@ class Track(Section):
     seeds: int = Field(5, ge=1, description="seeds a published row has: 0 to this minus 1 (count)")
     batch: int = Field(64, ge=1, description="samples in one forward (count); not part of the hash")
     algorithms: dict[str, dict[str, Any]] = Field({}, description="the track's defaults for algorithms' options")
+    tuned: dict[str, dict[str, dict[str, Any]]] = Field(
+        {}, description="what differs in an algorithm's options with one builder: [tuned.ALGORITHM.BUILDER]"
+    )
+    tuning: str = Field("", description="how options were chosen: under which budget, the same for all")
     builders: dict[str, dict[str, Any]] = Field({}, description="the track's defaults for builders' options")
     rewards: dict[str, dict[str, Any]] = Field({}, description="the track's defaults for rewards' options")
 

@@ -85,6 +85,15 @@ def test_default_then_track_then_file_then_set(toy: str, tmp_path: Path) -> None
     assert (both.beta, both.updates, both.grad_norm) == (8.0, 5, 1.0)  # the last of two settings holds
 
 
+def test_what_is_tuned_for_a_builder_stands_between_the_tracks_defaults_and_the_file(toy: str, tmp_path: Path) -> None:
+    text = "[track.tuned.dpo.dfusion]\nupdates = 7\ngrad_norm = 0.5\n[algo]\ngrad_norm = 0.25\n"
+    file = toml(tmp_path, text)
+    own = cell(toy, builder="dfusion", config=file).algorithm_config
+    assert (own.beta, own.updates, own.grad_norm) == (2.0, 7, 0.25)
+    other = cell(toy, builder="vanilla", config=file).algorithm_config
+    assert (other.beta, other.updates) == (2.0, 3)
+
+
 def test_every_section_has_the_same_precedence(toy: str, tmp_path: Path) -> None:
     plain = cell(toy)
     assert plain.builder_config.margin == 0.25 and plain.reward_config.score == "full"

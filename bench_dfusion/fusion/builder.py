@@ -175,8 +175,13 @@ class DFusion(Builder):
 
     def _tokens(self, policy: Policy, prompt: str) -> list[list[int]]:
         by_hand = (self.config.items or {}).get(prompt)
+        adapter = policy.adapter
         return item_tokens(
-            policy.adapter.text(prompt), policy.adapter.tokenizer, items=by_hand, attributes=self.config.attributes
+            adapter.text(prompt),
+            adapter.tokenizer,
+            items=by_hand,
+            attributes=self.config.attributes,
+            max_length=adapter.text_length,
         )
 
 

@@ -58,7 +58,7 @@ def load_adapter(model: ModelSection, device: torch.device | str = "cpu") -> tup
     pipe.to(device)
     adapter = adapters[name](pipe)
     if torch.device(device).type == "cpu":
-        adapter.plain_attention()
+        adapter.tune_for_cpu()
     return adapter, digest
 
 

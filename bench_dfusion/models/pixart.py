@@ -24,17 +24,20 @@ class PixArtAdapter(Adapter):
         if self.network.use_additional_conditions:
             raise ValueError("PixArt checkpoints with micro-conditions (use_additional_conditions) are not supported")
 
+    @property
+    def text_length(self) -> int:
+        # PixArt's tokenizers are T5's with no length of their own; the pipeline's default is 300.
+        return min(300, super().text_length)
+
     def text(self, prompt: str) -> str:
         return prompt.lower().strip()  # as the pipeline does
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        # PixArt's tokenizers are T5's with no length of their own; the pipeline's default is 300.
-        length = min(300, self.tokenizer.model_max_length)
         tokens = self.tokenizer(
             [self.text(p) for p in prompts],
             padding="max_length",
-            max_length=length,
+            max_length=self.text_length,
             truncation=True,
             return_tensors="pt",
         )

@@ -23,7 +23,7 @@ class UNetAdapter(Adapter):
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=self.text_length,
             truncation=True,
             return_tensors="pt",
         )
