@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
+from bench_dfusion.reward import Reward
 
 Rows = dict[str, Tensor]  # equal first dimensions: one row is one term of the loss
 
@@ -70,9 +72,24 @@ class Algorithm(ABC):
     paper: ClassVar[str]
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     needs_pairs: ClassVar[bool] = False
+    samples_per_row: int = 1  # samples that one row sends through the network together
 
     def __init__(self, config: AlgorithmConfig):
         self.config = config
+
+    def setup(self, policy: Policy, reward: Reward) -> None:
+        """Called once, before any compute. Raise ValueError where policy or reward cannot serve."""
+
+    def queries(self, drawn: int) -> int:
+        """Reward queries that the algorithm itself makes in a round of `drawn` samples."""
+        return 0
+
+    def collecting(self, policy: Policy) -> AbstractContextManager[None]:
+        """Inside, the policy is the one that samples are drawn from: by default itself."""
+        return nullcontext()
+
+    def stepped(self, policy: Policy) -> None:
+        """Called after each step of the optimiser (for averages of the weights, say)."""
 
     @abstractmethod
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

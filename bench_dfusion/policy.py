@@ -6,7 +6,7 @@ The frozen reference is the same network with the LoRA switched off (`policy.ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,16 +149,31 @@ class Policy:
         return Trajectory.cat(parts)
 
     def _sample(self, prompts: list[str], seeds: Tensor) -> Trajectory:
-        steps = len(self.schedule)
-        noise = samplers.sample_noise(seeds, steps, self.adapter.latent_shape).to(self.device)
-        latents, log_probs = [noise[:, 0]], []
-        for i in range(steps):
+        noise = samplers.sample_noise(seeds, len(self.schedule), self.adapter.latent_shape).to(self.device)
+        latents, log_probs = self.denoise(noise[:, 0], noise[:, 1:], prompts)
+        return Trajectory(latents.cpu(), log_probs.cpu(), seeds.clone(), prompts)
+
+    def denoise(
+        self,
+        x_t: Tensor,
+        noise: Tensor,
+        prompts: Sequence[str],
+        mean: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The last S steps from x_t [B, ...] on, with each step's z in `noise` [B, S, ...].
+
+        `mean` is asked for mu at (step number, x_t, step [B]) instead of the plain policy. Returns the latents
+        [B, S + 1, ...], x_t first, and each step's log-prob [B, S] under the mean that drew it.
+        """
+        latents, log_probs = [x_t], []
+        for k in range(noise.shape[1]):
+            i = len(self.schedule) - noise.shape[1] + k
             step = torch.full((len(prompts),), i, device=self.device)
-            mean = self.mean(latents[-1], step, prompts)
-            x_s = mean + self.schedule.std[i] * noise[:, i + 1]
-            log_probs.append(samplers.gaussian_log_prob(x_s, mean, self.schedule.std[step]))
+            mu = self.mean(latents[-1], step, prompts) if mean is None else mean(i, latents[-1], step)
+            x_s = mu + self.schedule.std[i] * noise[:, k]
+            log_probs.append(samplers.gaussian_log_prob(x_s, mu, self.schedule.std[step]))
             latents.append(x_s)
-        return Trajectory(torch.stack(latents, 1).cpu(), torch.stack(log_probs, 1).cpu(), seeds.clone(), prompts)
+        return torch.stack(latents, 1), torch.stack(log_probs, 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -185,6 +200,23 @@ class Policy:
                 layer.enable_adapters(True)  # disabling cleared requires_grad, enabling restores it
             for p in self.parameters.values():
                 p.requires_grad_(True)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of what is trained, by name as in `parameters`."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the policy has other weights (of `weights()`), and no gradient is recorded."""
+        own = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, p in self.parameters.items():
+                p.data = weights[name].to(p.data)
+            with torch.no_grad():
+                yield
+        finally:
+            for name, p in self.parameters.items():
+                p.data = own[name]
 
     def state(self) -> dict[str, Tensor]:
         """The LoRA's weights in peft's naming."""

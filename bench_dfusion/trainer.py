@@ -96,17 +96,18 @@ class Run:
         self.builder: Builder = cell.builder(cell.builder_config)
         self.builder.check(self.policy, prompts)
         self.algorithm: Algorithm = cell.algorithm(cell.algorithm_config)
+        self.algorithm.setup(self.policy, self.reward)
         config = cell.algorithm_config
         self.parameters = list(self.policy.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
         drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
-        self.rounds = track.budget.reward_queries // self.builder.queries(drawn)
+        a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn)
+        self.rounds = track.budget.reward_queries // a_round
         if not self.rounds:
             raise UsageError(
-                f"the budget of {track.budget.reward_queries} reward queries is less than one round of "
-                f"{self.builder.queries(drawn)}: raise track.budget.reward_queries or lower prompts_per_round"
+                f"the budget of {track.budget.reward_queries} reward queries is less than one round of {a_round}: raise track.budget.reward_queries or lower prompts_per_round"
             )
         self.progress = Progress()
         self.failure: str | None = None
@@ -140,12 +141,13 @@ class Run:
         """Sample, decode, score, build."""
         prompts = round_prompts(self.cell.track, self.cell.seed, number)
         seeds = torch.tensor([seed_of("train", self.cell.seed, number, p, i) for i, p in enumerate(prompts)])
-        with self.progress.phase("sample"):
-            trajectory = self.policy.sample(prompts, seeds)
-            images = self.policy.decode(trajectory.final)
-        drawn = Samples(trajectory, images, self._score(images, prompts))
-        with self.progress.phase("build"):
-            return self.builder.build(self.policy, drawn, self._score)
+        with self.algorithm.collecting(self.policy):
+            with self.progress.phase("sample"):
+                trajectory = self.policy.sample(prompts, seeds)
+                images = self.policy.decode(trajectory.final)
+            drawn = Samples(trajectory, images, self._score(images, prompts))
+            with self.progress.phase("build"):
+                return self.builder.build(self.policy, drawn, self._score)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with self.progress.phase("score"):
@@ -167,12 +169,13 @@ class Run:
         with self.progress.phase("prepare"):
             rows = self.algorithm.prepare(self.policy, samples, generator)
         total = len(next(iter(rows.values())))
+        at_once = max(1, self.policy.batch // self.algorithm.samples_per_row)
         with self.progress.phase("train"):
             for _ in range(config.inner_epochs if total else 0):
                 order = torch.randperm(total, generator=generator)
                 for part in order.tensor_split(min(config.updates, total)):
                     self.optimizer.zero_grad(set_to_none=True)
-                    for piece in part.split(self.policy.batch):
+                    for piece in part.split(at_once):
                         loss = self.algorithm.loss(self.policy, samples, {k: v[piece] for k, v in rows.items()})
                         (loss.value * (len(piece) / len(part))).backward()
                         for name, value in {"loss": loss.value, **loss.metrics}.items():
@@ -183,7 +186,9 @@ class Run:
                         raise Collapse(f"round {number}: the gradient's norm is {norm}")
                     sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm * len(part)
                     self.optimizer.step()
+                    self.algorithm.stepped(self.policy)
                     self.progress.updates += 1
+        self.progress.queries += self.algorithm.queries(samples.drawn)
         return {name: value / count for name, value in sums.items()}
 
     def _note(self, samples: ConsistentSamples, metrics: dict[str, float], number: int) -> None:

@@ -87,6 +87,9 @@ class FakeAdapter(Adapter):
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         return self.network(latents, timestep, conditioning["text"])
 
+    def map_sides(self) -> tuple[int, ...]:
+        return (self._shape[-1],)
+
     def fused_layers(self) -> tuple[str, ...]:
         return ("attn1",)
 

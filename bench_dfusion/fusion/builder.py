@@ -132,32 +132,27 @@ class DFusion(Builder):
         prompts = [drawn.prompts[i] for i in bases.tolist()]
         tokens = [self._tokens(policy, p) for p in reference_prompts]
         noise = samplers.sample_noise(drawn.seeds[bases], len(schedule), tuple(drawn.latents.shape[2:])).to(device)
-        latents, log_probs = [noise[:, 0]], []
         first, last = (round(share * len(schedule)) for share in self.config.steps)
         total = torch.zeros(len(bases), taps.positions, device=device)
-        for i in range(len(schedule)):
-            step = torch.full((len(bases),), i, device=device)
-            if first <= i < last:
-                x_r = drawn.latents[unique, i].to(device)
-                with taps.recording():
-                    policy.mean(x_r, step[: len(unique)], reference_prompts)
-                conditional = taps.maps[-len(unique) :]  # the second half of both branches, or all of one
-                mask = self.mask(conditional, tokens)[which]
-                total += mask
-                branches = 1 if policy.guidance == 1 else 2
-                both = torch.cat([which + b * len(unique) for b in range(branches)])
-                keys_values = {name: (k[both], v[both]) for name, (k, v) in taps.keys_values.items()}
-                with taps.fusing(keys_values, mask.repeat(branches, 1)):
-                    mean = policy.mean(latents[-1], step, prompts)
-            else:
-                mean = policy.mean(latents[-1], step, prompts)
-            x_s = mean + schedule.std[i] * noise[:, i + 1]
-            log_probs.append(samplers.gaussian_log_prob(x_s, mean, schedule.std[step]))
-            latents.append(x_s)
+
+        def fused_mean(i: int, x_t: Tensor, step: Tensor) -> Tensor:
+            nonlocal total
+            if not first <= i < last:
+                return policy.mean(x_t, step, prompts)
+            with taps.recording():
+                policy.mean(drawn.latents[unique, i].to(device), step[: len(unique)], reference_prompts)
+            conditional = taps.maps[-len(unique) :]  # the second half of both branches, or all of one
+            mask = self.mask(conditional, tokens)[which]
+            total += mask
+            branches = 1 if policy.guidance == 1 else 2
+            both = torch.cat([which + b * len(unique) for b in range(branches)])
+            keys_values = {name: (k[both], v[both]) for name, (k, v) in taps.keys_values.items()}
+            with taps.fusing(keys_values, mask.repeat(branches, 1)):
+                return policy.mean(x_t, step, prompts)
+
+        latents, log_probs = policy.denoise(noise[:, 0], noise[:, 1:], prompts, fused_mean)
         side = int(taps.positions**0.5)
-        trajectory = Trajectory(
-            torch.stack(latents, 1).cpu(), torch.stack(log_probs, 1).cpu(), drawn.seeds[bases].clone(), prompts
-        )
+        trajectory = Trajectory(latents.cpu(), log_probs.cpu(), drawn.seeds[bases].clone(), prompts)
         return trajectory, (total / max(1, last - first)).view(-1, side, side).cpu()
 
     def mask(self, maps: Tensor, tokens: ItemTokens) -> Tensor:

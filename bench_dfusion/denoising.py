@@ -1,0 +1,81 @@
+"""The forward process: final latents noised again, and how far the network's prediction is from the truth there.
+
+For algorithms that learn from finished pictures and need no trajectory (Ho et al. 2020, eq. 4 and 14).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench_dfusion import samplers
+from bench_dfusion.algorithm import Rows, Share
+from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.policy import Policy
+
+
+@dataclass
+class Noised:
+    """Final latents noised to a level: x_t = sqrt(a_t) clean + sqrt(1 - a_t) noise, all [B, C, H, W]; t [B]."""
+
+    x_t: Tensor
+    t: Tensor
+    clean: Tensor
+    noise: Tensor
+    prompts: list[str]
+
+    def output(self, policy: Policy) -> Tensor:
+        """The network's (guided) output [B, C, H, W], float32."""
+        return policy.predict(self.x_t, self.t, self.prompts)
+
+    def target(self, policy: Policy) -> Tensor:
+        """What it should be: epsilon or v, as the network predicts."""
+        kind = policy.schedule.prediction_type
+        return samplers.training_target(policy.alphas_cumprod, self.t, self.clean, self.noise, kind)
+
+    def error(self, policy: Policy, output: Tensor) -> Tensor:
+        """d [B]: the mean squared error of an output."""
+        return ((output - self.target(policy)) ** 2).flatten(1).mean(1)
+
+
+def draw_levels(policy: Policy, rows: int, levels: Share, generator: torch.Generator) -> Rows:
+    """For each of `rows` a training timestep, uniform over the share `levels` (0 the cleanest), and a noise's seed."""
+    total = len(policy.alphas_cumprod)
+    low, high = levels
+    u = torch.rand(rows, generator=generator)
+    return {
+        "t": ((low + u * (high - low)) * total).long().clamp(max=total - 1),
+        "noise": torch.randint(2**62, (rows,), generator=generator),
+    }
+
+
+def noised(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, seeds: Tensor) -> Noised:
+    """The final latents of sample rows [B] at timesteps t [B], with the noise of `seeds` [B]."""
+    trajectory = samples.samples.trajectory
+    clean = trajectory.final[rows].to(policy.device)
+    noise = samplers.sample_noise(seeds, 0, tuple(clean.shape[1:]))[:, 0].to(policy.device)
+    t = t.to(policy.device)
+    x_t = samplers.add_noise(policy.alphas_cumprod, t, clean, noise)
+    return Noised(x_t, t, clean, noise, [trajectory.prompts[i] for i in rows.tolist()])
+
+
+@torch.no_grad()
+def all_outputs(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
+    """The network's outputs at many noised rows, in the policy's batches: [R, C, H, W] on the CPU."""
+    if not len(rows):
+        return torch.zeros(0, *policy.adapter.latent_shape)
+    parts = zip(*(x.split(policy.batch) for x in (rows, t, seeds)), strict=True)
+    return torch.cat([noised(policy, samples, *part).output(policy).cpu() for part in parts])
+
+
+def all_errors(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
+    """The denoising errors d of many noised rows, without gradients: [R] on the CPU."""
+    outputs = all_outputs(policy, samples, rows, t, seeds)
+    if not len(rows):
+        return torch.zeros(0)
+    parts = zip(*(x.split(policy.batch) for x in (rows, t, seeds, outputs)), strict=True)
+    return torch.cat(
+        [noised(policy, samples, r, at, s).error(policy, o.to(policy.device)).cpu() for r, at, s, o in parts]
+    )
