@@ -38,6 +38,10 @@ class Reward(ABC):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores float32 [B] on the CPU for images uint8 [B, H, W, 3] and B prompts."""
 
+    def score_tensors(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The same score with gradients: images [B, 3, H, W] in [0, 1] to [B]. Only where `differentiable`."""
+        raise NotImplementedError(f"{self.name} has no gradient")
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of everything a score depends on: weights, preprocessing, rules."""
