@@ -222,20 +222,25 @@ def _table(records: Sequence[Any]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     judges = [c.removesuffix(" gain") for c in frame.columns if c.endswith(" gain")]
-    grid = Table(title=f"{records[0].track}  ({records[0].track_hash[:12]})", title_justify="left", box=None)
+    grid = Table(
+        title=f"{records[0].track}  ({records[0].track_hash[:12]})", title_justify="left", box=None, pad_edge=False
+    )
     grid.add_column("rank", no_wrap=True)
-    grid.add_column("algorithm/builder/reward", overflow="fold")
+    grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
     for column in ("seeds", *(f"{j} gain" for j in judges), "queries"):
-        grid.add_column(column, justify="right", no_wrap=column == "seeds")
-    grid.add_column("note", overflow="fold")
+        grid.add_column(column.replace(" gain", "\ngain"), justify="right", no_wrap=True)
     for _, line in frame.iterrows():
         gains = [f"{line[f'{j} gain']:+.3f}" for j in judges]
         if gains:  # the judge that ranks shows its interval; --csv has everything
-            gains[0] += f" [{line[f'{judges[0]} low']:+.3f}, {line[f'{judges[0]} high']:+.3f}]"
-        name = f"{line['algorithm']}/{line['builder']}/{line['reward']}"
-        cells = [line["rank"], name, line["seeds"], *gains, line["queries"], line["note"]]
+            gains[0] += f"\n[{line[f'{judges[0]} low']:+.3f}, {line[f'{judges[0]} high']:+.3f}]"
+        name = f"{line['algorithm']}\n{line['builder']}, {line['reward']}"
+        place = line["rank"] or line["note"].partition(":")[0]  # miss, ceiling or checkpoint
+        cells = [place, name, line["seeds"], *gains, line["queries"]]
         grid.add_row(*(escape(str(c)) for c in cells))
     out.print(grid)
+    for note in frame["note"].unique():
+        if note:
+            out.print(note, style="dim")
 
 
 def main() -> None:
