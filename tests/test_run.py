@@ -78,9 +78,9 @@ def test_a_run_leaves_record_lora_and_pictures_and_is_only_read_again(tmp_path: 
     assert judged["clip"].trained_on and not judged["oracle"].trained_on
     gains = np.array([t - b for b, t in judged["oracle"].per_prompt])
     assert judged["oracle"].gain.mean == pytest.approx(gains.mean())
-    # by hand, 2 branches each: 6 rounds x 8 samples x (5 steps drawn + 2 in the window trained on),
-    # 6 evaluation images x 5 steps x 2 policies, 3 images x 5 steps x 2 policies for the KL
-    assert record.cost.network_evaluations == 2 * (6 * 8 * (5 + 2) + 6 * 5 * 2 + 3 * 5 * 2)
+    # by hand, one branch: 6 rounds x 8 samples x (8 steps drawn + 4 in the window trained on),
+    # 6 evaluation images x 8 steps x 2 policies, 3 images x 8 steps x 2 policies for the KL
+    assert record.cost.network_evaluations == 6 * 8 * (8 + 4) + 6 * 8 * 2 + 3 * 8 * 2
     stamp = (folder / "record.json").stat().st_mtime_ns
     again = command(*words, cwd=tmp_path)
     assert again.returncode == 0 and (folder / "record.json").stat().st_mtime_ns == stamp
