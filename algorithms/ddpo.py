@@ -1,39 +1,33 @@
-"""DDPO: policy gradient on denoising steps, with importance sampling and a clipped ratio.
+"""DDPO: policy gradient on denoising steps, with importance sampling and a clipped ratio, or by the score function.
 
 A = advantage of a sample among those of its prompt, rho = pi_theta / pi_old at a step:
-loss = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)). On D-Fusion's samples it trains on targets and bases,
-and pi_old is the plain policy at the start of the round (so rho is 1 at the first update).
+loss = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), or -A log pi_theta with one update a round.
+It trains on `samples.train`: the drawn samples of a builder without fusion, D-Fusion's targets and bases otherwise.
+There pi_old is the plain policy at the start of the round (so rho is 1 at the first update, and both forms have
+the same first gradient).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bench_dfusion.algorithm import (
-    Algorithm,
-    AlgorithmConfig,
-    Loss,
-    Rows,
-    StepwiseConfig,
-    all_log_probs,
-    every_step,
-    step_log_prob,
-    step_weights,
-    window_steps,
-)
+from bench_dfusion.advantages import PromptAdvantages
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
+from bench_dfusion.policy_gradient import PolicyGradientConfig, at_each_step, old_log_probs, sample_steps
+from bench_dfusion.stepwise import stored_steps
 
 
-class DDPOConfig(StepwiseConfig):
-    clip: float = Field(1e-4, gt=0, lt=1, description="the ratio is clipped to 1 ± this (paper: 1e-4)")
-    advantage_clip: float = Field(
-        5.0, gt=0, description="advantages are clipped to ± this, in standard deviations (paper: 5)"
+class DDPOConfig(PolicyGradientConfig):
+    estimator: Literal["importance", "score"] = Field(
+        "importance",
+        description="importance: the clipped ratio to pi_old (paper: DDPO-IS); score: -A log pi (DDPO-SF), which is "
+        "on-policy only, so updates and inner_epochs must be 1",
     )
     buffer: int = Field(16, ge=2, description="rewards remembered for each prompt (count; method.md §3: 16)")
     min_count: int = Field(
@@ -41,72 +35,64 @@ class DDPOConfig(StepwiseConfig):
         ge=2,
         description="below so many remembered rewards the round's own mean and spread serve (count; method.md §3: 16)",
     )
-    old_log_prob: Literal["plain", "behaviour"] = Field(
-        "plain",
-        description="pi_old of fused samples: the plain policy at the start of the round, or the fused prediction "
-        "that drew them (as the official code stores it; the first ratio is then not 1)",
-    )
 
     @model_validator(mode="after")
-    def _reachable(self) -> DDPOConfig:
+    def _possible(self) -> DDPOConfig:
         if self.min_count > self.buffer:
             raise ValueError(f"min_count {self.min_count} exceeds buffer {self.buffer}: it would never be reached")
+        if self.estimator == "score" and (self.updates, self.inner_epochs) != (1, 1):
+            raise ValueError(
+                "the estimator score is on-policy only: set updates = 1 and inner_epochs = 1, "
+                f"not {self.updates} and {self.inner_epochs}, or use importance"
+            )
+        if self.estimator == "score" and self.old_log_prob == "behaviour":
+            raise ValueError("the estimator score has no pi_old: leave old_log_prob out, or use importance")
         return self
 
 
 class DDPO(Algorithm):
     name = "ddpo"
     summary = "clipped policy gradient on every denoising step, advantages per prompt"
-    paper = "Black et al. 2023 (DDPO), §4.3 DDPO-IS"
+    paper = "Black et al. 2023 (DDPO), §4.3 DDPO-IS and DDPO-SF"
     Config: ClassVar[type[AlgorithmConfig]] = DDPOConfig
     config: DDPOConfig
 
     def __init__(self, config: DDPOConfig):
         super().__init__(config)
-        self._seen: dict[str, deque[float]] = {}
+        self._advantages = PromptAdvantages(config.buffer, config.min_count, config.advantage_clip)
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
-        steps = window_steps(policy, self.config.window)
-        weights = step_weights(policy, steps, self.config.step_weight)
-        rows = every_step(samples.train, steps, weights)
-        trajectory = samples.samples.trajectory
-        rows["old"] = trajectory.log_probs[rows["row"], rows["step"]].clone()
-        made = rows["row"] >= samples.drawn
-        if self.config.old_log_prob == "plain" and made.any():
-            rows["old"][made] = all_log_probs(policy, samples, rows["row"][made], rows["step"][made])
-        prompts = [trajectory.prompts[i] for i in samples.train.tolist()]
+        rows = sample_steps(policy, samples, self.config)
+        if self.config.estimator == "importance":
+            rows["old"] = old_log_probs(policy, samples, rows, self.config.old_log_prob)
+        prompts = [samples.samples.prompts[i] for i in samples.train.tolist()]
         advantage = self._advantages(prompts, samples.samples.rewards[samples.train])
-        rows["advantage"] = advantage.repeat_interleave(len(steps))
+        rows["advantage"] = at_each_step(advantage, rows)
         return rows
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
-        log_prob = step_log_prob(policy, samples, rows["row"], rows["step"])
+        log_prob = stored_steps(policy, samples, rows["row"], rows["step"]).log_prob
+        terms, metrics = self.policy_gradient(log_prob, rows)
+        return Loss((rows["weight"].to(terms.device) * terms).mean(), metrics)
+
+    def policy_gradient(self, log_prob: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each sample and step [B] from its log pi_theta [B], and figures."""
+        advantage = rows["advantage"].to(log_prob.device)
+        if self.config.estimator == "score":
+            return -advantage * log_prob, {"log_prob": log_prob.detach().mean()}
         log_ratio = log_prob - rows["old"].to(log_prob.device)
-        terms = ddpo_terms(log_ratio, rows["advantage"].to(log_prob.device), self.config.clip)
         with torch.no_grad():
             metrics = {
                 "approx_kl": 0.5 * (log_ratio**2).mean(),
                 "clipped": ((log_ratio.exp() - 1).abs() > self.config.clip).float().mean(),
             }
-        return Loss((rows["weight"].to(terms.device) * terms).mean(), metrics)
-
-    def _advantages(self, prompts: list[str], rewards: Tensor) -> Tensor:
-        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self._seen.setdefault(prompt, deque(maxlen=self.config.buffer)).append(reward)
-        result = torch.empty(len(prompts))
-        for i, prompt in enumerate(prompts):
-            own = torch.tensor(list(self._seen[prompt]))
-            own = own if len(own) >= self.config.min_count else rewards
-            result[i] = (rewards[i] - own.mean()) / (own.std(correction=0) + 1e-6)
-        return result.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        return ddpo_terms(log_ratio, advantage, self.config.clip), metrics
 
     def state(self) -> dict[str, Tensor]:
-        return {f"seen.{prompt}": torch.tensor(list(own)) for prompt, own in self._seen.items()}
+        return self._advantages.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self._seen = {
-            key.removeprefix("seen."): deque(own.tolist(), maxlen=self.config.buffer) for key, own in state.items()
-        }
+        self._advantages.load_state(state)
 
 
 def ddpo_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

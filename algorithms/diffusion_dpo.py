@@ -1,16 +1,20 @@
 """Diffusion-DPO: the preference through the denoising error on the pair's final latents.
 
 d(x) = mean squared error of the network's prediction at a noised x_0, same t and same noise for both:
-loss = -log sigmoid(-(beta / 2) [(d_theta(w) - d_ref(w)) - (d_theta(l) - d_ref(l))]).
+loss = -log sigmoid(-(beta / 2) [(d_theta(w) - d_ref(w)) - (d_theta(l) - d_ref(l))]),
+or another of TRL's loss types with r = (d_ref - d_theta) / 2 as the log-ratios (`bench_dfusion/preference.py`).
 It needs no trajectory, so it works on any pair of pictures.
+
+With `sdpo` the loser's d_theta keeps its value and has lambda times its gradient. Lambda is Diffusion-SDPO's with
+g_w, g_l the gradients of the winners' and the losers' summed d_theta in the network's output, over one batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -18,9 +22,10 @@ from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Shar
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.denoising import all_errors, draw_levels, noised
 from bench_dfusion.policy import Policy
+from bench_dfusion.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
 
 
-class DiffusionDPOConfig(AlgorithmConfig):
+class DiffusionDPOConfig(PreferenceConfig):
     beta: float = Field(5000.0, gt=0, description="strength of the implicit KL, per mean squared error (paper: 5000)")
     timesteps: int = Field(4, ge=1, description="noise levels drawn for each pair (count; paper: 1)")
     levels: Share = Field(
@@ -46,15 +51,26 @@ class DiffusionDPO(Algorithm):
         return rows
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
+        config = self.config
         both = torch.cat([rows["winner"], rows["loser"]])
         at = noised(policy, samples, both, rows["t"].repeat(2), rows["noise"].repeat(2))
-        error_w, error_l = at.error(policy, at.output(policy)).chunk(2)
-        gain_w, gain_l = rows["ref_w"].to(error_w.device) - error_w, rows["ref_l"].to(error_l.device) - error_l
-        terms = diffusion_dpo_terms(gain_w, gain_l, self.config.beta)
+        output = at.output(policy)
+        errors = at.error(policy, output)
+        gain_w, gain_l = (torch.cat([rows["ref_w"], rows["ref_l"]]).to(errors.device) - errors).chunk(2)
         metrics = {"margin": (gain_w - gain_l).detach().mean(), "accuracy": (gain_w > gain_l).float().mean()}
+        if config.sdpo is not None:
+            metrics["loser_scale"] = loser_scale(errors, output, config.sdpo)
+            gain_l = scale_gradient(gain_l, metrics["loser_scale"])
+        terms = diffusion_dpo_terms(gain_w, gain_l, config.beta, config.losses, config.label_smoothing)
         return Loss(terms.mean(), metrics)
 
 
-def diffusion_dpo_terms(gain_w: Tensor, gain_l: Tensor, beta: float) -> Tensor:
+def diffusion_dpo_terms(
+    gain_w: Tensor,
+    gain_l: Tensor,
+    beta: float,
+    losses: Mapping[str, float] = {"sigmoid": 1.0},
+    smoothing: float = 0.0,
+) -> Tensor:
     """The loss of each pair [B] from d_ref - d_theta of winner and loser [B] (Wallace et al. eq. 14)."""
-    return -F.logsigmoid(0.5 * beta * (gain_w - gain_l))
+    return preference_terms(gain_w / 2, gain_l / 2, beta, losses, smoothing)

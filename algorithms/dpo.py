@@ -1,17 +1,22 @@
 """Step-wise DPO: a preference between two trajectories is a preference at each of their steps.
 
 r(x) = log pi_theta(x_s | x_t, c) - log pi_ref(x_s | x_t, c), per step, for winner and loser:
-loss = -log sigmoid(beta [log clamp(e^{r_w}, 1 - eps, 1 + eps) - log clamp(e^{r_l}, 1 - eps, 1 + eps)]).
+loss = -log sigmoid(beta [log clamp(e^{r_w}, 1 - eps, 1 + eps) - log clamp(e^{r_l}, 1 - eps, 1 + eps)]),
+or another of TRL's loss types of r_w and r_l (`bench_dfusion/preference.py`), without the clamp.
+
+With `sdpo` the loser's error -log pi_theta keeps its value and has lambda times its gradient. Lambda is
+Diffusion-SDPO's with g_w, g_l the gradients of the winners' and the losers' summed step_weight * -log pi_theta in
+the network's output, over the rows of one batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from bench_dfusion.algorithm import (
@@ -22,24 +27,38 @@ from bench_dfusion.algorithm import (
     StepwiseConfig,
     all_log_probs,
     every_step,
-    step_log_prob,
     step_weights,
     window_steps,
 )
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
+from bench_dfusion.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
+from bench_dfusion.stepwise import stored_steps
 
 
-class DPOConfig(StepwiseConfig):
+class DPOConfig(PreferenceConfig, StepwiseConfig):
     beta: float = Field(
-        0.1, gt=0, description="strength of the implicit KL, in units of averaged log-probs (D3PO and D-Fusion: 0.1)"
-    )
-    ratio_clamp: float = Field(
         0.1,
+        gt=0,
+        description="strength of the implicit KL, in units of log-probs averaged over the latent (D3PO and D-Fusion: "
+        "0.1); TRL's betas are for log-probs summed over a text: no loss type's published value carries over",
+    )
+    ratio_clamp: float | None = Field(
+        None,
         ge=0,
         lt=1,
-        description="ratios are clamped to 1 ± this, which also stops their gradient; 0: off (D3PO: 0.1)",
+        validate_default=True,
+        description="ratios are clamped to 1 ± this, which also stops their gradient; 0: off (D3PO: 0.1, the default "
+        "with loss type sigmoid; the others it would saturate, so with them it is off)",
     )
+
+    @field_validator("ratio_clamp")
+    @classmethod
+    def _for_sigmoid(cls, value: float | None, info: ValidationInfo) -> float:
+        alone = info.data.get("loss_type") in ("sigmoid", ("sigmoid",))
+        if value and not alone:
+            raise ValueError(f"it goes with loss_type sigmoid alone: it would saturate {info.data.get('loss_type')}")
+        return (0.1 if alone else 0.0) if value is None else value
 
 
 class DPO(Algorithm):
@@ -67,19 +86,30 @@ class DPO(Algorithm):
         return rows
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
-        both = step_log_prob(
-            policy, samples, torch.cat([rows["winner"], rows["loser"]]), torch.cat([rows["step"], rows["step"]])
-        )
-        reference = torch.cat([rows["ref_w"], rows["ref_l"]]).to(both.device)
-        ratio_w, ratio_l = (both - reference).chunk(2)
-        terms = dpo_terms(ratio_w, ratio_l, self.config.beta, self.config.ratio_clamp)
+        config = self.config
+        at = stored_steps(policy, samples, torch.cat([rows["winner"], rows["loser"]]), rows["step"].repeat(2))
+        weight = rows["weight"].to(at.log_prob.device)
+        reference = torch.cat([rows["ref_w"], rows["ref_l"]]).to(at.log_prob.device)
+        ratio_w, ratio_l = (at.log_prob - reference).chunk(2)
         metrics = {"margin": (ratio_w - ratio_l).detach().mean(), "accuracy": (ratio_w > ratio_l).float().mean()}
-        return Loss((rows["weight"].to(terms.device) * terms).mean(), metrics)
+        if config.sdpo is not None:
+            metrics["loser_scale"] = loser_scale(weight.repeat(2) * at.log_prob, at.output, config.sdpo)
+            ratio_l = scale_gradient(ratio_l, metrics["loser_scale"])
+        clamp = config.ratio_clamp or 0.0
+        terms = dpo_terms(ratio_w, ratio_l, config.beta, clamp, config.losses, config.label_smoothing)
+        return Loss((weight * terms).mean(), metrics)
 
 
-def dpo_terms(ratio_w: Tensor, ratio_l: Tensor, beta: float, clamp: float) -> Tensor:
+def dpo_terms(
+    ratio_w: Tensor,
+    ratio_l: Tensor,
+    beta: float,
+    clamp: float,
+    losses: Mapping[str, float] = {"sigmoid": 1.0},
+    smoothing: float = 0.0,
+) -> Tensor:
     """The loss of each pair and step [B] from its log-ratios r_w, r_l [B] (D3PO eq. 12; clamp as in its code)."""
     if clamp:  # log clamp(e^r, 1 - c, 1 + c), in logs so that no ratio overflows
         low, high = math.log1p(-clamp), math.log1p(clamp)
         ratio_w, ratio_l = ratio_w.clamp(low, high), ratio_l.clamp(low, high)
-    return -F.logsigmoid(beta * (ratio_w - ratio_l))
+    return preference_terms(ratio_w, ratio_l, beta, losses, smoothing)

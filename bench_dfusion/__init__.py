@@ -10,18 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bench_dfusion.pairs import Keep
     from bench_dfusion.records import Record
 
 __version__ = "0.1.0"
 
 
-def run(*, algo: str, reward: str, builder: str = "dfusion", out: str | Path = "runs", **options: Any) -> Record:
+def run(
+    *,
+    algo: str,
+    reward: str,
+    builder: str = "dfusion",
+    out: str | Path = "runs",
+    keep_pairs: Keep | None = None,
+    **options: Any,
+) -> Record:
     """Train and evaluate one cell, or go on where it was stopped; returns its record.
 
     `options` are those of `bench_dfusion.config.resolve`: track_source, seed, model, prompts, settings
-    (a list of "SECTION.OPTION=VALUE"), config. Raises UsageError on anything wrong, before any compute.
+    (a list of "SECTION.OPTION=VALUE"), config. `keep_pairs`: of which rounds the pairs stay, "all", "last" or
+    "none". Raises UsageError on anything wrong, before any compute.
     """
     from bench_dfusion.config import resolve
     from bench_dfusion.trainer import run_cell
 
-    return run_cell(resolve(algo=algo, reward=reward, builder=builder, **options), Path(out))
+    return run_cell(resolve(algo=algo, reward=reward, builder=builder, **options), Path(out), keep_pairs=keep_pairs)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+pairs_app = typer.Typer(help="The consistent samples of a run as a preference dataset.", no_args_is_help=True)
+app.add_typer(pairs_app, name="pairs")
 out = Console()
 
 Plugins = Annotated[
@@ -50,6 +52,10 @@ def run(
     config: Annotated[Path | None, typer.Option(help="A TOML file with sections algo, builder, reward, track.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where run directories go.")] = Path("runs"),
     device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    keep_pairs: Annotated[
+        Literal["all", "last", "none"] | None,
+        typer.Option(help="Rounds whose pairs stay, for pairs export (default: all; over 128 px the last)."),
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Train one algorithm with one reward on consistent samples, then evaluate base against trained."""
@@ -79,7 +85,7 @@ def run(
     records = []
     for cell in cells:
         try:
-            records.append(run_cell(cell, folder, device))
+            records.append(run_cell(cell, folder, device, keep_pairs))
         except KeyboardInterrupt:
             out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
             raise typer.Exit(130) from None
@@ -145,6 +151,26 @@ def leaderboard(
                 raise UsageError(str(error)) from None
         else:
             _table(own)
+
+
+@pairs_app.command("export")
+def pairs_export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where the dataset goes, a new directory (default: RUN/dataset).")
+    ] = None,
+    rounds: Annotated[Literal["all", "last"], typer.Option(help="Every round kept, or the latest one.")] = "all",
+) -> None:
+    """Write a run's pairs as a dataset of prompt, chosen and rejected, for datasets.load_dataset and the Hub."""
+    from bench_dfusion import pairs
+
+    done = pairs.export(run_folder, folder, rounds)
+    out.print(
+        f"{sum(done.pairs.values())} pairs of {len(done.pairs)} of {done.rounds} rounds in {escape(str(done.folder))}; "
+        f'datasets.load_dataset("{escape(str(done.folder))}") reads them',
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _load_files(paths: Sequence[Path] | None) -> None:

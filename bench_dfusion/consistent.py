@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from bench_dfusion.policy import Policy, Trajectory
@@ -66,6 +66,17 @@ class BuilderConfig(BaseModel):
     """Options every builder has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PairConfig(BuilderConfig):
+    """Options of the builders whose winner must score above its loser."""
+
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="a pair is kept if winner − loser exceeds this: at 0 ties are dropped (reward units; D-Fusion's code "
+        "drops none)",
+    )
 
 
 class Builder(ABC):

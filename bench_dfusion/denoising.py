@@ -8,12 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion import samplers
-from bench_dfusion.algorithm import Rows, Share
+from bench_dfusion.algorithm import AlgorithmConfig, Rows, Share
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
+
+
+class LevelsConfig(AlgorithmConfig):
+    """Options of the algorithms that noise single samples' final latents again."""
+
+    timesteps: int = Field(
+        4, ge=1, description="noise levels drawn for each sample (or group) in a round (count; DGPO's code: 4)"
+    )
+    levels: Share = Field(
+        (0.0, 1.0), description="share of the training timesteps drawn from, [from, to), 0 the cleanest (DDPM: all)"
+    )
 
 
 @dataclass
@@ -37,7 +49,17 @@ class Noised:
 
     def error(self, policy: Policy, output: Tensor) -> Tensor:
         """d [B]: the mean squared error of an output."""
-        return ((output - self.target(policy)) ** 2).flatten(1).mean(1)
+        return mean_square(output - self.target(policy))
+
+    def clean_of(self, policy: Policy, output: Tensor) -> Tensor:
+        """x_0 [B, C, H, W] that an output says."""
+        kind = policy.schedule.prediction_type
+        return samplers.clean_from_output(policy.alphas_cumprod, self.t, self.x_t, output, kind)
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """The mean of the squares over all but the first dimension, [B]."""
+    return (difference**2).flatten(1).mean(1)
 
 
 def draw_levels(policy: Policy, rows: int, levels: Share, generator: torch.Generator) -> Rows:
@@ -49,6 +71,12 @@ def draw_levels(policy: Policy, rows: int, levels: Share, generator: torch.Gener
         "t": ((low + u * (high - low)) * total).long().clamp(max=total - 1),
         "noise": torch.randint(2**62, (rows,), generator=generator),
     }
+
+
+def at_levels(policy: Policy, samples: Tensor, config: LevelsConfig, generator: torch.Generator) -> Rows:
+    """Each of sample rows [M] at `config.timesteps` levels of its own: `row`, `t` and `noise`, [M · timesteps]."""
+    row = samples.repeat_interleave(config.timesteps)
+    return {"row": row, **draw_levels(policy, len(row), config.levels, generator)}
 
 
 def noised(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, seeds: Tensor) -> Noised:

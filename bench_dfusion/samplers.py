@@ -85,10 +85,19 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 def predict_clean(schedule: Schedule, step: Tensor, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """(x_0, epsilon) that a network's output says, both shaped like x_t [B, ...]; `step` [B] are step indices."""
-    a = _column(schedule.alpha_t[step], x_t)
+    clean = clean_from_output(schedule.alpha_t, step, x_t, output, schedule.prediction_type)
     if schedule.prediction_type == "epsilon":
-        return (x_t - (1 - a).sqrt() * output) / a.sqrt(), output
-    return a.sqrt() * x_t - (1 - a).sqrt() * output, a.sqrt() * output + (1 - a).sqrt() * x_t
+        return clean, output
+    a = _column(schedule.alpha_t[step], x_t)
+    return clean, a.sqrt() * output + (1 - a).sqrt() * x_t
+
+
+def clean_from_output(alphas_cumprod: Tensor, t: Tensor, x_t: Tensor, output: Tensor, prediction_type: str) -> Tensor:
+    """x_0 that a network's output (epsilon or v) says at x_t [B, ...]; `t` [B] indexes `alphas_cumprod`."""
+    a = _column(alphas_cumprod[t], x_t)
+    if prediction_type == "epsilon":
+        return (x_t - (1 - a).sqrt() * output) / a.sqrt()
+    return a.sqrt() * x_t - (1 - a).sqrt() * output
 
 
 def step_mean(schedule: Schedule, step: Tensor, x_t: Tensor, output: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_dfusion import evaluation, files, pictures, records, registry
+from bench_dfusion import evaluation, files, pairs, pictures, records, registry
 from bench_dfusion import track as tracks
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell
@@ -55,8 +55,10 @@ class Progress:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def run_cell(cell: Cell, out: Path, device: str | None = None) -> Record:
+def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs.Keep | None = None) -> Record:
     """Train and evaluate one cell in `out / cell.folder`, or go on where it was stopped; returns its record.
+
+    `keep_pairs`: of which rounds the pairs stay in `pairs/` (None: by the pictures' size); no number depends on it.
 
     Raises UsageError on anything that can be known before compute. A finished cell is only read.
     """
@@ -65,7 +67,7 @@ def run_cell(cell: Cell, out: Path, device: str | None = None) -> Record:
     if record_path.exists():
         return records.read(record_path)
     try:
-        run = Run(cell, folder, device)
+        run = Run(cell, folder, device, keep_pairs)
     except PluginError:
         raise
     except ValueError as error:  # a model, builder, reward or prompt that does not fit
@@ -81,8 +83,8 @@ def run_cell(cell: Cell, out: Path, device: str | None = None) -> Record:
 class Run:
     """One cell while it runs."""
 
-    def __init__(self, cell: Cell, folder: Path, device: str | None = None):
-        self.cell, self.folder = cell, folder
+    def __init__(self, cell: Cell, folder: Path, device: str | None = None, keep_pairs: pairs.Keep | None = None):
+        self.cell, self.folder, self.keep_pairs = cell, folder, keep_pairs
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         track = cell.track
         prompts = [*track.prompts.train, *track.prompts.heldout]
@@ -128,6 +130,8 @@ class Run:
                     self.failure = str(error)
                     break
                 self.progress.network_evaluations += self.policy.network_evaluations - before
+                with self.progress.phase("pairs"):
+                    pairs.keep(self.folder / "pairs", samples, number, self.keep_pairs)
                 self.progress.round += 1
                 if self.progress.round == self.rounds:
                     pictures.triples(self.folder / "triples.png", samples)

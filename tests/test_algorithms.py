@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import rounds
 import torch
 from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig, ddpo_terms
 from bench_dfusion.algorithms.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig, diffusion_dpo_terms
@@ -13,13 +14,13 @@ from fakes import ddim, draw, fake_policy, shake, with_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope_along_the_gradient, values
 
 from bench_dfusion import files
 from bench_dfusion.algorithm import all_log_probs, every_step, step_log_prob, step_weights, window_steps
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.fusion.builder import PairConfig, Vanilla
+from bench_dfusion.builders.vanilla import Vanilla
+from bench_dfusion.consistent import ConsistentSamples, PairConfig
 
-PROMPTS = ["one"] * 4 + ["two"] * 4
 ALGORITHMS = {
     "dpo": lambda **o: DPO(DPOConfig(**{"beta": 5.0, "ratio_clamp": 0.0, **o})),
     "diffusion-dpo": lambda **o: DiffusionDPO(DiffusionDPOConfig(**{"beta": 20.0, **o})),
@@ -28,35 +29,8 @@ ALGORITHMS = {
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
 
-def values(*numbers, dtype=torch.float64):
-    return torch.tensor(numbers, dtype=dtype, requires_grad=True)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def round_of(name, policy=None, **options):
-    """(policy, samples, algorithm, rows) of a round of 8 drawn samples and a target for each; the LoRA has moved since."""
-    policy = policy or fake_policy()
-    samples = with_targets(policy, draw(policy, PROMPTS))
-    algorithm = ALGORITHMS[name](**options)
-    rows = algorithm.prepare(policy, samples, generator())
-    shake(policy)
-    return policy, samples, algorithm, rows
-
-
-def gradient(policy):
-    flat = torch.cat([p.grad.flatten() for p in policy.parameters.values()])
-    for p in policy.parameters.values():
-        p.grad = None
-    return flat
-
-
-def loss_and_gradient(policy, samples, algorithm, rows, weight=1.0):
-    value = algorithm.loss(policy, samples, rows).value
-    (weight * value).backward()
-    return value.detach(), gradient(policy)
+    return rounds.round_of(ALGORITHMS[name](**options), policy)
 
 
 # --- terms by hand
@@ -160,23 +134,8 @@ def test_beta_0_is_log_2_and_the_log_sigmoid_is_of_each_pair():
 @every_algorithm
 def test_a_loss_has_the_gradient_that_finite_differences_find(name):
     policy, samples, algorithm, rows = round_of(name)
-    _, along = loss_and_gradient(policy, samples, algorithm, rows)
-    assert along.norm() > 0
-    direction = along / along.norm()
-    parameters, h = list(policy.parameters.values()), 5e-3
-    sizes = [p.numel() for p in parameters]
-
-    def at(offset):
-        with torch.no_grad():
-            for p, d in zip(parameters, direction.split(sizes), strict=True):
-                p.add_(offset * d.view_as(p))
-            value = float(algorithm.loss(policy, samples, rows).value)
-            for p, d in zip(parameters, direction.split(sizes), strict=True):
-                p.sub_(offset * d.view_as(p))
-        return value
-
-    slope = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
-    assert slope == pytest.approx(float(along.norm()), rel=0.02)
+    slope, norm = slope_along_the_gradient(policy, samples, algorithm, rows)
+    assert norm > 0 and slope == pytest.approx(norm, rel=0.02)
 
 
 @every_algorithm
@@ -473,35 +432,12 @@ def test_diffusion_dpo_needs_the_final_latents_alone_and_keeps_to_its_levels():
 
 # --- a bandit: one number, two prompts that want it high and low
 
-OPTIMUM = {"high": 1.0, "low": -1.0}
 # The late steps' gradients are larger by 1/sigma and nearly all noise: with every step alike, dpo learns nothing here.
 BANDITS = {
     "dpo": {"beta": 0.1, "learning_rate": 1e-2, "window": (0.0, 0.6)},
     "diffusion-dpo": {"beta": 2.0, "learning_rate": 1e-2},
     "ddpo": {"clip": 0.2, "learning_rate": 1e-2, "buffer": 32, "min_count": 32, "step_weight": "sigma"},
 }
-
-
-def bandit(algorithm, rounds=30):
-    """Train as the loop does; the mean of x_0 of both prompts in each round [rounds, 2], and the mean rewards."""
-    policy = fake_policy(shape=(1, 1, 1), steps=5, scale=0.1, batch=1024)
-    prompts = ["high"] * 32 + ["low"] * 32
-    wanted = torch.tensor([OPTIMUM[p] for p in prompts])
-    optimizer = torch.optim.AdamW(policy.parameters.values(), lr=algorithm.config.learning_rate)
-    order, means, rewards = generator(), [], []
-    for number in range(rounds):
-        drawn = draw(policy, prompts, first=1000 * number)
-        drawn.rewards = -((drawn.trajectory.final.flatten() - wanted) ** 2)
-        rewards.append(float(drawn.rewards.mean()))
-        means.append(drawn.trajectory.final.view(2, 32).mean(1))
-        samples = Vanilla(PairConfig()).build(policy, drawn, lambda images, p: torch.zeros(len(images)))
-        rows = algorithm.prepare(policy, samples, order)
-        for part in torch.randperm(len(next(iter(rows.values()))), generator=order).chunk(2):
-            optimizer.zero_grad()
-            algorithm.loss(policy, samples, {k: v[part] for k, v in rows.items()}).value.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), algorithm.config.grad_norm)
-            optimizer.step()
-    return torch.stack(means), torch.tensor(rewards)
 
 
 @every_algorithm

@@ -10,8 +10,8 @@ from bench_dfusion.algorithms.draft import DRaFT, DRaFTConfig
 from fakes import draw, fake_policy, shake
 from torch import Tensor
 
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.fusion.builder import PairConfig, Vanilla
+from bench_dfusion.builders.vanilla import Vanilla
+from bench_dfusion.consistent import ConsistentSamples, PairConfig
 from bench_dfusion.reward import Reward, RewardConfig
 
 PROMPTS = ["one"] * 4 + ["two"] * 4

@@ -19,9 +19,10 @@ from tiny import policy_of
 from torch import Tensor, nn
 
 from bench_dfusion import samplers
-from bench_dfusion.consistent import Samples, references_and_bases, winning_pairs
+from bench_dfusion.builders.vanilla import Vanilla
+from bench_dfusion.consistent import PairConfig, Samples, references_and_bases, winning_pairs
 from bench_dfusion.fusion.attention import Taps, resize_mask
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig, PairConfig, Vanilla
+from bench_dfusion.fusion.builder import DFusion, DFusionConfig
 from bench_dfusion.fusion.masks import ItemTokens, item_mask, threshold
 from bench_dfusion.policy import Policy, Trajectory
 

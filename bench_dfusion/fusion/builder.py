@@ -1,4 +1,4 @@
-"""The consistent sample builder of D-Fusion (Hu, Zhang, Kuang, ICML 2025, §4) and its control, `vanilla`."""
+"""The consistent sample builder of D-Fusion (Hu, Zhang, Kuang, ICML 2025, §4)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench_dfusion.consistent import (
     Builder,
     BuilderConfig,
     ConsistentSamples,
+    PairConfig,
     Samples,
     Score,
     references_and_bases,
@@ -24,14 +25,6 @@ from bench_dfusion.fusion.attention import Taps
 from bench_dfusion.fusion.items import item_tokens
 from bench_dfusion.fusion.masks import ItemTokens, item_mask, threshold
 from bench_dfusion.policy import Policy, Trajectory
-
-
-class PairConfig(BuilderConfig):
-    margin: float = Field(
-        0.0,
-        ge=0,
-        description="a pair is kept if winner − loser exceeds this (reward units; officially none is dropped)",
-    )
 
 
 class DFusionConfig(PairConfig):
@@ -177,29 +170,4 @@ class DFusion(Builder):
             items=by_hand,
             attributes=self.config.attributes,
             max_length=adapter.text_length,
-        )
-
-
-class Vanilla(Builder):
-    """No fusion: the references themselves are the winners. The control every table needs."""
-
-    name = "vanilla"
-    summary = "no fusion: the references themselves win over their bases (the control)"
-    paper = "Yang et al. 2023 (D3PO's pairs by rank)"
-    Config: ClassVar[type[BuilderConfig]] = PairConfig
-    config: PairConfig
-
-    def queries(self, drawn: int) -> int:
-        return drawn
-
-    def build(self, policy: Policy, drawn: Samples, score: Score) -> ConsistentSamples:
-        references, bases = references_and_bases(drawn)
-        pairs, dropped = winning_pairs(drawn, references, bases, self.config.margin)
-        return ConsistentSamples(
-            drawn,
-            drawn=len(drawn),
-            pairs=pairs,
-            train=torch.arange(len(drawn)),
-            triples=torch.stack([references, bases, references], 1),
-            dropped=dropped,
         )

@@ -1,0 +1,96 @@
+"""DGPO: a preference between the good and the bad samples of a prompt, as two groups.
+
+d = mean squared error of the network's prediction v at a noised x_0, A = advantage among the prompt's samples G,
+whose signs part it into G+ and G-; all of G share the timestep and the noise:
+S = sum over G of A beta (d_theta - d_ref) / |G|,
+loss = sigmoid(S) mean over G of A d_theta + kl mean over G of |v_theta - v_ref|^2, sigmoid(S) without gradient.
+The gradient is that of -log sigmoid(-S) / beta; the value is not. d_theta has no gradient where e^{d_old - d_theta}
+has left 1 ± clip on A's side, d_old being of the start of the round.
+G are all drawn samples of a prompt from vanilla, its targets and bases from dfusion; a prompt whose rewards are all
+alike is left out.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bench_dfusion.advantages import AdvantageConfig, advantages, prompt_groups
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.denoising import all_errors, all_outputs, draw_levels, mean_square, noised
+from bench_dfusion.policy import Policy
+
+
+class DGPOConfig(AdvantageConfig):
+    beta: float = Field(100.0, gt=0, description="strength of the implicit KL, per mean squared error (official: 100)")
+    clip: float = Field(
+        0.05, gt=0, lt=1, description="a sample counts no more once e^{d_old - d} leaves 1 ± this (1; official: 0.05)"
+    )
+    kl: float = Field(
+        0.02, ge=0, description="weight of the squared distance to the base's prediction (1; official: 0.02)"
+    )
+
+
+class DGPO(Algorithm):
+    name = "dgpo"
+    summary = "DPO between a prompt's good and bad drawn samples (vanilla) or targets and bases (dfusion), as groups"
+    paper = "Luo et al. 2025 (DGPO, 2510.08425)"
+    Config: ClassVar[type[AlgorithmConfig]] = DGPOConfig
+    config: DGPOConfig
+
+    def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
+        advantage = advantages(samples.samples, samples.train, self.config.advantage_clip, self.config.spread)
+        group = prompt_groups(samples.samples, samples.train)
+        members = [m for m in ((group == g).nonzero()[:, 0] for g in group.unique()) if advantage[m].any()]
+        self.samples_per_row = max((len(m) for m in members), default=1)
+        rows = draw_levels(policy, len(members) * self.config.timesteps, self.config.levels, generator)
+        rows["member"] = torch.full((len(members), self.samples_per_row), -1)
+        rows["advantage"] = torch.zeros(rows["member"].shape)
+        for i, own in enumerate(members):
+            rows["member"][i, : len(own)] = samples.train[own]
+            rows["advantage"][i, : len(own)] = advantage[own]
+        for name in ("member", "advantage"):
+            rows[name] = rows[name].repeat_interleave(self.config.timesteps, 0)
+        real, flat = _each_member(rows)
+        rows["old"] = torch.zeros(real.shape).masked_scatter(real, all_errors(policy, samples, *flat))
+        rows["ref"] = torch.zeros(*real.shape, *policy.adapter.latent_shape)
+        with policy.reference():
+            rows["ref"][real] = all_outputs(policy, samples, *flat)
+        return rows
+
+    def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
+        real, flat = _each_member(rows)
+        at = noised(policy, samples, *flat)
+        output, ref = at.output(policy), rows["ref"][real].to(policy.device)
+        real, old, advantage = (x.to(policy.device) for x in (real, rows["old"], rows["advantage"]))
+
+        def padded(flat: Tensor) -> Tensor:
+            return torch.zeros(real.shape, device=flat.device).masked_scatter(real, flat)
+
+        error, ref_error = padded(at.error(policy, output)), padded(at.error(policy, ref))
+        terms = dgpo_terms(error, ref_error, old, advantage, real.sum(1), self.config.beta, self.config.clip)
+        drift = padded(mean_square(output - ref)).sum(1) / real.sum(1)
+        metrics = {"gain": (advantage * (ref_error - error)).detach().mean(), "drift": drift.detach().mean()}
+        return Loss((terms + self.config.kl * drift).mean(), metrics)
+
+
+def dgpo_terms(
+    error: Tensor, ref: Tensor, old: Tensor, advantage: Tensor, size: Tensor, beta: float, clip: float
+) -> Tensor:
+    """The loss of each group [R] of `size` members [R] from d_theta, d_ref, d_old and A [R, members], 0 where padded."""
+    ratio = (old - error).exp()
+    left = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
+    error = torch.where(left, error.detach(), error)
+    score = (advantage * beta * (error - ref)).sum(1) / size
+    return score.sigmoid().detach() * (advantage * error).sum(1) / size
+
+
+def _each_member(rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Which places of the groups hold a member [R, members], and the members' rows, timesteps and noises, flat."""
+    real = rows["member"] >= 0
+    t, noise = (rows[name][:, None].expand(real.shape)[real] for name in ("t", "noise"))
+    return real, (rows["member"][real], t, noise)

@@ -1,0 +1,38 @@
+"""An exponential moving average of the trained weights, which survives a kill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench_dfusion.policy import Policy
+
+
+class Average:
+    """The average of a policy's weights; the policy's own ones until the first `update`.
+
+    Its decay grows with the optimiser's steps so far: min(rate · steps, most).
+    """
+
+    def __init__(self, rate: float, most: float):
+        self.rate, self.most, self.steps = rate, most, 0
+        self._weights: dict[str, Tensor] | None = None
+
+    def weights(self, policy: Policy) -> dict[str, Tensor]:
+        if self._weights is None:
+            self._weights = policy.weights()
+        return self._weights
+
+    def update(self, policy: Policy) -> None:
+        """average ← decay · average + (1 − decay) · weights."""
+        decay = min(self.rate * self.steps, self.most)
+        old = self.weights(policy)
+        self._weights = {k: decay * old[k].to(new) + (1 - decay) * new for k, new in policy.weights().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"steps": torch.tensor(self.steps), **{f"average.{k}": v for k, v in (self._weights or {}).items()}}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.steps = int(state["steps"])
+        prefix = "average."
+        self._weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or None

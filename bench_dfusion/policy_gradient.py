@@ -1,0 +1,44 @@
+"""What the policy-gradient algorithms share: options, and rows with old log-probs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from bench_dfusion.algorithm import Rows, StepwiseConfig, all_log_probs, every_step, step_weights, window_steps
+from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.policy import Policy
+
+
+class PolicyGradientConfig(StepwiseConfig):
+    clip: float = Field(1e-4, gt=0, lt=1, description="the ratio is clipped to 1 ± this (DDPO, Flow-GRPO: 1e-4)")
+    advantage_clip: float = Field(
+        5.0, gt=0, description="advantages are clipped to ± this, in standard deviations (DDPO, Flow-GRPO: 5)"
+    )
+    old_log_prob: Literal["plain", "behaviour"] = Field(
+        "plain",
+        description="pi_old of fused samples: the plain policy at the start of the round, or the fused prediction "
+        "that drew them (as the official code stores it; the first ratio is then not 1)",
+    )
+
+
+def sample_steps(policy: Policy, samples: ConsistentSamples, config: StepwiseConfig) -> Rows:
+    """Every sample that is trained on at every step of the window, sample by sample."""
+    steps = window_steps(policy, config.window)
+    return every_step(samples.train, steps, step_weights(policy, steps, config.step_weight))
+
+
+def at_each_step(values: Tensor, rows: Rows) -> Tensor:
+    """Values [M] of the samples that are trained on, for each row of `sample_steps` [M·W]."""
+    return values.repeat_interleave(len(rows["row"]) // max(1, len(values)))
+
+
+def old_log_probs(policy: Policy, samples: ConsistentSamples, rows: Rows, kind: str) -> Tensor:
+    """log pi_old of each row: as drawn, and for samples that a builder made the policy's as it is now, if `plain`."""
+    old = samples.samples.trajectory.log_probs[rows["row"], rows["step"]].clone()
+    made = rows["row"] >= samples.drawn
+    if kind == "plain" and made.any():
+        old[made] = all_log_probs(policy, samples, rows["row"][made], rows["step"][made])
+    return old

@@ -1,0 +1,45 @@
+"""Stored denoising steps under the policy as it is now: what the network says there, and the Gaussian that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench_dfusion import samplers
+from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.policy import Policy
+
+
+@dataclass
+class Steps:
+    """B steps x_t -> x_s ~ N(mean, std^2).
+
+    output    the network's (guided) output [B, ...]
+    mean, std the Gaussian's, [B, ...] and [B]
+    log_prob  of the stored x_s [B], averaged over the latent
+    """
+
+    output: Tensor
+    mean: Tensor
+    std: Tensor
+    log_prob: Tensor
+
+
+def stored_steps(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Steps:
+    """The stored steps (rows [B] of the samples, step numbers [B]) under the policy, as `Policy.log_prob` has them."""
+    trajectory, step = samples.samples.trajectory, steps.to(policy.device)
+    x_t, x_s = (trajectory.latents[rows, i].to(policy.device) for i in (steps, steps + 1))
+    output = policy.predict(x_t, policy.schedule.timesteps[step], [trajectory.prompts[i] for i in rows.tolist()])
+    mean, std = samplers.step_mean(policy.schedule, step, x_t, output), policy.schedule.std[step]
+    return Steps(output, mean, std, samplers.gaussian_log_prob(x_s, mean, std))
+
+
+@torch.no_grad()
+def all_means(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
+    """The means of many stored steps without gradients, in the policy's batches: [R, ...] on the CPU."""
+    if not len(rows):
+        return torch.zeros(0, *policy.adapter.latent_shape)
+    parts = zip(rows.split(policy.batch), steps.split(policy.batch), strict=True)
+    return torch.cat([stored_steps(policy, samples, r, s).mean.cpu() for r, s in parts])

@@ -1,0 +1,761 @@
+"""sft, rwr, kto, dgpo, nft and awm: terms by hand, losses written a second time, gradients, first updates, bandits."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_dfusion.algorithms.awm import AWM, AWMConfig, awm_terms, pseudo_log_prob
+from bench_dfusion.algorithms.dgpo import DGPO, DGPOConfig, dgpo_terms
+from bench_dfusion.algorithms.kto import KTO, KTOConfig, kto_terms
+from bench_dfusion.algorithms.nft import NFT, NFTConfig, nft_terms
+from bench_dfusion.algorithms.rwr import RWR, RWRConfig, rwr_weights
+from bench_dfusion.algorithms.sft import SFT, SFTConfig
+from fakes import ddim, draw, fake_policy, shake, with_targets
+from pydantic import ValidationError
+from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope, values
+from torch.distributions import Normal
+from torch.nn.functional import softplus
+
+from bench_dfusion import files, samplers
+from bench_dfusion.advantages import advantages, prompt_groups
+from bench_dfusion.averages import Average
+from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.denoising import at_levels, noised
+
+ALGORITHMS = {
+    "sft": lambda **o: SFT(SFTConfig(**o)),
+    "rwr": lambda **o: RWR(RWRConfig(**{"tau": 0.7, **o})),
+    "kto": lambda **o: KTO(KTOConfig(**{"beta": 3.0, "desirable": 1.5, "undesirable": 0.5, **o})),
+    "dgpo": lambda **o: DGPO(DGPOConfig(**{"beta": 3.0, "clip": 0.05, "kl": 0.7, **o})),
+    "nft": lambda **o: NFT(NFTConfig(**{"beta": 0.6, "kl": 0.7, **o})),
+    "awm": lambda **o: AWM(AWMConfig(**{"clip": 0.05, "weight": "time", "kl": 0.7, "kl_ema": 0.4, **o})),
+}
+every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+REWARDS = [0.0, 1.0, 1.0, 4.0, 2.0, 2.5, 7.0, 3.0]
+
+
+def round_of(name, size=0.1, policy=None, samples=None, **options):
+    """(policy, samples, algorithm, rows) of a round: a moved LoRA drew and prepared it, and has moved on since."""
+    policy = policy or fake_policy()
+    shake(policy)
+    samples = samples or with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    algorithm = ALGORITHMS[name](**options)
+    rows = algorithm.prepare(policy, samples, generator())
+    shake(policy, size, seed=2)
+    return policy, samples, algorithm, rows
+
+
+def before(**options):
+    """The policy of `round_of` as it was when it prepared the round."""
+    policy = fake_policy(**options)
+    shake(policy)
+    return policy
+
+
+def at(policy, samples, row, t, seed):
+    """The forward process written a second time."""
+    scheduler = policy.adapter.scheduler
+    a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    clean = samples.samples.trajectory.latents[row, -1]
+    noise = torch.cat(
+        [torch.randn(1, *clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seed.tolist()]
+    )
+    x_t = scheduler.add_noise(clean, noise, t)
+    epsilon = scheduler.config.prediction_type == "epsilon"
+    target = noise if epsilon else scheduler.get_velocity(clean, noise, t)
+    prompts = [samples.samples.prompts[i] for i in row.tolist()]
+
+    def clean_hat(output):
+        return (x_t - (1 - a).sqrt() * output) / a.sqrt() if epsilon else a.sqrt() * x_t - (1 - a).sqrt() * output
+
+    def d(output):
+        return ((output - target) ** 2).mean((1, 2, 3))
+
+    return SimpleNamespace(x_t=x_t, clean=clean, d=d, clean_hat=clean_hat, output=lambda p: p.predict(x_t, t, prompts))
+
+
+def standardised(samples, row, per_prompt):
+    """Advantages written a second time, in Python; no clip is reached here."""
+    rewards, prompts = samples.samples.rewards.tolist(), samples.samples.prompts
+    train = samples.train.tolist()
+    result = []
+    for i in row.tolist():
+        own = [rewards[k] for k in train if prompts[k] == prompts[i]]
+        every = own if per_prompt else [rewards[k] for k in train]
+        mean, centre = sum(own) / len(own), sum(every) / len(every)
+        std = math.sqrt(sum((r - centre) ** 2 for r in every) / len(every))
+        result.append((rewards[i] - mean) / (std + 1e-4))
+    return torch.tensor(result)
+
+
+def squared(difference):
+    return (difference**2).mean((1, 2, 3))
+
+
+def a_second_time(name, policy, samples, rows, **options):
+    """The loss from the docstring's formula, with the base and the old policy as separate networks."""
+    base, old = fake_policy(**options), before(**options)
+    if name == "dgpo":
+        total = 0.0
+        for member, t, seed in zip(rows["member"], rows["t"], rows["noise"], strict=True):
+            own = member[member >= 0]
+            here = at(policy, samples, own, t.expand(len(own)), seed.expand(len(own)))
+            output, ref = here.output(policy), here.output(base).detach()
+            advantage = standardised(samples, own, per_prompt=True)
+            d, d_old = here.d(output), here.d(here.output(old)).detach()
+            ratio = torch.exp(d_old - d)
+            stays = ~((advantage > 0) & (ratio > 1.05) | (advantage < 0) & (ratio < 0.95))
+            s = sum(float(a) * 3.0 * float(x - r) for a, x, r in zip(advantage, d.detach(), here.d(ref), strict=True))
+            weight = 1 / (1 + math.exp(-s / len(own)))
+            value = weight * (advantage * torch.where(stays, d, d.detach())).mean() + 0.7 * squared(output - ref).mean()
+            total = total + value / len(rows["t"])
+        return total
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    output = here.output(policy)
+    ref, before_ = here.output(base).detach(), here.output(old).detach()
+    d = here.d(output)
+    if name == "sft":
+        return d.mean()
+    if name == "rwr":
+        prompts = samples.samples.prompts
+        weight = (standardised(samples, rows["row"], per_prompt=True) / 0.7).exp()
+        train = (standardised(samples, samples.train, per_prompt=True) / 0.7).exp()
+        of = {p: train[[prompts[i] == p for i in samples.train.tolist()]].mean() for p in set(prompts)}
+        return (d * weight / torch.stack([of[prompts[i]] for i in rows["row"].tolist()])).mean()
+    if name == "kto":
+        y = standardised(samples, rows["row"], per_prompt=True).sign()
+        g = here.d(ref) - d
+        z = max(0.0, float(g.detach().mean()))
+        return (torch.where(y > 0, 1.5, 0.5) * (1 - 1 / (1 + torch.exp(-y * 3.0 * (g - z))))).mean()
+    a = standardised(samples, rows["row"], per_prompt=False)
+    if name == "nft":
+        r = (a / 10 + 0.5).clamp(0, 1)
+        plus, minus = 0.6 * output + 0.4 * before_, 1.6 * before_ - 0.6 * output  # outputs, not x_0, are combined
+        losses = []
+        for v in (plus, minus):
+            miss = here.clean_hat(v) - here.clean
+            losses.append((miss**2 / miss.abs().mean((1, 2, 3), keepdim=True).detach()).mean((1, 2, 3)))
+        return (5 * (r * losses[0] + (1 - r) * losses[1]) / 0.6 + 0.7 * squared(output - ref)).mean()
+    rho = torch.exp((rows["t"] + 1) / 1000 * (here.d(before_) - d))
+    a = a / 5
+    clipped = rho.clamp(0.95, 1.05)
+    surrogate = torch.where(a * rho < a * clipped, a * rho, a * clipped)
+    return (-surrogate + 0.7 * squared(output - ref) + 0.4 * squared(output - before_)).mean()
+
+
+# --- terms by hand
+
+
+def test_rwr_weights_by_hand():
+    # Prompt 0: softmax(0, log 3) = 1/4, 3/4, times 2. Prompt 1 has one sample: 1. Prompt 2: softmax(0, 0, 2 log 2 / 2).
+    advantage = torch.tensor([0.0, 5.0, math.log(9), 0.0, 0.0, 2 * math.log(2)])
+    group = torch.tensor([0, 1, 0, 2, 2, 2])
+    expected = torch.tensor([0.5, 1.0, 1.5, 0.75, 0.75, 1.5])
+    torch.testing.assert_close(rwr_weights(advantage, group, 2.0), expected)
+
+
+def test_kto_terms_by_hand():
+    # z = (.3 - .1) / 2 = .1: y beta (g - z) = 10 * .2 = 2 for the good and -10 * -.2 = 2 for the bad; 1 - sigmoid(2) = .1192029.
+    found = kto_terms(values(0.3, -0.1), torch.tensor([1.0, -1.0]), 10, 1, 2)
+    torch.testing.assert_close(found.detach(), values(0.1192029, 0.2384058).detach(), atol=1e-7, rtol=0)
+    # The mean is negative, z = 0: 10 * .1 = 1 and -10 * .1 = -1, -10 * -.5 = 5: 1 - sigmoid = .2689414, .7310586, .0066929.
+    found = kto_terms(values(0.1, 0.1, -0.5), torch.tensor([1.0, -1.0, -1.0]), 10, 1, 1)
+    torch.testing.assert_close(found.detach(), values(0.2689414, 0.7310586, 0.0066929).detach(), atol=1e-7, rtol=0)
+
+
+def test_dgpo_terms_by_hand():
+    # First group, two members and a place of padding: S = 10 (1 * -.1 + -1 * .1) / 2 = -1, sigmoid(-1) = .2689414,
+    # times (.5 - .8) / 2 = -.0403412. Second, three members: S = 10 (2 * .1 - 1 * .3 - 1 * -.2) / 3 = 1/3,
+    # sigmoid(1/3) = .5825702, times (2 * .6 - .8 - .1) / 3 = .1: .0582570.
+    error = torch.tensor([[0.5, 0.8, 0.0], [0.6, 0.8, 0.1]])
+    ref = torch.tensor([[0.6, 0.7, 0.0], [0.5, 0.5, 0.3]])
+    advantage = torch.tensor([[1.0, -1.0, 0.0], [2.0, -1.0, -1.0]])
+    found = dgpo_terms(error, ref, error, advantage, torch.tensor([2, 3]), 10, 0.05)
+    torch.testing.assert_close(found, torch.tensor([-0.0403412, 0.0582570]), atol=1e-6, rtol=0)
+
+
+def test_nft_terms_by_hand():
+    clean, old, truth = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)
+    good = torch.tensor([0.75])
+    # beta 1: x+ = (1, 3): 5 / 2 = 2.5; x- = (0, 4) - (1, 3) = (-1, 1): 1 / 1; .75 * 2.5 + .25 * 1 = 2.125.
+    assert nft_terms(clean, old, truth, good, 1.0).item() == pytest.approx(2.125)
+    # beta .5: x+ = (.5, 2.5): 3.25 / 1.5; x- = (0, 3) - (.5, 1.5) = (-.5, 1.5): 1.25 / 1;
+    # (.75 * 2.1666667 + .25 * 1.25) / .5 = 3.875.
+    assert nft_terms(clean, old, truth, good, 0.5).item() == pytest.approx(3.875)
+    # Where the guess is the truth, the divisor is 1e-5 and not 0; 4e-6 away it is still 1e-5: 1.6e-11 / 1e-5.
+    assert nft_terms(truth, truth, truth, good, 1.0).item() == 0
+    near = torch.full((1, 2), 4e-6)
+    assert nft_terms(near, near, truth, good, 1.0).item() == pytest.approx(1.6e-6, rel=1e-4)
+
+
+def test_awm_terms_by_hand():
+    # As PPO's: -2*1.2, 2*1.5, -2*.5, 2*.8, -2*1.1 at clip .2.
+    log_ratio, advantage = values(1.5, 1.5, 0.5, 0.5, 1.1).log(), torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0])
+    expected = torch.tensor([-2.4, 3.0, -1.0, 1.6, -2.2], dtype=torch.float64)
+    torch.testing.assert_close(awm_terms(log_ratio, advantage, 0.2).detach(), expected)
+    assert pseudo_log_prob(torch.tensor([0.5]), 1.0).item() == pytest.approx(-0.5)
+    # (1/16)^(1/4) = 1/2, divided by 1/4.
+    assert pseudo_log_prob(torch.tensor([0.0625]), 0.25).item() == pytest.approx(-2.0)
+    at_zero = values(0.0)
+    pseudo_log_prob(at_zero, 0.25).backward(torch.ones(1, dtype=torch.float64))
+    assert at_zero.grad.isfinite().all()
+
+
+def test_advantages_by_hand():
+    # a: rewards 0, 2, mean 1, sd 1. b: 5, 5, 5.3, 5.7 of which row 3 is not asked for: 5, 5, 5.3 and the sd of those.
+    policy = fake_policy()
+    samples = draw(policy, ["a", "b", "a", "b", "b", "b"], [0.0, 5.0, 2.0, 5.7, 5.0, 5.3])
+    rows = torch.tensor([2, 1, 0, 4, 5])
+    assert prompt_groups(samples, rows).tolist() == [0, 1, 0, 1, 1]
+    # b: mean 5.1, sd sqrt((.01 + .01 + .04) / 3) = .1414214.
+    b = [-0.1 / 0.1415214, 0.2 / 0.1415214]
+    expected = torch.tensor([1 / 1.0001, b[0], -1 / 1.0001, b[0], b[1]])
+    torch.testing.assert_close(advantages(samples, rows, 5.0), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(advantages(samples, rows, 1.2), expected.clamp(-1.2, 1.2), rtol=1e-5, atol=1e-6)
+    # The round's: mean 3.46, squares 2.1316, 2.3716, 11.9716, 2.3716, 3.3856: sd sqrt(22.232 / 5) = 2.1086489.
+    expected = torch.tensor([1.0, -0.1, -1.0, -0.1, 0.2]) / 2.1087489
+    torch.testing.assert_close(advantages(samples, rows, 5.0, "round"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rewards_that_are_alike_have_no_advantage_whatever_their_mean_rounds_to():
+    samples = draw(fake_policy(), ["a"] * 3 + ["b"] * 3, [0.11, 0.11, 0.11, 0.0, 1.0, 2.0])
+    for spread in ("prompt", "round"):
+        assert advantages(samples, torch.arange(6), 5.0, spread)[:3].tolist() == [0, 0, 0]
+    assert advantages(samples, torch.arange(6), 5.0).sign().tolist() == [0, 0, 0, -1, 0, 1]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_clean_latent_is_found_in_the_output_that_is_right(prediction):
+    cumulative, g = ddim().alphas_cumprod, generator()
+    clean, noise = torch.randn(2, 5, 2, 3, 3, generator=g)
+    t = torch.tensor([0, 10, 400, 800, 999])
+    x_t = samplers.add_noise(cumulative, t, clean, noise)
+    output = samplers.training_target(cumulative, t, clean, noise, prediction)
+    found = samplers.clean_from_output(cumulative, t, x_t, output, prediction)
+    torch.testing.assert_close(found, clean, rtol=1e-3, atol=1e-4)
+
+
+def test_an_average_by_hand():
+    policy = fake_policy()
+    average = Average(rate=0.1, most=0.25)
+    name = next(iter(policy.parameters))
+    found = []
+    for number in (1.0, 5.0, 9.0, 9.0):
+        with torch.no_grad():
+            policy.parameters[name].fill_(number)
+        average.update(policy)
+        found.append(float(average.weights(policy)[name].mean()))
+        average.steps += 2
+    # Decay 0: 1. Decay .2: .2 * 1 + .8 * 5 = 4.2. Decay .25 (not .4): .25 * 4.2 + .75 * 9 = 7.8; .25 * 7.8 + 6.75 = 8.7.
+    assert found == pytest.approx([1.0, 4.2, 7.8, 8.7])
+    assert float(policy.parameters[name].mean().detach()) == 9
+
+
+# --- terms against other implementations
+
+
+def test_kto_is_kahneman_and_tverskys_value_of_the_gain():
+    gain = torch.randn(9, generator=generator(), dtype=torch.float64)
+    label = torch.tensor([1.0, -1.0, -1.0] * 3)
+    z = gain.mean().clamp(min=0)
+    tanh = (1 - torch.tanh(label * 1.7 * (gain - z) / 2)) / 2
+    weight = torch.where(label > 0, 0.3, 0.9)
+    torch.testing.assert_close(kto_terms(gain, label, 1.7, 0.3, 0.9), weight * tanh)
+
+
+def test_awms_ratio_is_that_of_two_gaussians_densities():
+    # For N(v, I) in n dimensions log p = -n d / 2 + constant: with w = n / 2, l is the log-density.
+    truth, new, old = torch.randn(3, 4, 7, generator=generator(), dtype=torch.float64)
+    exact = (Normal(new, 1).log_prob(truth) - Normal(old, 1).log_prob(truth)).sum(1)
+    d, d_old = (new - truth).square().mean(1), (old - truth).square().mean(1)
+    torch.testing.assert_close(7 / 2 * (pseudo_log_prob(d, 1.0) - pseudo_log_prob(d_old, 1.0)), exact)
+
+
+def test_dgpos_gradient_is_that_of_the_group_preference_and_its_value_is_not():
+    # -log sigmoid(-S) / beta has the gradient sigmoid(S) dS / beta = sigmoid(S) A / |G| in each d.
+    g = generator()
+    error = (0.01 * torch.randn(3, 4, generator=g, dtype=torch.float64) + 1).requires_grad_()
+    ref, advantage = torch.rand(3, 4, generator=g).double(), torch.randn(3, 4, generator=g).double()
+    size = torch.tensor([4, 4, 4])
+    (found,) = torch.autograd.grad(dgpo_terms(error, ref, error.detach(), advantage, size, 6, 0.05).sum(), error)
+    preference = softplus((advantage * 6 * (error - ref)).sum(1) / 4) / 6
+    (expected,) = torch.autograd.grad(preference.sum(), error)
+    torch.testing.assert_close(found, expected)
+    assert not torch.autograd.gradcheck(
+        lambda e: dgpo_terms(e, ref, error.detach(), advantage, size, 6, 0.05), error, raise_exception=False
+    )
+
+
+def test_dgpo_stops_a_member_that_went_far_enough_on_its_advantages_side():
+    # Columns: ratio e^{.2}, e^{-.2}, e^{.04}, e^{-.04}; A > 0 stops at the first, A < 0 at the second.
+    old = torch.full((2, 4), 1.0, dtype=torch.float64)
+    error = (old - torch.tensor([0.2, -0.2, 0.04, -0.04])).requires_grad_()
+    advantage = torch.tensor([[1.0] * 4, [-1.0] * 4], dtype=torch.float64)
+    dgpo_terms(error, old, old, advantage, torch.tensor([4, 4]), 2, 0.05).sum().backward()
+    assert (error.grad == 0).tolist() == [[True, False, False, False], [False, True, False, False]]
+
+
+def test_nfts_gradient_by_hand():
+    # d x+ / d x̂ = beta and d x- / d x̂ = -beta cancel the 1 / beta: 2 r (x+ - x_0) / (n m+) - 2 (1 - r) (x- - x_0) / (n m-).
+    clean, old, truth = torch.randn(3, 5, 6, generator=generator(), dtype=torch.float64)
+    good, beta = torch.linspace(0, 1, 5).double(), 0.3
+    clean.requires_grad_()
+    nft_terms(clean, old, truth, good, beta).sum().backward()
+    miss_plus, miss_minus = (old + s * beta * (clean.detach() - old) - truth for s in (1, -1))
+    r = good[:, None]
+    expected = 2 * r * miss_plus / (6 * miss_plus.abs().mean(1, keepdim=True))
+    expected -= 2 * (1 - r) * miss_minus / (6 * miss_minus.abs().mean(1, keepdim=True))
+    torch.testing.assert_close(clean.grad, expected)
+
+
+def test_term_gradients_are_those_of_finite_differences_where_the_value_is_meant():
+    g = generator()
+    label = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    below = -torch.rand(4, generator=g, dtype=torch.float64).requires_grad_()  # z = 0
+    assert torch.autograd.gradcheck(lambda x: kto_terms(x, label, 3, 1.5, 0.5), (below.detach().requires_grad_(),))
+    for log_ratio in (values(0.02, -0.06, 0.09, -0.01), values(0.5, -0.7, 0.2, -0.3)):
+        assert torch.autograd.gradcheck(lambda x: awm_terms(x, label, 0.1), (log_ratio,))
+    error = values(0.3, 0.1, 2.0)
+    for power in (1.0, 0.25):
+        assert torch.autograd.gradcheck(lambda e: pseudo_log_prob(e, power), (error,))  # noqa: B023
+
+
+def test_ktos_z_has_no_gradient():
+    gain = values(0.4, 0.2)
+    label = torch.tensor([1.0, 1.0])
+    kto_terms(gain, label, 2, 1, 1).sum().backward()
+    s = torch.sigmoid(2 * (gain.detach() - 0.3))
+    torch.testing.assert_close(gain.grad, -2 * s * (1 - s))
+
+
+# --- whole losses
+
+
+@every_algorithm
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_loss_and_its_gradient_are_those_of_the_formula(name, prediction):
+    scheduler = {"scheduler": ddim(prediction_type=prediction)}
+    policy, samples, algorithm, rows = round_of(name, policy=fake_policy(**scheduler))
+    expected = a_second_time(name, policy, samples, rows, **scheduler)
+    expected.backward()
+    expected = expected.detach(), gradient(policy)
+    assert expected[1].norm() > 1e-3
+    found = loss_and_gradient(policy, samples, algorithm, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft", "rwr", "kto", "awm"])
+def test_a_loss_has_the_gradient_that_finite_differences_find(name):
+    policy, samples, algorithm, rows = round_of(name)
+    _, along = loss_and_gradient(policy, samples, algorithm, rows)
+    algorithm_loss = algorithm.loss
+    if name == "kto":  # with z held, as the gradient holds it
+        where = rows["row"], rows["t"], rows["noise"]
+        z = float(algorithm_loss(policy, samples, rows).metrics["gain"].clamp(min=0))
+
+        def value():
+            here = at(policy, samples, *where)
+            gain = rows["ref"] - here.d(here.output(policy)) - z
+            weight = torch.where(rows["label"] > 0, 1.5, 0.5)
+            return float((weight * (-3.0 * rows["label"] * gain).sigmoid()).mean())
+
+    else:
+
+        def value():
+            return float(algorithm_loss(policy, samples, rows).value)
+
+    assert along.norm() > 1e-3
+    assert slope(policy, along / along.norm(), value, 2e-3) == pytest.approx(float(along.norm()), rel=0.03)
+
+
+@every_algorithm
+def test_a_loss_does_not_depend_on_the_order_of_rows(name):
+    policy, samples, algorithm, rows = round_of(name)
+    order = torch.randperm(len(rows["t"]), generator=generator(3))
+    expected = loss_and_gradient(policy, samples, algorithm, rows)
+    found = loss_and_gradient(policy, samples, algorithm, {k: v[order] for k, v in rows.items()})
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - {"kto"}))
+def test_one_batch_is_two_accumulated_ones(name):
+    policy, samples, algorithm, rows = round_of(name)
+    order = torch.randperm(len(rows["t"]), generator=generator(3))[:8]
+    eight = {k: v[order] for k, v in rows.items()}
+    halves = [{k: v[part] for k, v in eight.items()} for part in (slice(0, 3), slice(3, 8))]
+    assert len(order) == 8
+    expected = loss_and_gradient(policy, samples, algorithm, eight)
+    parts = [loss_and_gradient(policy, samples, algorithm, h, w) for h, w in zip(halves, (3 / 8, 5 / 8), strict=True)]
+    value = 3 / 8 * parts[0][0] + 5 / 8 * parts[1][0]
+    torch.testing.assert_close((value, parts[0][1] + parts[1][1]), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_ktos_batches_each_have_their_own_z_so_two_are_not_their_union():
+    gain, label = values(0.4, 0.2, 0.0, -0.4), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    whole = kto_terms(gain, label, 5, 1, 1).mean()
+    halves = [kto_terms(gain[part], label[part], 5, 1, 1).mean() for part in (slice(0, 2), slice(2, 4))]
+    assert abs(((halves[0] + halves[1]) / 2 - whole).item()) > 0.01
+    gain = gain - 1  # every mean is negative: z = 0 in the whole and in its parts
+    whole = kto_terms(gain, label, 5, 1, 1).mean()
+    halves = [kto_terms(gain[part], label[part], 5, 1, 1).mean() for part in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole)
+
+
+@every_algorithm
+def test_preparing_is_repeatable_and_leaves_the_policy_as_it_was(name):
+    policy = before()
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    state = policy.state()
+    first, second = (ALGORITHMS[name]().prepare(policy, samples, generator()) for _ in range(2))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    other = ALGORITHMS[name]().prepare(policy, samples, generator(1))
+    assert not torch.equal(first["t"], other["t"]) and not torch.equal(first["noise"], other["noise"])
+    assert len({len(v) for v in first.values()}) == 1
+    assert all(not v.requires_grad and v.device.type == "cpu" for v in first.values())
+    assert all(torch.equal(v, state[k]) for k, v in policy.state().items())
+    algorithm = ALGORITHMS[name]()
+    _, along = loss_and_gradient(policy, samples, algorithm, algorithm.prepare(policy, samples, generator()))
+    assert along.norm() > 0 and all(p.grad is None for n, p in policy.adapter.network.named_parameters() if "base" in n)
+
+
+@every_algorithm
+def test_the_final_latents_are_enough_and_levels_are_kept_to(name):
+    policy, samples, algorithm, rows = round_of(name, levels=(0.5, 0.75), timesteps=8)
+    assert rows["t"].min() >= 500 and rows["t"].max() < 750 and len(rows["t"].unique()) >= 12
+    expected = algorithm.loss(policy, samples, rows).value
+    samples.samples.trajectory.latents[:, :-1] = float("nan")
+    samples.samples.trajectory.log_probs[:] = float("nan")
+    assert torch.equal(algorithm.loss(policy, samples, rows).value, expected)
+
+
+@every_algorithm
+def test_without_samples_there_are_no_rows(name):
+    policy = fake_policy()
+    none = torch.zeros(0, dtype=torch.long)
+    samples = ConsistentSamples(draw(policy, PROMPTS), 8, none.view(0, 2), none, none.view(0, 3))
+    rows = ALGORITHMS[name]().prepare(policy, samples, generator())
+    assert rows and all(len(v) == 0 for v in rows.values())
+
+
+@every_algorithm
+def test_rows_are_what_the_docstring_says(name):
+    policy = fake_policy()
+    drawn = draw(policy, PROMPTS + ["alike"] * 2, [*REWARDS, 5.0, 5.0])
+    n = len(drawn)
+    # Rewards of prompt "one": 0 1 1 4 and mean 1.5; of "two": 2 2.5 7 3 and mean 3.625. Rows 3 and 6 win twice each.
+    pairs = torch.tensor([[3, 0], [3, 1], [6, 4], [6, 5]])
+    samples = ConsistentSamples(drawn, n, pairs, torch.arange(n), torch.zeros(0, 3).long())
+    algorithm = ALGORITHMS[name](timesteps=3)
+    rows = algorithm.prepare(policy, samples, generator())
+    if name == "dgpo":
+        assert rows["member"].tolist() == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7]] * 3
+        return
+    expected = {"sft": [3, 6], "kto": list(range(8))}.get(name, list(range(10)))
+    assert rows["row"].tolist() == [i for i in expected for _ in range(3)]
+    assert len(rows["noise"].unique()) == len(rows["row"])
+    if name == "kto":
+        assert rows["label"].tolist() == [y for y in (-1, -1, -1, 1, -1, -1, 1, -1) for _ in range(3)]
+    if name == "rwr":
+        torch.testing.assert_close(rows["weight"].view(10, 3)[8:], torch.ones(2, 3))
+        torch.testing.assert_close(rows["weight"].view(10, 3)[:4].mean(0), torch.ones(3))
+    if name == "nft":
+        assert (rows["good"].view(10, 3)[8:] == 0.5).all() and rows["good"][3 * 6] > 0.6 and rows["good"][0] < 0.5
+
+
+def test_a_sample_that_wins_twice_is_one_datum_of_sft():
+    policy = fake_policy()
+    samples = ConsistentSamples(
+        draw(policy, PROMPTS), 8, torch.tensor([[3, 0], [3, 1], [2, 0]]), torch.arange(8), torch.zeros(0, 3).long()
+    )
+    assert ALGORITHMS["sft"](timesteps=1).prepare(policy, samples, generator())["row"].tolist() == [2, 3]
+
+
+@every_algorithm
+def test_the_curves_are_detached_and_say_what_they_are_called(name):
+    policy, samples, algorithm, rows = round_of(name)
+    metrics = algorithm.loss(policy, samples, rows).metrics
+    assert all(not m.requires_grad and m.ndim == 0 for m in metrics.values())
+    if name == "dgpo":
+        size = rows["member"].shape[1]
+        flat = rows["member"].flatten(), rows["t"].repeat_interleave(size), rows["noise"].repeat_interleave(size)
+    else:
+        flat = rows["row"], rows["t"], rows["noise"]
+    here = at(policy, samples, *flat)
+    output, ref, old = (here.output(p).detach() for p in (policy, fake_policy(), before()))
+    gain, label = here.d(ref) - here.d(output), rows.get("label")
+    expected = {
+        "sft": lambda: {},
+        "rwr": lambda: {"error": here.d(output).mean()},
+        "kto": lambda: {"gain": gain.mean(), "accuracy": (label == gain.sign()).float().mean()},
+        "dgpo": lambda: {"gain": (rows["advantage"].flatten() * gain).mean(), "drift": squared(output - ref).mean()},
+        "nft": lambda: {"moved": squared(output - old).mean(), "drift": squared(output - ref).mean()},
+        "awm": lambda: {
+            "drift": squared(output - ref).mean(),
+            "clipped": (((rows["t"] + 1) / 1000 * (here.d(old) - here.d(output))).expm1().abs() > 0.05).float().mean(),
+        },
+    }[name]()
+    torch.testing.assert_close(metrics, expected, rtol=1e-3, atol=1e-5)
+    if name in ("kto", "awm"):
+        assert 0.02 < float(metrics["accuracy" if name == "kto" else "clipped"]) < 0.98
+
+
+@pytest.mark.parametrize("option", [{"levels": (0.5, 0.0)}, {"timesteps": 0}, {"unknown": 1}])
+def test_wrong_options_are_refused(option):
+    for config in (SFTConfig, RWRConfig, KTOConfig, DGPOConfig, NFTConfig, AWMConfig):
+        with pytest.raises(ValidationError):
+            config(**option)
+
+
+# --- dgpo's groups
+
+
+def test_groups_share_level_and_noise_and_may_differ_in_size():
+    policy = fake_policy(batch=5)
+    drawn = draw(policy, ["one"] * 2 + ["two"] * 3 + ["one"], [0.0, 3.0, 1.0, 1.5, 4.0, 1.0])
+    samples = ConsistentSamples(drawn, 6, torch.zeros(0, 2).long(), torch.arange(6).flip(0), torch.zeros(0, 3).long())
+    samples.train = samples.train[1:]  # without row 5: two of "one", three of "two"
+    algorithm = ALGORITHMS["dgpo"](timesteps=2)
+    assert algorithm.samples_per_row == 1
+    rows = algorithm.prepare(policy, samples, generator())
+    assert algorithm.samples_per_row == 3
+    assert rows["member"].tolist() == [[4, 3, 2]] * 2 + [[1, 0, -1]] * 2
+    assert rows["advantage"].sign().tolist() == [[1, -1, -1]] * 2 + [[1, -1, 0]] * 2
+    network = policy.adapter.network
+    network.calls.clear()
+    algorithm.loss(policy, samples, rows)
+    ((x_t, t),) = network.calls
+    assert t.tolist() == [int(rows["t"][i]) for i in (0, 0, 0, 1, 1, 1, 2, 2, 3, 3)]
+    a = policy.alphas_cumprod[t].view(-1, 1, 1, 1)
+    clean = drawn.trajectory.final[[4, 3, 2, 4, 3, 2, 1, 0, 1, 0]]
+    noise = (x_t - a.sqrt() * clean) / (1 - a).sqrt()
+    groups = [noise[0:3], noise[3:6], noise[6:8], noise[8:10]]
+    for group in groups:
+        torch.testing.assert_close(group, group[:1].expand_as(group), rtol=1e-2, atol=1e-2)
+    assert torch.pdist(torch.stack([g[0].flatten() for g in groups])).min() > 0.1
+
+
+def test_a_group_of_another_size_pads_nothing_into_the_loss():
+    policy = fake_policy()
+    drawn = draw(policy, ["one"] * 2 + ["two"] * 5, [0.0, 3.0, 1.0, 1.5, 4.0, 1.0, 0.5])
+    samples = ConsistentSamples(drawn, 7, torch.zeros(0, 2).long(), torch.arange(7), torch.zeros(0, 3).long())
+    policy, samples, algorithm, rows = round_of("dgpo", policy=policy, samples=samples)
+    expected = a_second_time("dgpo", policy, samples, rows)
+    expected.backward()
+    expected = expected.detach(), gradient(policy)
+    torch.testing.assert_close(loss_and_gradient(policy, samples, algorithm, rows), expected, rtol=1e-3, atol=1e-4)
+    alone = {k: v[:4] for k, v in rows.items()}  # "one" alone, with its three places of padding or without
+    trimmed = {k: v[:, :2] if k in ("member", "advantage", "old", "ref") else v for k, v in alone.items()}
+    torch.testing.assert_close(
+        loss_and_gradient(policy, samples, algorithm, trimmed), loss_and_gradient(policy, samples, algorithm, alone)
+    )
+
+
+# --- first updates
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_awms_first_ratio_is_1_and_its_gradient_that_of_the_weighted_error(moved):
+    policy = fake_policy(batch=5)
+    if moved:
+        shake(policy)
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    algorithm = ALGORITHMS["awm"](clip=0.1, kl=0.0)
+    rows = algorithm.prepare(policy, samples, generator())
+    value, found = loss_and_gradient(policy, samples, algorithm, rows)
+    # rho = 1: the loss is -mean A, the averaged weights are the policy's own, and d rho = w (-d d): A w d d.
+    assert float(value) == pytest.approx(-float(rows["advantage"].mean()), abs=1e-5)
+    assert rows["advantage"].abs().max() <= 1 and rows["advantage"].abs().max() > 0.3
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    (rows["advantage"] * (rows["t"] + 1) / 1000 * here.d(here.output(policy))).mean().backward()
+    torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-5)
+
+
+def test_ktos_first_z_is_0_and_its_loss_half_the_weights():
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    algorithm = ALGORITHMS["kto"]()
+    rows = algorithm.prepare(policy, samples, generator())
+    value, found = loss_and_gradient(policy, samples, algorithm, rows)
+    weight = torch.where(rows["label"] > 0, 1.5, 0.5)
+    assert float(value) == pytest.approx(float(0.5 * weight.mean()), abs=1e-5)
+    # sigmoid' = 1/4 at 0: w y beta / 4 times the gradient of d.
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    (weight * rows["label"] * 3.0 / 4 * here.d(here.output(policy))).mean().backward()
+    torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+@pytest.mark.parametrize("moved", [False, True])
+def test_nfts_first_gradient_is_that_of_the_advantage_weighted_error(moved, beta):
+    policy = fake_policy()
+    if moved:
+        shake(policy)
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    algorithm = ALGORITHMS["nft"](beta=beta, kl=0.0)
+    rows = algorithm.prepare(policy, samples, generator())
+    _, found = loss_and_gradient(policy, samples, algorithm, rows)
+    # At old = theta both guesses are x̂, dL+ = -dL- = beta dL: 5 (r - (1 - r)) dL = 5 (2 r - 1) dL = A dL,
+    # with L = mean (x̂ - x_0)^2 / sg mean |x̂ - x_0|.
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    miss = here.clean_hat(here.output(policy)) - here.clean
+    error = squared(miss) / miss.abs().mean((1, 2, 3)).detach()
+    (standardised(samples, rows["row"], per_prompt=False) * error).mean().backward()
+    torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-4)
+
+
+def test_dgpos_first_gradient_is_half_that_of_the_advantage_weighted_error():
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    algorithm = ALGORITHMS["dgpo"]()
+    rows = algorithm.prepare(policy, samples, generator())
+    _, found = loss_and_gradient(policy, samples, algorithm, rows)  # S = 0, and v = v_ref
+    flat = rows["member"].flatten()
+    here = at(policy, samples, flat, rows["t"].repeat_interleave(8), rows["noise"].repeat_interleave(8))
+    (0.5 * rows["advantage"].flatten() * here.d(here.output(policy))).mean().backward()
+    torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-5)
+
+
+def test_rwr_of_a_high_temperature_is_sft_on_every_sample():
+    policy = fake_policy()
+    drawn = draw(policy, PROMPTS, REWARDS)
+    every = torch.arange(8)
+    samples = ConsistentSamples(drawn, 8, torch.stack([every, every.flip(0)], 1), every, torch.zeros(0, 3).long())
+    found, expected = (
+        loss_and_gradient(policy, samples, a, a.prepare(policy, samples, generator()))
+        for a in (ALGORITHMS["rwr"](tau=1e6), ALGORITHMS["sft"]())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- averages of the weights
+
+
+def test_nft_collects_with_the_average_and_trains_the_policy():
+    policy = fake_policy()
+    algorithm = ALGORITHMS["nft"](decay_rate=0.2, decay_most=0.5)
+    start = policy.weights()
+    with algorithm.collecting(policy):
+        assert all(torch.equal(p, start[k]) for k, p in policy.parameters.items())
+    shake(policy)
+    algorithm.stepped(policy)
+    algorithm.stepped(policy)
+    trained = policy.weights()
+    with algorithm.collecting(policy):  # decay min(.2 * 2, .5) = .4
+        old = policy.weights()
+        drawn = draw(policy, PROMPTS, REWARDS)
+    for k in trained:
+        torch.testing.assert_close(old[k], 0.4 * start[k] + 0.6 * trained[k])
+        assert torch.equal(policy.parameters[k], trained[k])
+    # What counts as old in the loss is the policy that collected.
+    samples = with_targets(policy, drawn)
+    rows = algorithm.prepare(policy, samples, generator())
+    collector = fake_policy()
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    with collector.holding(old):
+        torch.testing.assert_close(rows["old"], here.output(collector), rtol=1e-4, atol=1e-5)
+    for _ in range(3):  # 5 * .2 = 1, held at .5
+        algorithm.stepped(policy)
+    with algorithm.collecting(policy):
+        for k, p in policy.parameters.items():
+            torch.testing.assert_close(p.data, 0.5 * old[k] + 0.5 * trained[k])
+
+
+def test_awm_holds_to_the_average_as_it_is_at_the_start_of_the_round():
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    algorithm = ALGORITHMS["awm"](decay_rate=0.2, decay_most=0.3)
+    first = algorithm.prepare(policy, samples, generator())
+    average = policy.weights()
+    for seed, decay in ((3, 0.2), (4, 0.3)):  # .2 * 2 = .4, held at .3
+        shake(policy, seed=seed)
+        algorithm.stepped(policy)
+        average = {k: decay * average[k] + (1 - decay) * new for k, new in policy.weights().items()}
+    rows = algorithm.prepare(policy, samples, generator())
+    assert torch.equal(first["ref"], rows["ref"]) and not torch.allclose(first["ema"], rows["ema"])
+    averaged = fake_policy()
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    with averaged.holding(average):
+        torch.testing.assert_close(rows["ema"], here.output(averaged), rtol=1e-4, atol=1e-5)
+
+
+@every_algorithm
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_state_survives_a_kill(name, trained, tmp_path):
+    policy, rest = fake_policy(), ALGORITHMS[name]()
+    algorithm = ALGORITHMS[name]()
+    if trained:
+        for seed in range(3):
+            with algorithm.collecting(policy):
+                pass
+            shake(policy, seed=seed)
+            algorithm.stepped(policy)
+    files.save_tensors(tmp_path / "state.safetensors", algorithm.state())
+    assert bool(algorithm.state()) == (name in ("nft", "awm"))
+    rest.load_state(files.load_tensors(tmp_path / "state.safetensors")[0])
+    found = []
+    for a in (algorithm, rest):
+        with a.collecting(policy):
+            samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+        found.append((samples.samples.trajectory.latents, a.prepare(policy, samples, generator())))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(v, found[1][1][k]) for k, v in found[0][1].items())
+    for a in (algorithm, rest):
+        a.stepped(policy)
+    after = algorithm.state(), rest.state()
+    assert after[0].keys() == after[1].keys() and all(torch.equal(v, after[1][k]) for k, v in after[0].items())
+
+
+# --- the forward process
+
+
+def test_every_row_has_a_level_and_a_noise_of_its_own():
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    rows = at_levels(policy, samples.train, SFTConfig(timesteps=3), generator())
+    found = noised(policy, samples, rows["row"], rows["t"], rows["noise"])
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    torch.testing.assert_close(found.x_t, here.x_t)
+    assert torch.pdist(found.noise.flatten(1)).min() > 0.1 and len(rows["t"].unique()) > 40
+    output = here.output(policy)
+    torch.testing.assert_close(found.clean_of(policy, output), here.clean_hat(output))
+
+
+# --- the bandit (in rounds.py)
+
+BANDITS = {
+    "sft": {},
+    "rwr": {"tau": 1.0},
+    "kto": {"beta": 2.0, "desirable": 1.0, "undesirable": 1.0},
+    "dgpo": {"beta": 2.0, "kl": 0.0},
+    "nft": {"beta": 1.0, "kl": 1e-4},
+    "awm": {"clip": 1.0, "weight": "one", "kl": 1e-3, "kl_ema": 1.0},
+}
+
+
+@every_algorithm
+def test_a_bandit_is_learned(name):
+    means, rewards = bandit(ALGORITHMS[name](learning_rate=1e-2, **BANDITS[name]))
+    start, end = means[:3].mean(0), means[-3:].mean(0)
+    assert start.abs().max() < 0.35
+    assert end[0] > start[0] + 0.4 and end[1] < start[1] - 0.4
+    assert rewards[-3:].mean() > rewards[:3].mean() + 0.4
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("kto", {"beta": 200.0}),
+        ("dgpo", {"beta": 200.0}),
+        ("dgpo", {"kl": 50.0}),
+        ("nft", {"kl": 100.0}),
+        ("awm", {"kl": 30.0}),
+    ],
+)
+def test_what_holds_the_policy_to_the_base_does(name, held):
+    free, near = (
+        bandit(ALGORITHMS[name](learning_rate=1e-2, **{**BANDITS[name], **o}), 15)[0][-3:].mean(0) for o in ({}, held)
+    )
+    assert (near[0] - near[1]) < 0.5 * (free[0] - free[1])

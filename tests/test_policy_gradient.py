@@ -1,0 +1,401 @@
+"""dpok, grpo and ddpo's score form: terms by hand, KL and densities against torch.distributions, first updates, bandits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig
+from bench_dfusion.algorithms.dpok import DPOK, DPOKConfig
+from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig, step_sizes
+from fakes import ddim, draw, fake_policy, shake, with_targets
+from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, round_of, slope_along_the_gradient
+from torch.distributions import Normal, kl_divergence
+
+from bench_dfusion import samplers
+from bench_dfusion.advantages import PromptAdvantages, advantages
+from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.registry import UsageError
+from bench_dfusion.stepwise import Steps, all_means, stored_steps
+from bench_dfusion.track import validate
+
+EARLIER = {"buffer": 4, "min_count": 4}
+SCORE = {"estimator": "score", "updates": 1}
+ALGORITHMS = {
+    "score": lambda **o: DDPO(DDPOConfig(**{**EARLIER, **SCORE, **o})),
+    "dpok": lambda **o: DPOK(DPOKConfig(**{**EARLIER, "clip": 0.9, "kl": 0.5, **o})),
+    "dpok score": lambda **o: DPOK(DPOKConfig(**{**EARLIER, **SCORE, "kl": 0.5, **o})),
+    "grpo": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, **o})),
+    "grpo exact": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "kl_form": "exact", "spread": "round", **o})),
+    "grpo guard": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "guard": True, **o})),
+}
+every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def gaussians(policy, samples, rows):
+    """N(mu, sigma_t) of every row and number of its latent, made from the schedule with torch.distributions."""
+    at = stored_steps(policy, samples, rows["row"], rows["step"])
+    return Normal(at.mean, policy.schedule.std[rows["step"]].view(-1, 1, 1, 1))
+
+
+def kl(policy, other, samples, rows):
+    return kl_divergence(gaussians(policy, samples, rows), gaussians(other, samples, rows)).mean((1, 2, 3))
+
+
+def moved(name, seed=5, size=0.05, **options):
+    """A round of a policy that had moved off the base before it drew, and has moved on since."""
+    policy = fake_policy()
+    shake(policy, 0.1, seed=3)
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    algorithm = ALGORITHMS[name](**options)
+    rows = algorithm.prepare(policy, samples, generator())
+    old = fake_policy()
+    shake(old, 0.1, seed=3)
+    shake(policy, size, seed=seed)
+    return policy, old, samples, algorithm, rows
+
+
+# --- by hand
+
+
+class Toy:
+    """A policy of two samples, three numbers and two steps: at step 0 sigma is 1/2, at step 1 it is 1."""
+
+    device = torch.device("cpu")
+    schedule = samplers.Schedule(
+        torch.tensor([600, 200]), torch.ones(2), torch.ones(2), torch.tensor([0.5, 1.0]), "epsilon"
+    )
+
+
+# Sample 0 at step 0, sample 1 at step 1; means, the base's means, the means at the start of the round, and x_s.
+MEAN = [[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]
+BASE = [[0.0, 0.0, 1.0], [0.0, 3.0, 0.0]]
+OLD = [[1.0, 1.0, 2.0], [0.0, 0.0, 1.0]]
+NEXT = [[1.5, 0.5, 2.0], [1.0, 1.0, 3.0]]
+
+
+def toy_loss(monkeypatch, algorithm, rows):
+    """The loss over the toy's two rows; log-probs without the Gaussian's constant, which a ratio does not see."""
+
+    def steps(policy, samples, row, step):
+        mean, std = torch.tensor(MEAN), Toy.schedule.std[step]
+        log_prob = -((torch.tensor(NEXT) - mean) ** 2).mean(1) / (2 * std**2)
+        return Steps(mean, mean, std, log_prob)
+
+    for module in ("ddpo", "dpok", "grpo"):
+        monkeypatch.setattr(f"bench_dfusion.algorithms.{module}.stored_steps", steps)
+    shared = {"row": [0, 1], "step": [0, 1], "weight": [1.0, 3.0], "advantage": [2.0, -1.0], "old": [0.0, -2.0]}
+    rows = {k: torch.tensor(v) for k, v in (shared | rows).items()}
+    return algorithm.loss(Toy(), None, rows)
+
+
+# log pi: sample 0: squares .25 .25 0, mean 1/6, over 2/4: -1/3. Sample 1: squares 1 0 4, mean 5/3, over 2: -5/6.
+LOG = [-1 / 3, -5 / 6]
+# KL to the base: sample 0: squares 1 0 1, mean 2/3, over 2/4: 4/3. Sample 1: 0 4 1, mean 5/3, over 2: 5/6.
+KL = [4 / 3, 5 / 6]
+
+
+def mean_of(first, second):
+    """Weights are 1 and 3: the loss is (first + 3 second) / 2."""
+    return pytest.approx((first + 3 * second) / 2, rel=1e-5)
+
+
+def test_the_score_form_by_hand(monkeypatch):
+    loss = toy_loss(monkeypatch, ALGORITHMS["score"](), {})
+    assert loss.value.item() == mean_of(-2 * LOG[0], LOG[1])  # -A log pi with A = 2 and -1
+
+
+def test_dpok_by_hand(monkeypatch):
+    # Old log-probs are 0 and -2: ratios e^{-1/3} = .7165 and e^{7/6} = 3.211, clipped to .8 and 1.2.
+    # A = 2: max(-1.433, -1.6) = -2 e^{-1/3}. A = -1: max(3.211, 1.2) = e^{7/6}.
+    terms = -2 * math.exp(-1 / 3), math.exp(7 / 6)
+    loss = toy_loss(monkeypatch, ALGORITHMS["dpok"](clip=0.2, kl=0.3), {"ref_mean": BASE})
+    assert loss.value.item() == mean_of(terms[0] + 0.3 * KL[0], terms[1] + 0.3 * KL[1])
+    assert float(loss.metrics["kl"]) == pytest.approx((KL[0] + KL[1]) / 2)
+
+
+@pytest.mark.parametrize(("form", "sizes"), [("exact", (1, 1)), ("flow", (0.4, 0.2))])
+def test_grpo_by_hand(monkeypatch, form, sizes):
+    # As dpok; in Flow-GRPO's form the KL is times the steps' sizes, 600 to 200 to 0 of 1000.
+    terms = -2 * math.exp(-1 / 3), math.exp(7 / 6)
+    algorithm = ALGORITHMS["grpo"](clip=0.2, kl=0.3, kl_form=form)
+    loss = toy_loss(monkeypatch, algorithm, {"ref_mean": BASE, "size": [0.4, 0.2]})
+    assert loss.value.item() == mean_of(*(t + 0.3 * s * k for t, s, k in zip(terms, sizes, KL, strict=True)))
+
+
+def test_grpo_guard_by_hand(monkeypatch):
+    # |mu - mu_old|^2 / (2 sigma^2): squares 0 1 0, mean 1/3, over 2/4: 2/3; and 0 1 0, over 2: 1/6.
+    # log rho: (-1/3 + 2/3) / 2 = 1/6 and (7/6 + 1/6) * 1 = 4/3. A = 2: e^{1/6} = 1.18 is clipped to 1.1: -2.2.
+    # A = -1: e^{4/3}. Both over the steps' sizes.
+    algorithm = ALGORITHMS["grpo guard"](clip=0.1, kl=0.0)
+    loss = toy_loss(monkeypatch, algorithm, {"old_mean": OLD, "size": [0.4, 0.2]})
+    assert loss.value.item() == mean_of(-2.2 / 0.4, math.exp(4 / 3) / 0.2)
+
+
+def test_1e_4_holds_differences_of_rounding_down():
+    # 1e-4 holds differences of rounding down: std 5e-6 makes .0476, not 1.
+    samples = draw(fake_policy(), ["a", "a", "b"], [0.0, 1e-5, 7.0])
+    almost = advantages(samples, torch.arange(3), 5)
+    torch.testing.assert_close(almost, torch.tensor([-0.047619, 0.047619, 0.0]), rtol=1e-4, atol=0)
+
+
+def test_ddpos_advantages_hold_differences_of_rounding_down():
+    # std 1e-6, so 1e-6 / (1e-6 + 1e-6)
+    found = PromptAdvantages(buffer=2, min_count=2, clip=5)(["a", "a"], torch.tensor([0.0, 2e-6]))
+    torch.testing.assert_close(found, torch.tensor([-0.5, 0.5]), rtol=1e-4, atol=0)
+
+
+def test_a_group_is_the_prompts_targets_and_bases_whatever_was_drawn_before():
+    policy, _, samples, algorithm, rows = moved("grpo")
+    # Rewards of "one": 0 1 2 3 drawn, 1 2 3 4 made; mean 2, sd sqrt(1.5); "two" the same, 4 higher.
+    first, last = (rows["advantage"][rows["row"] == i] for i in (0, 15))
+    torch.testing.assert_close(first, torch.full((4,), -2 / (math.sqrt(1.5) + 1e-4)))
+    torch.testing.assert_close(last, torch.full((4,), 2 / (math.sqrt(1.5) + 1e-4)))
+    again = algorithm.prepare(policy, samples, generator())["advantage"]
+    assert torch.equal(again, rows["advantage"]) and algorithm.state() == {}
+
+
+def test_step_sizes_add_up_to_the_first_timestep():
+    policy = fake_policy(steps=5)
+    assert policy.schedule.timesteps.tolist() == [999, 799, 599, 399, 199]
+    torch.testing.assert_close(step_sizes(policy), torch.tensor([0.2, 0.2, 0.2, 0.2, 0.199]))
+    assert step_sizes(fake_policy(steps=4, scheduler=ddim(timestep_spacing="leading"))).tolist() == [0.25] * 3 + [0.0]
+
+
+# --- against torch.distributions
+
+
+def test_stored_steps_have_the_log_probs_of_the_policy_and_of_a_normal():
+    policy, _, samples, _, rows = moved("score")
+    at = stored_steps(policy, samples, rows["row"], rows["step"])
+    x_s = samples.samples.trajectory.latents[rows["row"], rows["step"] + 1]
+    expected = gaussians(policy, samples, rows).log_prob(x_s).mean((1, 2, 3))
+    torch.testing.assert_close(at.log_prob, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(all_means(policy, samples, rows["row"], rows["step"]), at.mean)
+
+
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n != "score"])
+def test_the_kl_is_that_of_the_steps_gaussians_to_the_base(name):
+    policy, _, samples, algorithm, rows = moved(name)
+    expected = kl(policy, fake_policy(), samples, rows)
+    assert expected.mean() > 1e-2
+    torch.testing.assert_close(algorithm.loss(policy, samples, rows).metrics["kl"], expected.mean(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dpok", "dpok score", "grpo", "grpo exact", "grpo guard"])
+def test_the_kls_part_of_a_loss_and_of_its_gradient(name):
+    policy, _, samples, algorithm, rows = moved(name, step_weight="sigma")
+    without = ALGORITHMS[name](step_weight="sigma", kl=0.0)
+    size = 1.0 if name in ("dpok", "dpok score", "grpo exact") else step_sizes(policy)[rows["step"]]
+    expected = (0.5 * rows["weight"] * size * kl(policy, fake_policy(), samples, rows)).mean()
+    expected.backward()
+    part = gradient(policy)
+    value, whole = loss_and_gradient(policy, samples, algorithm, rows)
+    rest_value, rest = loss_and_gradient(policy, samples, without, rows)
+    torch.testing.assert_close(value - rest_value, expected.detach(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(whole - rest, part, rtol=1e-2, atol=1e-3)
+
+
+def test_without_kl_dpok_is_ddpo_and_grpo_asks_nothing_of_the_base():
+    policy, _, samples, dpok, rows = moved("dpok", kl=0.0)
+    ddpo = DDPO(DDPOConfig(**EARLIER, clip=0.9))
+    torch.testing.assert_close(
+        loss_and_gradient(policy, samples, dpok, rows), loss_and_gradient(policy, samples, ddpo, rows)
+    )
+    before = policy.network_evaluations
+    rows = ALGORITHMS["grpo"](kl=0.0).prepare(policy, samples, generator())
+    assert policy.network_evaluations - before == 8 * 4 and "ref_mean" not in rows  # the targets' old log-probs
+
+
+def test_grpo_guards_ratio_is_linear_in_the_move_and_of_mean_1_for_drawn_samples():
+    # log rho = z (mu - mu_old), averaged over the latent, with z = (x_s - mu_old) / sigma: the same scale at every step.
+    policy, old, samples, algorithm, rows = moved("grpo guard", kl=0.0)
+    x_s = samples.samples.trajectory.latents[rows["row"], rows["step"] + 1]
+    before, now = gaussians(old, samples, rows), gaussians(policy, samples, rows)
+    z = (x_s - before.mean) / before.stddev
+    log_ratio = (z * (now.mean - before.mean)).mean((1, 2, 3))
+    expected = -rows["advantage"] * log_ratio.exp() / step_sizes(policy)[rows["step"]]  # nothing is clipped at .9
+    assert log_ratio.abs().max() < 0.5 and log_ratio.std() > 1e-3
+    torch.testing.assert_close(algorithm.loss(policy, samples, rows).value, expected.mean(), rtol=1e-3, atol=1e-3)
+
+
+# --- first updates: the LoRA that drew the samples is the LoRA that is trained
+
+AT_FIRST = [n for n in ALGORITHMS if "score" not in n]
+
+
+@pytest.mark.parametrize("name", AT_FIRST)
+@pytest.mark.parametrize("shaken", [False, True])
+def test_the_first_ratio_is_1_for_drawn_and_for_made_samples(name, shaken):
+    policy = fake_policy(batch=5, steps=6)  # 5 divides neither the samples nor the rows
+    if shaken:
+        shake(policy)
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    algorithm = ALGORITHMS[name](kl=0.0, clip=1e-5)
+    rows = algorithm.prepare(policy, samples, generator())
+    assert sorted(rows["row"].unique().tolist()) == list(range(16))
+    now = stored_steps(policy, samples, rows["row"], rows["step"]).log_prob.detach()
+    assert ((now - rows["old"]).exp() - 1).abs().max() < 1e-5
+    metrics = algorithm.loss(policy, samples, rows).metrics
+    assert float(metrics["clipped"]) == 0 and float(metrics["approx_kl"]) < 1e-10
+
+
+@every_algorithm
+@pytest.mark.parametrize("side", ["drawn", "made", "both"])
+def test_the_first_gradient_is_the_on_policy_one(name, side):
+    policy = fake_policy()
+    shake(policy)
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    if side != "both":
+        own = torch.arange(8) + 8 * (side == "made")
+        samples = ConsistentSamples(samples.samples, 8, samples.pairs, own, samples.triples)
+    kl_off = {} if name == "score" else {"kl": 0.0}
+    clip = {} if "score" in name else {"clip": 1e-4}
+    algorithm = ALGORITHMS[name](step_weight="sigma", **kl_off, **clip)
+    rows = algorithm.prepare(policy, samples, generator())
+    assert rows["advantage"].abs().max() > 0.5
+    _, found = loss_and_gradient(policy, samples, algorithm, rows)
+    weight = rows["weight"]
+    if name == "grpo guard":  # whose steps weigh sigma_t / -dt
+        weight = weight * policy.schedule.std[rows["step"]] / step_sizes(policy)[rows["step"]]
+    log_prob = gaussians(policy, samples, rows).log_prob(
+        samples.samples.trajectory.latents[rows["row"], rows["step"] + 1]
+    )
+    (-rows["advantage"] * weight * log_prob.mean((1, 2, 3))).mean().backward()
+    torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpok", "grpo"])
+def test_behaviour_log_probs_are_those_that_drew_the_targets(name):
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    rows = ALGORITHMS[name](old_log_prob="behaviour").prepare(policy, samples, generator())
+    assert torch.equal(rows["old"], samples.samples.trajectory.log_probs[rows["row"], rows["step"]])
+
+
+@pytest.mark.parametrize("name", ["dpok", "grpo", "grpo guard"])
+def test_a_fresh_loras_kl_is_0_and_so_is_its_gradient(name):
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    samples.samples.rewards[:] = 1.0  # no advantages: the KL is all there is
+    algorithm = ALGORITHMS[name]()
+    loss = algorithm.loss(policy, samples, algorithm.prepare(policy, samples, generator()))
+    loss.value.backward()
+    assert abs(loss.value.item()) < 1e-6 and gradient(policy).abs().max() < 1e-5
+
+
+# --- whole losses
+
+
+@every_algorithm
+def test_a_loss_has_the_gradient_that_finite_differences_find(name):
+    policy, samples, algorithm, rows = round_of(ALGORITHMS[name]())
+    slope, norm = slope_along_the_gradient(policy, samples, algorithm, rows)
+    assert norm > 0 and slope == pytest.approx(norm, rel=0.02)
+
+
+@every_algorithm
+def test_a_loss_does_not_depend_on_the_order_of_rows_and_one_batch_is_two(name):
+    policy, samples, algorithm, rows = round_of(ALGORITHMS[name](step_weight="sigma"))
+    order = torch.randperm(len(rows["row"]), generator=generator(3))
+    assert not any(figure.requires_grad for figure in algorithm.loss(policy, samples, rows).metrics.values())
+    expected = loss_and_gradient(policy, samples, algorithm, rows)
+    found = loss_and_gradient(policy, samples, algorithm, {k: v[order] for k, v in rows.items()})
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    eight = {k: v[order[:8]] for k, v in rows.items()}
+    whole = loss_and_gradient(policy, samples, algorithm, eight)
+    a, b = (
+        loss_and_gradient(policy, samples, algorithm, {k: v[part] for k, v in eight.items()}, 0.5)
+        for part in (slice(0, 4), slice(4, 8))
+    )
+    torch.testing.assert_close(((a[0] + b[0]) / 2, a[1] + b[1]), whole, rtol=1e-4, atol=1e-5)
+
+
+@every_algorithm
+def test_preparing_keeps_to_the_window_and_leaves_the_policy_as_it_was(name):
+    policy = fake_policy(steps=4, scheduler=ddim(timestep_spacing="leading"))  # whose last step is deterministic
+    shake(policy)
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    before = policy.state()
+    first, second = (ALGORITHMS[name](window=(0.25, 1.0)).prepare(policy, samples, generator()) for _ in range(2))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert {len(v) for v in first.values()} == {16 * 2} and set(first["step"].tolist()) == {1, 2}
+    assert all(torch.equal(v, before[k]) for k, v in policy.state().items())
+    assert all(p.requires_grad for p in policy.parameters.values())
+
+
+@every_algorithm
+def test_without_samples_there_are_no_rows(name):
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    none = ConsistentSamples(samples.samples, 8, samples.pairs[:0], samples.train[:0], samples.triples[:0])
+    rows = ALGORITHMS[name]().prepare(policy, none, generator())
+    assert rows and all(len(v) == 0 for v in rows.values())
+
+
+def test_dpoks_advantages_go_on_after_a_checkpoint():
+    whole, first, rest = (ALGORITHMS["dpok"]() for _ in range(3))
+    policy = fake_policy()
+    rounds = [
+        with_targets(policy, draw(policy, PROMPTS, torch.rand(8, generator=generator(i)).tolist())) for i in (1, 2)
+    ]
+    expected = [whole.prepare(policy, r, generator())["advantage"] for r in rounds][1]
+    first.prepare(policy, rounds[0], generator())
+    rest.load_state(first.state())
+    assert torch.equal(rest.prepare(policy, rounds[1], generator())["advantage"], expected)
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (DDPOConfig, {"estimator": "score"}, "on-policy only: set updates = 1 and inner_epochs = 1, not 2 and 1"),
+        (DDPOConfig, {**SCORE, "inner_epochs": 2}, "set updates = 1 and inner_epochs = 1, not 1 and 2"),
+        (DPOKConfig, {"estimator": "score"}, "on-policy only"),
+        (DDPOConfig, {**SCORE, "old_log_prob": "behaviour"}, "score has no pi_old"),
+        (DDPOConfig, {"buffer": 8}, "never be reached"),
+        (DPOKConfig, {"kl": -1}, "kl: "),
+        (GRPOConfig, {"kl": -1}, "kl: "),
+        (GRPOConfig, {"guard": True, "old_log_prob": "behaviour"}, "guard needs the means of pi_old"),
+        (GRPOConfig, {"spread": "batch"}, "spread: "),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line(config, settings, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        validate(config, settings, "algo")
+    assert "\n" not in str(refused.value)
+
+
+# --- bandits: see test_algorithms.py
+
+REMEMBERED = {"buffer": 32, "min_count": 32}
+BANDIT = {"learning_rate": 1e-2, "step_weight": "sigma"}
+CASES = {
+    "score": {**REMEMBERED, "learning_rate": 2e-2},
+    "dpok": {**REMEMBERED, "clip": 0.2, "kl": 0.1},
+    "dpok score": {**REMEMBERED, "learning_rate": 2e-2, "kl": 0.1},
+    "grpo": {"clip": 0.2, "kl": 0.04},
+    "grpo exact": {"clip": 0.2, "kl": 0.04},
+    "grpo guard": {"clip": 0.2, "kl": 0.04, "step_weight": "one"},
+}
+
+
+@every_algorithm
+def test_a_bandit_is_learned(name):
+    means, rewards = bandit(ALGORITHMS[name](**{**BANDIT, **CASES[name]}))
+    start, end = means[:3].mean(0), means[-3:].mean(0)
+    assert start.abs().max() < 0.35
+    assert end[0] > start[0] + 0.4 and end[1] < start[1] - 0.4
+    assert rewards[-3:].mean() > rewards[:3].mean() + 0.4
+
+
+@pytest.mark.parametrize("name", ["dpok", "grpo", "grpo exact"])
+def test_a_high_kl_weight_holds_the_policy_to_the_base(name):
+    low, high = (
+        bandit(ALGORITHMS[name](**{**BANDIT, **CASES[name], "kl": k}), 15)[0][-3:].mean(0) for k in (0.0, 50.0)
+    )
+    assert (high[0] - high[1]) < 0.5 * (low[0] - low[1])
