@@ -39,6 +39,7 @@ class DiffusionDPO(Algorithm):
     paper = "Wallace et al. 2023 (Diffusion-DPO), eq. 14"
     Config: ClassVar[type[AlgorithmConfig]] = DiffusionDPOConfig
     needs_pairs = True
+    offline = True
     config: DiffusionDPOConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

@@ -37,6 +37,7 @@ class KTO(Algorithm):
     )
     paper = "Li et al. 2024 (Diffusion-KTO), eq. 8"
     Config: ClassVar[type[AlgorithmConfig]] = KTOConfig
+    offline = True
     config: KTOConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

@@ -32,6 +32,7 @@ class RWR(Algorithm):
     summary = "reward-weighted imitation of all drawn samples (vanilla) or of targets and bases (dfusion)"
     paper = "Peters & Schaal 2007 (RWR); for diffusion Black et al. 2023, §4.1"
     Config: ClassVar[type[AlgorithmConfig]] = RWRConfig
+    offline = True
     config: RWRConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

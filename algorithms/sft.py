@@ -27,6 +27,7 @@ class SFT(Algorithm):
     paper = "Ho et al. 2020 (DDPM), eq. 14; supervised baseline of Wallace et al. 2023, §5"
     Config: ClassVar[type[AlgorithmConfig]] = SFTConfig
     needs_pairs = True
+    offline = True
     config: SFTConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

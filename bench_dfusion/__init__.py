@@ -19,14 +19,16 @@ __version__ = "0.1.0"
 def run(
     *,
     algo: str,
-    reward: str,
-    builder: str = "dfusion",
+    reward: str | None = None,
+    builder: str | None = None,
+    pairs: str | None = None,
     out: str | Path = "runs",
     keep_pairs: Keep | None = None,
     **options: Any,
 ) -> Record:
     """Train and evaluate one cell, or go on where it was stopped; returns its record.
 
+    `pairs`: train offline on a preference dataset, by path or Hub id, in the place of `reward` and `builder`.
     `options` are those of `bench_dfusion.config.resolve`: track_source, seed, model, prompts, settings
     (a list of "SECTION.OPTION=VALUE"), config. `keep_pairs`: of which rounds the pairs stay, "all", "last" or
     "none". Raises UsageError on anything wrong, before any compute.
@@ -34,4 +36,6 @@ def run(
     from bench_dfusion.config import resolve
     from bench_dfusion.trainer import run_cell
 
-    return run_cell(resolve(algo=algo, reward=reward, builder=builder, **options), Path(out), keep_pairs=keep_pairs)
+    return run_cell(
+        resolve(algo=algo, reward=reward, builder=builder, pairs=pairs, **options), Path(out), keep_pairs=keep_pairs
+    )

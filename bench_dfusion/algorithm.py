@@ -72,6 +72,7 @@ class Algorithm(ABC):
     paper: ClassVar[str]
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     needs_pairs: ClassVar[bool] = False
+    offline: ClassVar[bool] = False  # learns from finished pictures that the policy did not draw (`--pairs`)
     samples_per_row: int = 1  # samples that one row sends through the network together
 
     def __init__(self, config: AlgorithmConfig):

@@ -35,8 +35,15 @@ Plugins = Annotated[
 @app.command()
 def run(
     algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")],
-    reward: Annotated[str, typer.Option(help="Training reward (bench-dfusion list rewards).")],
-    builder: Annotated[str, typer.Option(help="Builder of the consistent samples.")] = "dfusion",
+    reward: Annotated[str | None, typer.Option(help="Training reward (bench-dfusion list rewards).")] = None,
+    builder: Annotated[str | None, typer.Option(help="Builder of the consistent samples (default: dfusion).")] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_HUB_ID",
+            help="Train offline on a dataset of prompt, chosen and rejected pictures; no reward is queried.",
+        ),
+    ] = None,
     track: Annotated[
         str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
     ] = None,
@@ -74,6 +81,7 @@ def run(
             algo=algo,
             builder=builder,
             reward=reward,
+            pairs=pairs,
             seed=n,
             model=model,
             prompts=prompts,
@@ -232,12 +240,14 @@ def _show(record: Any, folder: Path) -> None:
                 )
     out.print(grid)
     d, c = record.drift, record.cost
+    queries = f"{c.reward_queries} reward queries" if c.reward_queries else "offline, no reward query"
     out.print(
         f"diversity {d.diversity_base:.2f} → {d.diversity_trained:.2f} effective images, drift {d.pixels:.1f} levels, "
-        f"KL {d.kl:.4f}; {c.reward_queries} reward queries, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB"
+        f"KL {d.kl:.4f}; {queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB"
     )
     out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
-    out.print(f"{folder}/: record.json, pytorch_lora_weights.safetensors, base_trained.png, triples.png")
+    names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
+    out.print(f"{folder}/: {', '.join(n for n in names if (folder / n).exists())}")
 
 
 def _table(records: Sequence[Any]) -> None:
@@ -261,7 +271,7 @@ def _table(records: Sequence[Any]) -> None:
             gains[0] += f"\n[{line[f'{judges[0]} low']:+.3f}, {line[f'{judges[0]} high']:+.3f}]"
         name = f"{line['algorithm']}\n{line['builder']}, {line['reward']}"
         place = line["rank"] or line["note"].partition(":")[0]  # miss, ceiling or checkpoint
-        cells = [place, name, line["seeds"], *gains, line["queries"]]
+        cells = [place, name, line["seeds"], *gains, line["queries"] or "offline"]
         grid.add_row(*(escape(str(c)) for c in cells))
     out.print(grid)
     for note in frame["note"].unique():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_dfusion import pairs as preference_data
 from bench_dfusion import registry, track
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig
 from bench_dfusion.consistent import Builder, BuilderConfig
-from bench_dfusion.registry import UsageError
+from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import Reward, RewardConfig
 from bench_dfusion.track import Track
 
@@ -40,7 +42,7 @@ class Cell:
             "algorithm": {"name": self.algorithm.name, **self.algorithm_config.model_dump(mode="json")},
             "builder": {"name": self.builder.name, **self.builder_config.model_dump(mode="json")},
             "reward": {"name": self.reward.name, **self.reward_config.model_dump(mode="json")},
-            "track": self.track.model_dump(mode="json"),
+            "track": self.track.fixed,
             "seed": self.seed,
         }
 
@@ -59,16 +61,26 @@ def resolve(
     *,
     track_source: str | None = None,
     algo: str,
-    builder: str = "dfusion",
-    reward: str,
+    builder: str | None = None,
+    reward: str | None = None,
+    pairs: str | None = None,
     seed: int = 0,
     model: str | None = None,
     prompts: Path | None = None,
     settings: list[str] | None = None,
     config: Path | None = None,
 ) -> Cell:
-    """Resolve what the command line gives into a cell. Raises UsageError, in one line, on anything wrong."""
+    """Resolve what the command line gives into a cell. Raises UsageError, in one line, on anything wrong.
+
+    builder   None: dfusion, or offline where `pairs` (a dataset's directory, file or Hub id) are given
+    reward    with `pairs` the one that scored them, None: as the dataset says
+    """
     track_source = track_source or ("micro" if model is None else "paper")
+    if pairs is not None:
+        builder, reward = "offline", _scored_by(pairs, builder, reward)
+    if reward is None:
+        raise UsageError("give --reward, for example clip (bench-dfusion list rewards), or --pairs PATH_OR_HUB_ID")
+    builder = builder or "dfusion"
     names = {"algo": algo, "builder": builder, "reward": reward}
     classes = {section: registry.load(SECTIONS[section], name) for section, name in names.items()}
     content = track.read(track_source)
@@ -79,6 +91,9 @@ def resolve(
     set_options = _settings(settings or [])
     if settings:
         given["set"] = list(settings)
+    if pairs is not None:
+        given["pairs"] = pairs
+        set_options = _merge(set_options, {"builder": {"pairs": pairs}})
     for options in (file_options, set_options):
         for key, value in options.items():
             if key not in (*SECTIONS, "track"):
@@ -99,7 +114,10 @@ def resolve(
             raise UsageError(f"track {track_source} leaves the {part} to you: give {option}")
     if changes:
         content = _merge(content, changes)
-    if changes.keys() - {"batch"}:  # a changed track is another: its records never mix with the published one's
+    if changes.keys() - {
+        "batch",
+        *track.SUGGESTIONS,
+    }:  # a changed track is another: its records never mix with the published one's
         content["name"] = f"{content.get('name', 'track')}-custom"
     resolved_track: Track = track.validate(Track, content, "track")
     configs = {}
@@ -109,6 +127,8 @@ def resolve(
             defaults = {**defaults, **resolved_track.tuned.get(algo, {}).get(builder, {})}
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
+    _fit(classes["algo"], classes["builder"])
+    configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts.heldout)
     sources = {section: registry.plugins(SECTIONS[section])[name].source for section, name in names.items()}
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, not {seed}")
@@ -123,6 +143,30 @@ def resolve(
         seed,
         given,
         sources,
+    )
+
+
+def _scored_by(source: str, builder: str | None, reward: str | None) -> str:
+    """The reward that scored offline pairs, as the dataset or else the user says."""
+    if builder not in (None, "offline"):
+        raise UsageError(f"--pairs takes the place of drawn samples: leave --builder {builder} out")
+    found = preference_data.read(source).scored_by
+    if found and reward not in (None, found):
+        raise UsageError(f"the pairs of {source} were scored by {found}, not by {reward}: leave --reward out")
+    return reward or found or "given"
+
+
+def _fit(algorithm: type[Algorithm], builder: type[Builder]) -> None:
+    """Raise UsageError if the algorithm needs more than the builder has."""
+    if builder.draws or algorithm.offline:
+        return
+    able = []
+    for name, plugin in registry.plugins("algorithms").items():
+        with suppress(PluginError):
+            able += [name] if plugin.load().offline else []
+    raise UsageError(
+        f"{algorithm.name} learns from samples that the policy draws, and {builder.name} pairs are only pictures; "
+        f"these learn from them: {', '.join(able)}"
     )
 
 

@@ -86,13 +86,24 @@ class Builder(ABC):
     summary: ClassVar[str]
     paper: ClassVar[str]
     Config: ClassVar[type[BuilderConfig]] = BuilderConfig
+    draws: ClassVar[bool] = True  # whether samples are drawn and scored for it
 
     def __init__(self, config: BuilderConfig):
         self.config = config
 
+    @classmethod
+    def pinned(cls, config: BuilderConfig, heldout: Sequence[str]) -> BuilderConfig:
+        """The config with what it names outside (a dataset, say) fixed by a hash. Raises ValueError where that cannot
+        be used, or holds prompts that are held out."""
+        return config
+
     @abstractmethod
     def queries(self, drawn: int) -> int:
         """The reward queries of a round that draws `drawn` samples, theirs included."""
+
+    def offline(self, policy: Policy, seed: int, number: int, drawn: int) -> ConsistentSamples:
+        """Round `number` of a builder that does not draw, as large as one that draws `drawn`; in the place of `build`."""
+        raise NotImplementedError(f"{self.name} builds from drawn samples")
 
     @abstractmethod
     def build(self, policy: Policy, drawn: Samples, score: Score) -> ConsistentSamples: ...

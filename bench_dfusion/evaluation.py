@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +13,8 @@ from bench_dfusion import samplers, statistics
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.records import Drift, Gain, Verdict
 from bench_dfusion.reward import Reward
+from bench_dfusion.seeds import seed_of
 from bench_dfusion.track import Track
-
-
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed from any values, the same on every machine."""
-    return int.from_bytes(hashlib.sha256("\n".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The consistent samples of a run as a preference dataset: what the loop keeps of each round, and the export.
+"""Preference datasets: what the loop keeps of each round's pairs, their export, and reading any such dataset.
 
 After a round the loop writes its pairs to RUN/pairs/round-NNN.parquet, pictures as PNG: exactly what the reward
 scored. Drawing them again would need every round's weights, as much compute as sampling did and the same hardware to
@@ -7,23 +7,26 @@ once. What it takes: 64² pictures 2 MB a round, 512² about 0.3 GB (640 picture
 where pictures are small (`SMALL`), else the last one (`--keep-pairs`); nothing else of a run depends on it.
 
 `export` copies those files beside a README that declares every column: `datasets.load_dataset(DIR)` reads the
-directory, and so does the Hub.
+directory, and so does the Hub. `read` reads it again, and every dataset of prompts with chosen and rejected pictures.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bench_dfusion import files, records
@@ -50,6 +53,7 @@ COLUMNS = {
         "only what comes after the branch point",
     ),
     "rejected_seed": ("int64", "seed of the loser's noise, likewise"),
+    "reward": ("string", "the training reward that scored both"),
     "round": ("int64", "the round of the run it is from, 0 drawn from the untrained policy"),
     "mask": (
         "image",
@@ -64,13 +68,18 @@ SCHEMA = pa.schema([(n, IMAGE if d == "image" else pa.type_for_alias(d)) for n, 
 # ---------------------------------------------------------------- what the loop keeps
 
 
-def keep(folder: Path, samples: ConsistentSamples, number: int, which: Keep | None) -> None:
-    """Write the pairs of round `number` to `folder`; which rounds stay there: `which`, None by the pictures' size."""
+def keep(folder: Path, samples: ConsistentSamples, reward: str, number: int, which: Keep | None) -> None:
+    """Write the pairs of round `number` to `folder`; which rounds stay there: `which`, None by the pictures' size.
+
+    `reward` is the name of the training reward. Offline pairs, of which none was drawn, are not kept again.
+    """
+    if not samples.drawn:
+        return
     if which is None:
         which = "all" if max(samples.samples.images.shape[1:3]) <= SMALL else "last"
     if which == "none":
         return
-    table = pa.Table.from_pylist(rows_of(samples, number), SCHEMA)
+    table = pa.Table.from_pylist(rows_of(samples, reward, number), SCHEMA)
     data = io.BytesIO()
     pq.write_table(table, data, row_group_size=max(1, int(GROUP * len(table) // max(1, table.nbytes))))
     files.write_atomic(path_of(folder, number), data.getvalue())
@@ -85,7 +94,7 @@ def path_of(folder: Path, number: int) -> Path:
     return folder / f"round-{number:03}.parquet"
 
 
-def rows_of(samples: ConsistentSamples, number: int) -> list[dict[str, object]]:
+def rows_of(samples: ConsistentSamples, reward: str, number: int) -> list[dict[str, object]]:
     """The pairs of a round as rows of `SCHEMA`."""
     scored, trajectory = samples.samples, samples.samples.trajectory
     pictures: dict[int, dict[str, object]] = {}
@@ -111,6 +120,7 @@ def rows_of(samples: ConsistentSamples, number: int) -> list[dict[str, object]]:
                 "rejected_score": float(scored.rewards[loser]),
                 "chosen_seed": int(trajectory.seeds[winner]),
                 "rejected_seed": int(trajectory.seeds[loser]),
+                "reward": reward,
                 "round": number,
                 "mask": None if mask is None else png((mask.clamp(0, 1) * 255).round().byte()),
             }
@@ -249,3 +259,114 @@ The chosen picture scored above the rejected one of the same prompt before the t
 | training reward | `{record.provenance.reward_fingerprint}` |
 | code | `{record.provenance.code}` |
 """
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A preference dataset: a prompt, a chosen and a rejected picture in each row.
+
+    source     the path or Hub id it was read from
+    table      the `datasets.Dataset`
+    scored_by  the reward that scored both pictures, None where the dataset does not say
+    """
+
+    source: str
+    table: Any
+    scored_by: str | None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def prompts(self) -> list[str]:
+        return list(self.table["prompt"])
+
+    def scores(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The scores of the chosen and the rejected pictures of rows [N], float32: 1 and 0 where there are none."""
+        names = ("chosen_score", "rejected_score")
+        if all(n in self.table.column_names for n in names):
+            part = self.table.select_columns(list(names))[list(rows)]
+            if not any(value is None for n in names for value in part[n]):
+                return torch.tensor(part[names[0]]).float(), torch.tensor(part[names[1]]).float()
+        return torch.ones(len(rows)), torch.zeros(len(rows))
+
+    def pictures(self, rows: Sequence[int], side: int) -> tuple[Tensor, Tensor]:
+        """The chosen and the rejected pictures of rows [N], uint8 [N, side, side, 3]: resized, cropped at the centre."""
+        found = []
+        for name in ("chosen", "rejected"):
+            column = self.table.select_columns([name])
+            found.append(torch.stack([self._picture(column, name, row, side) for row in rows]))
+        return found[0], found[1]
+
+    def _picture(self, column: Any, name: str, row: int, side: int) -> Tensor:
+        try:
+            image = ImageOps.exif_transpose(column[int(row)][name]).convert("RGB")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"{self.source}: the {name} picture of row {row} cannot be read ({error})") from None
+        return torch.from_numpy(np.array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)))
+
+    def sha256(self) -> str:
+        """A hash of everything a training on these pairs depends on. Raises UsageError where a picture is missing."""
+        from datasets import Image as ImageColumn
+
+        scores = [n for n in ("chosen_score", "rejected_score") if n in self.table.column_names]
+        table = self.table.select_columns(["prompt", "chosen", "rejected", *scores])
+        for name in ("chosen", "rejected"):
+            table = table.cast_column(name, ImageColumn(decode=False))
+        digest = hashlib.sha256()
+        for number, row in enumerate(table):
+            digest.update(repr([row["prompt"], *(row[n] for n in scores)]).encode())
+            for name in ("chosen", "rejected"):
+                stored = row[name] or {}
+                data = stored.get("bytes")
+                if data is None and stored.get("path"):
+                    data = Path(stored["path"]).read_bytes()
+                if data is None:
+                    raise UsageError(f"{self.source}: row {number} has no {name} picture")
+                digest.update(hashlib.sha256(data).digest())
+        return digest.hexdigest()
+
+
+def read(source: str) -> Pairs:
+    """A preference dataset by directory, Parquet file or Hub id: its split `train`, or the only one.
+
+    Raises UsageError where there is none, a column is missing or holds something else, or a prompt is empty.
+    """
+    import datasets
+
+    path = Path(source).expanduser()
+    if not path.exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise UsageError(f"no dataset {source}: there is no such directory or file, and it is no Hub id")
+    try:
+        if path.is_file():
+            found = datasets.load_dataset("parquet", data_files=str(path))
+        elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(str(path) if path.is_dir() else source)
+    except Exception as error:  # of datasets, the Hub's client, pyarrow: many kinds
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(f"{source} cannot be read as a dataset: {line}") from None
+    if isinstance(found, datasets.DatasetDict):
+        if "train" not in found and len(found) > 1:
+            raise UsageError(f"{source} has splits {', '.join(found)}, and none of them is train")
+        found = found["train"] if "train" in found else next(iter(found.values()))
+    for name in ("prompt", "chosen", "rejected"):
+        if name not in found.column_names:
+            raise UsageError(
+                f"{source} has no column {name}: pairs are prompt, chosen and rejected, here are "
+                f"{', '.join(found.column_names)}"
+            )
+    for name in ("chosen", "rejected"):
+        if not isinstance(found.features[name], datasets.Image):
+            raise UsageError(f"{source}: column {name} holds {found.features[name]}, not pictures (datasets.Image)")
+    for number, prompt in enumerate(found["prompt"]):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UsageError(f"{source}: row {number} has no prompt")
+    rewards = set(found.unique("reward")) if "reward" in found.column_names else {None}
+    if len(rewards) > 1:
+        raise UsageError(f"{source} was scored by several rewards, {', '.join(sorted(map(str, rewards)))}: split it")
+    return Pairs(source, found, next(iter(rewards)))

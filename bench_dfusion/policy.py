@@ -184,6 +184,12 @@ class Policy:
             parts.append((images * 255).round().byte().permute(0, 2, 3, 1).cpu())
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """x_0 float32 [B, C, H, W] on the CPU of pictures uint8 [B, H, W, 3]."""
+        parts = [p.to(self.device).permute(0, 3, 1, 2).float() / 255 for p in images.split(self.batch)]
+        return torch.cat([self.adapter.encode_images(p).cpu() for p in parts])
+
     # the reference and the weights
 
     @contextmanager

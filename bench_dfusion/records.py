@@ -73,8 +73,8 @@ class Cost(Part):
 class Round(Part):
     round: int = Field(description="number of the round, from 0")
     queries: int = Field(description="reward queries spent up to its end (count)")
-    reward: float = Field(description="mean training reward of the drawn samples")
-    reward_sd: float = Field(description="standard deviation of the drawn samples' rewards")
+    reward: float | None = Field(description="mean training reward of the drawn samples, None where none are drawn")
+    reward_sd: float | None = Field(description="standard deviation of the drawn samples' rewards")
     base_reward: float | None = Field(description="mean training reward of the pairs' bases, kept or not")
     winner_reward: float | None = Field(description="mean training reward of their targets (vanilla: references)")
     pairs: int = Field(description="pairs kept (count)")
@@ -110,6 +110,7 @@ class Record(Part):
     seed: int = Field(description="the training seed")
     given: dict[str, Any] = Field(description="the configuration as it was given")
     resolved: dict[str, Any] = Field(description="every option's value")
+    tuning: str = Field("", description="how the track's suggestions for options were chosen, where it has any")
     verdicts: list[Verdict] = Field(description="what every judge said; the first ranks; empty where the run failed")
     drift: Drift | None = Field(None, description="how far the trained policy is from the base")
     rounds: list[Round] = Field(description="the training curve")

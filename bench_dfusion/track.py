@@ -77,6 +77,9 @@ class EvaluationSection(Section):
     images_per_prompt: int = Field(4, ge=1, description="images of each held-out prompt (count)")
 
 
+SUGGESTIONS = {"algorithms", "builders", "tuned", "tuning"}
+
+
 class Track(Section):
     """See the module."""
 
@@ -103,9 +106,16 @@ class Track(Section):
         return f"{self.name}-v{self.version}"
 
     @property
+    def fixed(self) -> dict[str, Any]:
+        """Everything the track holds equal, JSON-able. The options it suggests for algorithms and builders are not in
+        it: they are resolved in each cell, and a track can suggest some for another algorithm and stay what it is."""
+        return self.model_dump(mode="json", exclude=SUGGESTIONS)
+
+    @property
     def hash(self) -> str:
-        """SHA-256 of everything the track fixes, prompts included."""
-        return hashlib.sha256(json.dumps(self.model_dump(exclude={"batch"}), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of everything the track holds equal, prompts included."""
+        content = {k: v for k, v in self.fixed.items() if k != "batch"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(source: str | Path) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from bench_dfusion import track as tracks
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
-from bench_dfusion.evaluation import seed_of
 from bench_dfusion.models.loading import dtype, load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round
 from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import Reward
+from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track
 
 COLLAPSE = 4.0  # standard deviations of the first round's rewards below its mean
@@ -89,7 +89,8 @@ class Run:
         track = cell.track
         prompts = [*track.prompts.train, *track.prompts.heldout]
         self.reward: Reward = cell.reward(cell.reward_config, self.device)
-        self.reward.check(prompts)
+        if cell.builder.draws:
+            self.reward.check(prompts)
         self.judges = load_judges(track, self.device)
         for judge in self.judges.values():
             judge.check(track.prompts.heldout)
@@ -104,8 +105,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
-        a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn)
+        drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
+        # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
+        a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
         self.rounds = track.budget.reward_queries // a_round
         if not self.rounds:
             raise UsageError(
@@ -131,18 +133,24 @@ class Run:
                     break
                 self.progress.network_evaluations += self.policy.network_evaluations - before
                 with self.progress.phase("pairs"):
-                    pairs.keep(self.folder / "pairs", samples, number, self.keep_pairs)
+                    pairs.keep(self.folder / "pairs", samples, self.cell.reward.name, number, self.keep_pairs)
                 self.progress.round += 1
                 if self.progress.round == self.rounds:
                     pictures.triples(self.folder / "triples.png", samples)
                 self._save()
                 rewards = [r["reward"] for r in self.progress.rounds]
-                progress.advance(1, f"reward {rewards[-1]:.3f} (first round {rewards[0]:.3f})")
+                now = f"loss {metrics.get('loss', 0):.3g}"
+                if samples.drawn:
+                    now = f"reward {rewards[-1]:.3f} (first round {rewards[0]:.3f})"
+                progress.advance(1, now)
         if self.failure is not None:
             files.write_json(self.folder / "failure.json", {"round": self.progress.round, "evidence": self.failure})
 
     def _collect(self, number: int) -> ConsistentSamples:
-        """Sample, decode, score, build."""
+        """Sample, decode, score, build; or offline pairs."""
+        if not self.builder.draws:
+            with self.progress.phase("load"):
+                return self.builder.offline(self.policy, self.cell.seed, number, self.drawn)
         prompts = round_prompts(self.cell.track, self.cell.seed, number)
         seeds = torch.tensor([seed_of("train", self.cell.seed, number, p, i) for i, p in enumerate(prompts)])
         with self.algorithm.collecting(self.policy):
@@ -201,8 +209,8 @@ class Run:
         entry = Round(
             round=number,
             queries=self.progress.queries,
-            reward=float(drawn.mean()),
-            reward_sd=float(drawn.std()),
+            reward=float(drawn.mean()) if samples.drawn else None,
+            reward_sd=float(drawn.std()) if samples.drawn else None,
             base_reward=float(rewards[samples.triples[:, 1]].mean()) if len(samples.triples) else None,
             winner_reward=float(rewards[samples.triples[:, 2]].mean()) if len(samples.triples) else None,
             pairs=len(samples.pairs),
@@ -213,6 +221,8 @@ class Run:
             raise Collapse(f"round {number}: {metrics}")
         self.progress.rounds.append(entry.model_dump())
         first = self.progress.rounds[0]
+        if entry.reward is None:
+            return
         floor = first["reward"] - COLLAPSE * first["reward_sd"]
         if first["reward_sd"] > 0 and entry.reward < floor:
             raise Collapse(
@@ -277,6 +287,7 @@ class Run:
             seed=cell.seed,
             given=cell.given,
             resolved=cell.resolved,
+            tuning=track.tuning,
             verdicts=verdicts,
             drift=drift,
             rounds=[Round(**r) for r in self.progress.rounds],
@@ -334,12 +345,8 @@ def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
 def round_prompts(track: Track, seed: int, number: int) -> list[str]:
     """The prompts of a round, each `samples_per_prompt` times: a shuffled pass over the train prompts, then the next."""
     train, n = track.prompts.train, track.budget.prompts_per_round
-    chosen = []
-    for position in range(number * n, (number + 1) * n):
-        lap, place = divmod(position, len(train))
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of("prompts", seed, lap)))
-        chosen.append(train[int(order[place])])
-    return [p for p in chosen for _ in range(track.budget.samples_per_prompt)]
+    chosen = passes(len(train), number * n, n, "prompts", seed)
+    return [train[i] for i in chosen for _ in range(track.budget.samples_per_prompt)]
 
 
 @contextmanager

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from bench_dfusion import track
 from bench_dfusion.consistent import Samples, references_and_bases
-from bench_dfusion.evaluation import seed_of
 from bench_dfusion.fusion.builder import DFusion, DFusionConfig
 from bench_dfusion.micro import oracle
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
+from bench_dfusion.seeds import seed_of
 from bench_dfusion.track import Track
 from bench_dfusion.trainer import make_policy
 

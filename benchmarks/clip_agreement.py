@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from bench_dfusion import registry, statistics, track
-from bench_dfusion.evaluation import seed_of
 from bench_dfusion.micro import oracle, scenes
 from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.seeds import seed_of
 from bench_dfusion.trainer import make_policy
 
 

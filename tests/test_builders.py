@@ -22,9 +22,9 @@ from bench_dfusion.algorithm import all_log_probs
 from bench_dfusion.builders.branch import Branch, BranchConfig, endings
 from bench_dfusion.builders.same_noise import SameNoise, SameNoiseConfig
 from bench_dfusion.consistent import Builder, ConsistentSamples
-from bench_dfusion.evaluation import seed_of
 from bench_dfusion.policy import Policy
 from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.seeds import seed_of
 
 PROMPTS = ["one"] * 4 + ["two"] * 4
 

@@ -331,7 +331,7 @@ def test_the_hash_is_of_what_was_resolved(toy: str, tmp_path: Path) -> None:
     assert len({c.hash for c in [plain, *different]}) == 5
 
 
-def test_a_tracks_hash_is_of_all_but_the_batch(toy: str) -> None:
+def test_a_tracks_hash_is_of_what_it_holds_equal(toy: str) -> None:
     plain: Track = cell(toy).track
     assert plain.model_copy(update={"batch": 7}).hash == plain.hash
     assert plain.model_copy(update={"seeds": 9}).hash != plain.hash
@@ -415,6 +415,14 @@ def test_the_batch_size_does_not_make_another_track(toy: str) -> None:
     plain, other = cell(toy), cell(toy, settings=["track.batch=3"])
     assert other.track.batch == 3
     assert (other.track.name, other.track.hash) == (plain.track.name, plain.track.hash)
+
+
+def test_a_track_that_suggests_options_for_another_algorithm_stays_what_it_is(toy: str) -> None:
+    plain, other = cell(toy), cell(toy, settings=["track.algorithms.sft.timesteps=2", "track.tuning=two runs each"])
+    assert (other.track.name, other.track.hash, other.hash) == (plain.track.name, plain.track.hash, plain.hash)
+    assert other.track.tuning == "two runs each"
+    suggested = cell(toy, settings=["track.algorithms.dpo.beta=9"])
+    assert suggested.hash == cell(toy, settings=["algo.beta=9"]).hash != plain.hash
 
 
 def test_own_heldout_prompts_leave_all_own_training_prompts(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ class Unused(Clip):  # a plugin file has to define one
 
 keep = pairs.keep
 
-def keep_and_die(folder, samples, number, which):
+def keep_and_die(folder, samples, reward, number, which):
     """Dies once after round 1 is written, before its checkpoint is, as if in the middle of writing another file."""
-    keep(folder, samples, number, which)
+    keep(folder, samples, reward, number, which)
     if number == 1 and not Path("died").exists():
         Path("died").touch()
         (folder / ".round-002.parquet.half").write_bytes(b"PAR1")
@@ -98,6 +98,7 @@ def test_a_run_exports_to_a_dataset_that_datasets_reads(run: Path, tmp_path: Pat
         rejected_score=Value("float32"),
         chosen_seed=Value("int64"),
         rejected_seed=Value("int64"),
+        reward=Value("string"),
         round=Value("int64"),
         mask=Image(),
     )
@@ -162,7 +163,7 @@ def test_what_is_kept_changes_no_number_and_a_run_without_pairs_says_how_to_keep
 
 
 def test_the_default_place_is_in_the_run_and_the_latest_round_can_be_had_alone(copy: Path, tmp_path: Path) -> None:
-    pairs.keep(copy / "pairs", made([(1, 0), (2, 0)], []), 3, "all")
+    pairs.keep(copy / "pairs", made([(1, 0), (2, 0)], []), "clip", 3, "all")
     edit_record(copy, lambda content: content["rounds"][3].update(pairs=2))
     done = pairs.export(copy, rounds="last")
     assert done.folder == copy / "dataset" and done.pairs == {3: 2} and done.rounds == 4
@@ -229,7 +230,7 @@ def broken_record(run: Path) -> None:
 
 def no_winner(run: Path) -> None:
     for n in range(4):
-        pairs.keep(run / "pairs", made([], [], n=2), n, "all")
+        pairs.keep(run / "pairs", made([], [], n=2), "clip", n, "all")
     edit_record(run, lambda content: [r.update(pairs=0) for r in content["rounds"]])
 
 
@@ -324,11 +325,11 @@ def test_what_is_kept_is_what_was_there(
     ends = [e for e in ends if e != (5, 4)]
     greys = [(37 * i) % 256 for i in range(len(ends))] if fused else []
     samples = made(ends, greys, rewards=rewards)
-    pairs.keep(folder, samples, 7, "all")
+    pairs.keep(folder, samples, "klip", 7, "all")
     rows = pq.read_table(folder / "round-007.parquet").to_pylist()
     assert len(rows) == len(ends)
     for i, (row, (winner, loser)) in enumerate(zip(rows, ends, strict=True)):
-        assert row["prompt"] == f"prompt “{winner}”" and row["round"] == 7
+        assert row["prompt"] == f"prompt “{winner}”" and row["round"] == 7 and row["reward"] == "klip"
         for side, sample in (("chosen", winner), ("rejected", loser)):
             assert torch.equal(pixels(row[side]), samples.samples.images[sample])
             assert row[f"{side}_score"] == rewards[sample] and row[f"{side}_seed"] == 1000 * sample + 2**62
@@ -339,7 +340,7 @@ def test_what_is_kept_is_what_was_there(
 def test_without_fusion_there_is_no_mask_and_empty_rounds_do_no_harm(copy: Path, tmp_path: Path) -> None:
     rounds = [[(1, 0)], [], [(2, 0), (3, 1)], []]
     for n, ends in enumerate(rounds):
-        pairs.keep(copy / "pairs", made(ends, []), n, "all")
+        pairs.keep(copy / "pairs", made(ends, []), "clip", n, "all")
     edit_record(copy, lambda content: [r.update(pairs=len(e)) for r, e in zip(content["rounds"], rounds, strict=True)])
     done = pairs.export(copy, tmp_path / "mine")
     assert done.pairs == {0: 1, 1: 0, 2: 2, 3: 0}
@@ -361,24 +362,24 @@ def test_without_fusion_there_is_no_mask_and_empty_rounds_do_no_harm(copy: Path,
 )
 def test_how_many_rounds_are_kept(side: int, which: pairs.Keep | None, expected: list[int], tmp_path: Path) -> None:
     for n in range(3):
-        pairs.keep(tmp_path / "pairs", made([(1, 0)], [], side=side), n, which)
+        pairs.keep(tmp_path / "pairs", made([(1, 0)], [], side=side), "clip", n, which)
     found = sorted(tmp_path.rglob("*.parquet"))
     assert found == [pairs.path_of(tmp_path / "pairs", n) for n in expected]
 
 
 def test_a_round_run_again_replaces_its_own_pairs(tmp_path: Path) -> None:
     for ends in ([(1, 0), (2, 0)], [(3, 0)]):
-        pairs.keep(tmp_path, made(ends, []), 0, "all")
+        pairs.keep(tmp_path, made(ends, []), "clip", 0, "all")
     assert list(contents(tmp_path)) == ["round-000.parquet"]
     assert pq.read_table(tmp_path / "round-000.parquet")["prompt"].to_pylist() == ["prompt “3”"]
 
 
 def test_row_groups_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = [(winner, loser) for winner in range(1, 6) for loser in range(winner)]
-    pairs.keep(tmp_path, made(ends, [], side=64), 0, "all")
+    pairs.keep(tmp_path, made(ends, [], side=64), "clip", 0, "all")
     whole = pq.ParquetFile(tmp_path / "round-000.parquet").metadata
     assert whole.num_row_groups == 1
     monkeypatch.setattr(pairs, "GROUP", 60_000)  # two random pictures of 64² px are 25 kB
-    pairs.keep(tmp_path, made(ends, [], side=64), 1, "all")
+    pairs.keep(tmp_path, made(ends, [], side=64), "clip", 1, "all")
     split = pq.ParquetFile(tmp_path / "round-001.parquet").metadata
     assert split.num_row_groups == 8 and split.num_rows == 15

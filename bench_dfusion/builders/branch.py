@@ -38,8 +38,8 @@ from bench_dfusion.consistent import (
     Score,
     winning_pairs,
 )
-from bench_dfusion.evaluation import seed_of
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.seeds import seed_of
 
 
 class BranchConfig(PairConfig):

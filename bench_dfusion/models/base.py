@@ -64,6 +64,19 @@ class Adapter(ABC):
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
+    @property
+    def image_side(self) -> int:
+        """Pixels of a picture's side at the model's own resolution."""
+        return int(self.latent_shape[-1] * self.pipe.vae_scale_factor)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [B, C, H, W] of pictures [B, 3, H, W] in [0, 1]: the posterior's mean where the autoencoder has one."""
+        vae = self.pipe.vae
+        encoded = vae.encode((images * 2 - 1).to(vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
     def tune_for_cpu(self) -> None:
         """What makes a CPU fast and changes results by rounding only (measured on the embedded model).
 
