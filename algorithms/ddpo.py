@@ -52,7 +52,7 @@ class DDPOConfig(PolicyGradientConfig):
 
 class DDPO(Algorithm):
     name = "ddpo"
-    summary = "clipped policy gradient on every denoising step, advantages per prompt"
+    summary = "clipped policy gradient on the denoising steps of drawn samples (vanilla) or targets and bases (dfusion)"
     paper = "Black et al. 2023 (DDPO), §4.3 DDPO-IS and DDPO-SF"
     Config: ClassVar[type[AlgorithmConfig]] = DDPOConfig
     config: DDPOConfig

@@ -34,7 +34,9 @@ class DPOKConfig(DDPOConfig):
 
 class DPOK(DDPO):
     name = "dpok"
-    summary = "ddpo plus the exact KL to the base at every denoising step"
+    summary = (
+        "ddpo, on drawn samples (vanilla) or targets and bases (dfusion), plus the exact KL to the base at every step"
+    )
     paper = "Fan et al. 2023 (DPOK), §4.2 and Algorithm 1"
     Config: ClassVar[type[AlgorithmConfig]] = DPOKConfig
     config: DPOKConfig

@@ -59,7 +59,7 @@ class GRPOConfig(PolicyGradientConfig):
 
 class GRPO(Algorithm):
     name = "grpo"
-    summary = "group-relative advantages, clipped ratio, KL to the base; GRPO-Guard as an option"
+    summary = "group-relative policy gradient on drawn samples (vanilla) or targets and bases (dfusion); GRPO-Guard as an option"
     paper = "Liu et al. 2025 (Flow-GRPO, 2505.05470); Xue et al. 2025 (DanceGRPO, 2505.07818); GRPO-Guard (2510.22319)"
     Config: ClassVar[type[AlgorithmConfig]] = GRPOConfig
     config: GRPOConfig

@@ -1,11 +1,13 @@
-"""Would the tests notice? Every algorithm file is changed in small wrong ways, one at a time, and its tests must fail.
+"""Would the tests notice? Every file of losses is changed in small wrong ways, one at a time, and its tests must fail.
 
-    python tests/mutate.py [ALGORITHM ...] [--list]
+    python tests/mutate.py [NAME ...] [--list]
+
+The files are those under algorithms/ and what they share (SHARED).
 
 Operators, fixed: flip a sign; swap winner and loser; drop a clamp, clip or maximum; detach what is not, undetach
 what is; take the mean before logsigmoid; move the window by a step; double beta. For each mutant a forked process
-(the heavy imports are shared) runs the test files that import the algorithm, up to the first failure. Survivors
-are printed with their line. Not a test: it takes a minute or two for each algorithm.
+(the heavy imports are shared) runs the test files that import the module, or an algorithm that does, up to the first
+failure. Survivors are printed with their line. Not a test: it takes a minute or two for each file.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ("preference", "stepwise", "policy_gradient", "advantages", "averages", "denoising")
+WHOLE_RUNS = ("test_run.py", "test_builders.py", "test_offline.py")  # too long for each mutant
 SECONDS = 300  # a mutant that runs longer counts as noticed: it no longer ends
 
 Change = Callable[[ast.AST], ast.AST | None]  # the node that replaces one, or None where the operator does not apply
@@ -38,8 +42,13 @@ def flip_sign(node: ast.AST) -> ast.AST | None:
 
 def swap_sides(node: ast.AST) -> ast.AST | None:
     """a_w - a_l to a_l - a_w, and (winner, loser) to (loser, winner), wherever both stand in one expression."""
-    pairs = {"winner": "loser", "ratio_w": "ratio_l", "gain_w": "gain_l", "error_w": "error_l", "ref_w": "ref_l"}
+    pairs = {"winner": "loser", "ratio_w": "ratio_l", "gain_w": "gain_l", "ref_w": "ref_l", "reward_w": "reward_l"}
+    pairs |= {"g_w": "g_l", "desirable": "undesirable", "positive": "negative"}
     both = pairs | {v: k for k, v in pairs.items()}
+    if isinstance(node, ast.Lambda) and [a.arg for a in node.args.args][:2] == ["w", "x"]:  # preference.LOSSES
+        args = copy.deepcopy(node.args)
+        args.args[0].arg, args.args[1].arg = "x", "w"
+        return ast.Lambda(args, node.body)
     if not isinstance(node, ast.Assign | ast.Return):
         return None
     found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {
@@ -76,7 +85,8 @@ def undetach(node: ast.AST) -> ast.AST | None:
 
 def detach(node: ast.AST) -> ast.AST | None:
     """Cut the gradient of a call's result where the file takes one with a gradient."""
-    with_gradient = ("step_log_prob", "output", "error", "mean", "log_prob", "score_tensors")
+    with_gradient = ("step_log_prob", "stored_steps", "output", "error", "clean_of", "mean_square", "predict")
+    with_gradient += ("mean", "log_prob", "score_tensors", "gaussian_log_prob", "gaussian_kl")
     if isinstance(node, ast.Call):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in with_gradient:
@@ -101,7 +111,7 @@ def move_window(node: ast.AST) -> ast.AST | None:
 
 def double_beta(node: ast.AST) -> ast.AST | None:
     is_beta = (isinstance(node, ast.Attribute) and node.attr == "beta") or (
-        isinstance(node, ast.Name) and node.id == "beta"
+        isinstance(node, ast.Name) and node.id in ("beta", "b")
     )
     if is_beta and isinstance(getattr(node, "ctx", None), ast.Load):
         return ast.BinOp(ast.Constant(2), ast.Mult(), node)  # type: ignore[arg-type]
@@ -116,13 +126,18 @@ OPERATORS: dict[str, Change] = {
 def mutants(source: str) -> Iterator[tuple[str, int, str, str]]:
     """(operator, line, the line changed as code, the whole module changed) for every place an operator applies to."""
     tree = ast.parse(source)
-    places = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
+    places = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)]
     count = len({id(n) for n in places})
     for name, change in OPERATORS.items():
         for index in range(count):
             fresh = ast.parse(source)
             nodes = list(
-                {id(n): n for f in ast.walk(fresh) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}.values()
+                {
+                    id(n): n
+                    for f in ast.walk(fresh)
+                    if isinstance(f, ast.FunctionDef | ast.Lambda)
+                    for n in ast.walk(f)
+                }.values()
             )
             node = nodes[index]
             new = change(node)
@@ -172,13 +187,18 @@ def noticed(module: str, source: str, tests: list[str]) -> bool:
     return status != 0
 
 
+def module_of(path: Path) -> str:
+    return f"bench_dfusion.{'algorithms.' if path.parent.name == 'algorithms' else ''}{path.stem}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("algorithms", nargs="*", help="file names under algorithms/ without .py (default: all)")
+    parser.add_argument("names", nargs="*", help="file names without .py (default: all)")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     args = parser.parse_args()
-    files = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.stem != "__init__")
-    files = [p for p in files if not args.algorithms or p.stem in args.algorithms]
+    algorithms = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.stem != "__init__")
+    files = [*algorithms, *(ROOT / "bench_dfusion" / f"{name}.py" for name in SHARED)]
+    files = [p for p in files if not args.names or p.stem in args.names]
     sys.path.insert(0, str(ROOT / "tests"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.list:  # shared by every fork
@@ -186,9 +206,14 @@ def main() -> None:
             importlib.import_module(heavy)
     survivors = 0
     for path in files:
-        module = f"bench_dfusion.algorithms.{path.stem}"
-        tests = [str(t) for t in sorted((ROOT / "tests").glob("test_*.py")) if f"{module} import" in t.read_text()]
-        tests = [t for t in tests if not t.endswith("test_run.py")]  # whole runs: too long for each mutant
+        module = module_of(path)
+        assert module not in sys.modules, f"{module} is imported already: its mutants would not be used"
+        users = [module, *(module_of(p) for p in algorithms if f"{module} import" in p.read_text())]
+        tests = [
+            str(t)
+            for t in sorted((ROOT / "tests").glob("test_*.py"))
+            if any(f"{user} import" in t.read_text() for user in users) and t.name not in WHOLE_RUNS
+        ]
         every = list(mutants(path.read_text()))
         print(f"{path.name}: {len(every)} mutants, {', '.join(Path(t).name for t in tests)}", flush=True)
         for operator, line, code, source in every:
