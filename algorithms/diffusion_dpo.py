@@ -6,7 +6,8 @@ or another of TRL's loss types with r = (d_ref - d_theta) / 2 as the log-ratios 
 It needs no trajectory, so it works on any pair of pictures.
 
 With `sdpo` the loser's d_theta keeps its value and has lambda times its gradient. Lambda is Diffusion-SDPO's with
-g_w, g_l the gradients of the winners' and the losers' summed d_theta in the network's output, over one batch.
+g_w, g_l the gradients of the winners' and the losers' summed d_theta in the network's output, over the rows of one
+step of the optimiser.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.denoising import all_errors, draw_levels, noised
+from bench_dfusion.denoising import Noised, all_errors, draw_levels, noised
 from bench_dfusion.policy import Policy
 from bench_dfusion.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
 
@@ -51,19 +52,36 @@ class DiffusionDPO(Algorithm):
         rows["winner"], rows["loser"] = winner, loser
         return rows
 
+    def batch(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Rows:
+        if self.config.sdpo is None:
+            return rows
+
+        def scores(rows: Rows) -> tuple[Tensor, Tensor]:
+            at = _both(policy, samples, rows)
+            with torch.no_grad():
+                output = at.output(policy)
+            return at.error(policy, output.requires_grad_()), output
+
+        scale = loser_scale(scores, rows, policy.batch, self.config.sdpo)
+        return {**rows, "loser_scale": scale.expand(len(rows["t"]))}
+
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
-        config = self.config
-        both = torch.cat([rows["winner"], rows["loser"]])
-        at = noised(policy, samples, both, rows["t"].repeat(2), rows["noise"].repeat(2))
+        config, at = self.config, _both(policy, samples, rows)
         output = at.output(policy)
         errors = at.error(policy, output)
         gain_w, gain_l = (torch.cat([rows["ref_w"], rows["ref_l"]]).to(errors.device) - errors).chunk(2)
         metrics = {"margin": (gain_w - gain_l).detach().mean(), "accuracy": (gain_w > gain_l).float().mean()}
         if config.sdpo is not None:
-            metrics["loser_scale"] = loser_scale(errors, output, config.sdpo)
-            gain_l = scale_gradient(gain_l, metrics["loser_scale"])
+            scale = rows["loser_scale"].to(gain_l.device)
+            metrics["loser_scale"], gain_l = scale.mean(), scale_gradient(gain_l, scale)
         terms = diffusion_dpo_terms(gain_w, gain_l, config.beta, config.losses, config.label_smoothing)
         return Loss(terms.mean(), metrics)
+
+
+def _both(policy: Policy, samples: ConsistentSamples, rows: Rows) -> Noised:
+    """The winners' final latents noised, then the losers'."""
+    both = torch.cat([rows["winner"], rows["loser"]])
+    return noised(policy, samples, both, rows["t"].repeat(2), rows["noise"].repeat(2))
 
 
 def diffusion_dpo_terms(

@@ -6,7 +6,7 @@ or another of TRL's loss types of r_w and r_l (`bench_dfusion/preference.py`), w
 
 With `sdpo` the loser's error -log pi_theta keeps its value and has lambda times its gradient. Lambda is
 Diffusion-SDPO's with g_w, g_l the gradients of the winners' and the losers' summed step_weight * -log pi_theta in
-the network's output, over the rows of one batch.
+the network's output, over the rows of one step of the optimiser.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bench_dfusion.algorithm import (
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
 from bench_dfusion.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
-from bench_dfusion.stepwise import stored_steps
+from bench_dfusion.stepwise import Steps, stored_steps
 
 
 class DPOConfig(PreferenceConfig, StepwiseConfig):
@@ -85,19 +85,34 @@ class DPO(Algorithm):
         rows["winner"], rows["loser"] = winner, loser
         return rows
 
+    def batch(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Rows:
+        if self.config.sdpo is None:
+            return rows
+
+        def scores(rows: Rows) -> tuple[Tensor, Tensor]:
+            at = self._steps(policy, samples, rows, leaf=True)
+            return rows["weight"].repeat(2).to(at.log_prob.device) * at.log_prob, at.output
+
+        scale = loser_scale(scores, rows, policy.batch, self.config.sdpo)
+        return {**rows, "loser_scale": scale.expand(len(rows["row"]))}
+
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
-        config = self.config
-        at = stored_steps(policy, samples, torch.cat([rows["winner"], rows["loser"]]), rows["step"].repeat(2))
+        config, at = self.config, self._steps(policy, samples, rows)
         weight = rows["weight"].to(at.log_prob.device)
         reference = torch.cat([rows["ref_w"], rows["ref_l"]]).to(at.log_prob.device)
         ratio_w, ratio_l = (at.log_prob - reference).chunk(2)
         metrics = {"margin": (ratio_w - ratio_l).detach().mean(), "accuracy": (ratio_w > ratio_l).float().mean()}
         if config.sdpo is not None:
-            metrics["loser_scale"] = loser_scale(weight.repeat(2) * at.log_prob, at.output, config.sdpo)
-            ratio_l = scale_gradient(ratio_l, metrics["loser_scale"])
+            scale = rows["loser_scale"].to(ratio_l.device)
+            metrics["loser_scale"], ratio_l = scale.mean(), scale_gradient(ratio_l, scale)
         clamp = config.ratio_clamp or 0.0
         terms = dpo_terms(ratio_w, ratio_l, config.beta, clamp, config.losses, config.label_smoothing)
         return Loss((weight * terms).mean(), metrics)
+
+    def _steps(self, policy: Policy, samples: ConsistentSamples, rows: Rows, leaf: bool = False) -> Steps:
+        """The winners' steps, then the losers'."""
+        both = torch.cat([rows["winner"], rows["loser"]])
+        return stored_steps(policy, samples, both, rows["step"].repeat(2), leaf)
 
 
 def dpo_terms(

@@ -1,10 +1,9 @@
 """Diffusion-KTO: a sample is desirable or not by itself; no pairs.
 
 d(x) = mean squared error of the network's prediction at a noised x_0, g = d_ref - d_theta,
-z = max(0, mean of g over the batch), without gradient; y = +1 above the mean reward of the prompt, -1 below:
+z = max(0, mean of g over the rows of an optimiser step), without gradient; y = +1 above the mean reward of the prompt, -1 below:
 loss = w_y (1 - sigmoid(y beta (g - z))).
 It trains on all drawn samples of vanilla, on targets and bases of dfusion; a sample at its prompt's mean is left out.
-As z is the mean over a batch that goes through the network at once, the loss of two batches is not that of their union.
 """
 
 from __future__ import annotations
@@ -48,16 +47,21 @@ class KTO(Algorithm):
             rows["ref"] = all_errors(policy, samples, rows["row"], rows["t"], rows["noise"])
         return rows
 
+    def batch(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Rows:
+        error = all_errors(policy, samples, rows["row"], rows["t"], rows["noise"])
+        z = (rows["ref"] - error).mean().clamp(min=0)
+        return {**rows, "z": z.expand(len(error))}
+
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
         at = noised(policy, samples, rows["row"], rows["t"], rows["noise"])
         error = at.error(policy, at.output(policy))
-        gain, label = rows["ref"].to(error.device) - error, rows["label"].to(error.device)
-        terms = kto_terms(gain, label, self.config.beta, self.config.desirable, self.config.undesirable)
+        ref, label, z = (rows[name].to(error.device) for name in ("ref", "label", "z"))
+        gain = ref - error
+        terms = kto_terms(gain, label, z, self.config.beta, self.config.desirable, self.config.undesirable)
         return Loss(terms.mean(), {"gain": gain.detach().mean(), "accuracy": (label * gain > 0).float().mean()})
 
 
-def kto_terms(gain: Tensor, label: Tensor, beta: float, desirable: float, undesirable: float) -> Tensor:
-    """The loss of each sample [B] from d_ref - d_theta and its label ±1 [B]; z is the mean over these B."""
-    z = gain.mean().clamp(min=0).detach()
+def kto_terms(gain: Tensor, label: Tensor, z: Tensor, beta: float, desirable: float, undesirable: float) -> Tensor:
+    """The loss of each sample [B] from d_ref - d_theta, its label ±1 and z [B] (or one z)."""
     weight = torch.where(label > 0, desirable, undesirable)
     return weight * (-label * beta * (gain - z)).sigmoid()  # 1 - sigmoid(x) = sigmoid(-x)

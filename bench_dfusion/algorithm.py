@@ -56,15 +56,18 @@ class StepwiseConfig(AlgorithmConfig):
         "larger and little signal: method.md §6)",
     )
     window: Share = Field(
-        (0.0, 1.0), description="share of the steps trained on, [from, to) in sampling order, 0 the noisiest"
+        (0.0, 1.0),
+        description="share of the steps trained on, [from, to) within 0 and 1, in sampling order, 0 the noisiest "
+        "(D-Fusion: all)",
     )
 
 
 class Algorithm(ABC):
     """A training backend. One file under `algorithms/`, registered under `bench_dfusion.algorithms`.
 
-    The loop calls `prepare` once a round, shuffles its rows, and calls `loss` on batches of them; it owns
-    the optimiser, accumulation, clipping, checkpoints and the budget.
+    The loop calls `prepare` once a round, shuffles its rows and deals them to the optimiser's steps; for each step it
+    calls `batch` on all its rows, then `loss` on as many at a time as fit. It owns the optimiser, accumulation,
+    clipping, checkpoints and the budget.
     """
 
     name: ClassVar[str]
@@ -98,6 +101,11 @@ class Algorithm(ABC):
 
         Randomness comes from `generator` alone, so that a resumed round is the same round.
         """
+
+    def batch(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Rows:
+        """All the rows of one optimiser step, with what depends on them together (a mean over the batch, say) added as
+        columns: only so it does not depend on how many go through the network at once."""
+        return rows
 
     @abstractmethod
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:

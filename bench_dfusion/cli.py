@@ -208,10 +208,33 @@ def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
         for column in ("option", "default", "meaning (unit; source)"):
             grid.add_column(column, overflow="fold")
         for option, info in fields.items():
-            limits = ", ".join(str(m) for m in info.metadata)
-            text = (info.description or "") + (f" [{limits}]" if limits else "")
+            text = "; ".join(t for t in (info.description, _range(info.metadata)) if t)
             grid.add_row(f"{section}.{option}", str(info.default), escape(text))
         out.print(grid)
+        _suggestions(kind, name)
+
+
+def _range(metadata: Sequence[Any]) -> str:
+    """The limits of an option as a reader would write them."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
+    limits = [f"{sign} {getattr(m, key):g}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]
+    return ", ".join(limits)
+
+
+def _suggestions(kind: str, name: str) -> None:
+    """What tracks set in the place of a plugin's defaults."""
+    from bench_dfusion import track as tracks
+
+    for track_name in registry.plugins("tracks"):
+        content = tracks.read(track_name)
+        found = {"": content.get(kind, {}).get(name, {})}
+        if kind == "algorithms":
+            tuned = content.get("tuned", {}).get(name, {})
+            found |= {f" with builder {builder}": options for builder, options in tuned.items()}
+        for where, options in found.items():
+            if options:
+                values = ", ".join(f"{option} {value}" for option, value in options.items())
+                out.print(escape(f"track {track_name}{where}: {values}"), highlight=False)
 
 
 def _show(record: Any, folder: Path) -> None:

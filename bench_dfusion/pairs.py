@@ -31,6 +31,7 @@ from torch import Tensor
 
 from bench_dfusion import files, records
 from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
@@ -317,16 +318,18 @@ class Pairs:
         for name in ("chosen", "rejected"):
             table = table.cast_column(name, ImageColumn(decode=False))
         digest = hashlib.sha256()
-        for number, row in enumerate(table):
-            digest.update(repr([row["prompt"], *(row[n] for n in scores)]).encode())
-            for name in ("chosen", "rejected"):
-                stored = row[name] or {}
-                data = stored.get("bytes")
-                if data is None and stored.get("path"):
-                    data = Path(stored["path"]).read_bytes()
-                if data is None:
-                    raise UsageError(f"{self.source}: row {number} has no {name} picture")
-                digest.update(hashlib.sha256(data).digest())
+        with bar(f"hash {self.source}", len(table)) as progress:
+            for number, row in enumerate(table):
+                digest.update(repr([row["prompt"], *(row[n] for n in scores)]).encode())
+                for name in ("chosen", "rejected"):
+                    stored = row[name] or {}
+                    data = stored.get("bytes")
+                    if data is None and stored.get("path"):
+                        data = Path(stored["path"]).read_bytes()
+                    if data is None:
+                        raise UsageError(f"{self.source}: row {number} has no {name} picture")
+                    digest.update(hashlib.sha256(data).digest())
+                progress.advance(1)
         return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from bench_dfusion import registry
-from bench_dfusion.algorithm import AlgorithmConfig
+from bench_dfusion.algorithm import AlgorithmConfig, Rows
 
 DISCOPOP_TAU = 0.05  # Lu et al. 2024, §4
 
@@ -83,9 +83,9 @@ class PreferenceConfig(AlgorithmConfig):
         None,
         ge=0,
         le=1,
-        description="Diffusion-SDPO's mu: the loser's gradient is scaled by one lambda for the rows that go through the "
-        "network together, so that to first order the winners' mean error falls by at least mu of what it would "
-        "without losers (1; None: off; paper: 0.9)",
+        description="Diffusion-SDPO's mu: the loser's gradient is scaled by one lambda in each step of the optimiser, so "
+        "that to first order the winners' mean error falls by at least mu of what it would without losers (1; None: off; "
+        "paper: 0.9). One more forward of each row",
     )
 
     @field_validator("loss_type")
@@ -128,15 +128,19 @@ def preference_terms(
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
-def loser_scale(scores: Tensor, output: Tensor, mu: float) -> Tensor:
-    """Diffusion-SDPO's lambda = clip((1 - mu) |g_w|^2 / (g_l . g_w), 0, 1), and 1 where g_l . g_w <= 0.
+def loser_scale(scores: Callable[[Rows], tuple[Tensor, Tensor]], rows: Rows, batch: int, mu: float) -> Tensor:
+    """Diffusion-SDPO's lambda = clip((1 - mu) |g_w|^2 / (g_l . g_w), 0, 1), and 1 where g_l . g_w <= 0: a scalar.
 
-    g are the gradients of `scores` [2B] (winners first; the sign does not matter) in the network's output
-    [2B, ...], each taken over the whole batch.
+    `scores` gives for some of the rows the winners' and losers' errors [2B] (winners first; the sign does not matter)
+    and the network's output [2B, ...] that they are of; g are the gradients of their sums in it, over all the rows,
+    of which `batch` at a time go through the network.
     """
-    g_w, g_l = torch.autograd.grad(scores.sum(), output, retain_graph=True)[0].chunk(2)
-    along, limit = (g_l * g_w).sum(), (1 - mu) * (g_w**2).sum()
-    return torch.where(along > 0, (limit / along).clamp(max=1), torch.ones_like(along))
+    along = limit = torch.zeros(())
+    for part in torch.arange(len(next(iter(rows.values())))).split(batch):
+        value, output = scores({name: column[part] for name, column in rows.items()})
+        g_w, g_l = torch.autograd.grad(value.sum(), output)[0].chunk(2)
+        along, limit = along + (g_l * g_w).sum().cpu(), limit + (1 - mu) * (g_w**2).sum().cpu()
+    return torch.where(along > 0, (limit / along).clamp(max=1), torch.ones(()))
 
 
 def scale_gradient(value: Tensor, scale: Tensor) -> Tensor:

@@ -187,8 +187,9 @@ class Run:
                 order = torch.randperm(total, generator=generator)
                 for part in order.tensor_split(min(config.updates, total)):
                     self.optimizer.zero_grad(set_to_none=True)
-                    for piece in part.split(at_once):
-                        loss = self.algorithm.loss(self.policy, samples, {k: v[piece] for k, v in rows.items()})
+                    batch = self.algorithm.batch(self.policy, samples, {k: v[part] for k, v in rows.items()})
+                    for piece in torch.arange(len(part)).split(at_once):
+                        loss = self.algorithm.loss(self.policy, samples, {k: v[piece] for k, v in batch.items()})
                         (loss.value * (len(piece) / len(part))).backward()
                         for name, value in {"loss": loss.value, **loss.metrics}.items():
                             sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(piece)

@@ -1,6 +1,6 @@
 """Choosing the micro track's options: trials on its validation prompts, under one budget for every algorithm.
 
-    python benchmarks/tune.py RUNS [ALGORITHM ...] [--table leaderboards/TUNING.md]
+    python benchmarks/tune.py RUNS [ALGORITHM ...] [--table]
 
 A trial is a run of the micro track with its own budget of reward queries, seed 0, the oracle's graded score as
 reward (CLIP where the algorithm needs a reward with a gradient), judged on the 32 validation prompts with 12 images
@@ -9,7 +9,7 @@ TRIALS; every other option is the algorithm's own default. Trials choose options
 best of several flatters.
 
 Finished trials in RUNS are only read, so several processes may share the work (one thread each is fastest).
-`--table` writes the table of all finished ones instead of running any.
+`--table` prints the table of all finished ones instead of running any.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_dfusion
-from bench_dfusion import config, registry, track
+from bench_dfusion import config, records, registry, track
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
@@ -31,7 +31,27 @@ IMAGES = 12  # of each validation prompt: judged more finely than a table's 4
 EARLY = {"step_weight": "sigma", "window": [0.0, 0.5]}
 LATE = {"step_weight": "sigma", "window": [0.5, 1.0]}
 
+UNCLAMPED = {"beta": 20.0, "ratio_clamp": 0.0}
+
 TRIALS: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "dpo": {
+        "vanilla": [{"learning_rate": 6e-3, **UNCLAMPED, **EARLY}],
+        "dfusion": [
+            {"learning_rate": 6e-3, **UNCLAMPED, **EARLY},
+            {"learning_rate": 4e-3, **UNCLAMPED, "step_weight": "sigma", "window": [0.0, 1.0]},
+            {"learning_rate": 4e-3, **UNCLAMPED, **LATE},
+            {"learning_rate": 2e-3, **UNCLAMPED, **LATE},
+            {"learning_rate": 1e-3, **UNCLAMPED, **LATE},
+        ],
+    },
+    "diffusion-dpo": {
+        "vanilla": [{"learning_rate": 4e-3, "beta": b} for b in (5000, 300, 50)],
+        "dfusion": [{"learning_rate": 4e-3, "beta": b} for b in (300, 50)],
+    },
+    "ddpo": {
+        "vanilla": [{"learning_rate": 4e-3, **EARLY}],
+        "dfusion": [{"learning_rate": 2e-3, **LATE}],
+    },
     "kto": {
         "vanilla": [{"learning_rate": 4e-3, "beta": 50}, {"learning_rate": 4e-3, "beta": 300}],
         "dfusion": [{"learning_rate": 4e-3, "beta": 300}],
@@ -115,33 +135,39 @@ def _short(value: object) -> str:
     )
 
 
+def finished(runs: Path) -> dict[str, Record]:
+    """The records in RUNS by what was tried."""
+    found = {}
+    for _, record in records.find(runs):
+        options = {k: v for k, v in record.resolved["algorithm"].items() if k != "name"}
+        found[key(record.algorithm, record.builder, options)] = record
+    return found
+
+
+def key(algorithm: str, builder: str, options: dict[str, Any]) -> str:
+    own = registry.load("algorithms", algorithm).Config(**options).model_dump(mode="json")
+    return json.dumps([algorithm, builder, own], sort_keys=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path)
-    parser.add_argument("algorithms", nargs="*", choices=[*TRIALS, []], help="default: all")
+    parser.add_argument("algorithms", nargs="*", help=f"default: all ({', '.join(TRIALS)})")
     parser.add_argument("--table", action="store_true", help="print the table of finished trials, run nothing")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    lines = []
     for algorithm in args.algorithms or TRIALS:
         for builder, options in TRIALS[algorithm].items():
             assert len(options) <= MOST
             for own in options:
-                what = trial(algorithm, builder, own)
-                if args.table:
-                    done = args.runs / config.resolve(**{**what, "algo": what["algo"]}).folder / "record.json"
-                    if not done.exists():
-                        continue
-                try:
-                    record = bench_dfusion.run(**what, out=args.runs, keep_pairs="none")
-                except UsageError as error:
-                    print(error)  # another process has it
-                    continue
-                lines.append(line(algorithm, builder, own, record))
-                if not args.table:
-                    print(lines[-1], flush=True)
-    if args.table:
-        print("\n".join(lines))
+                record = finished(args.runs).get(key(algorithm, builder, own))
+                if record is None and not args.table:
+                    try:
+                        record = bench_dfusion.run(**trial(algorithm, builder, own), out=args.runs, keep_pairs="none")
+                    except UsageError as error:
+                        print(error)  # another process has it
+                if record is not None:
+                    print(line(algorithm, builder, own, record), flush=True)
 
 
 if __name__ == "__main__":

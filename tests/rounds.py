@@ -42,8 +42,15 @@ def gradient(policy: Policy) -> Tensor:
 
 
 def loss_and_gradient(
-    policy: Policy, samples: ConsistentSamples, algorithm: Algorithm, rows: Rows, weight: float = 1.0
+    policy: Policy,
+    samples: ConsistentSamples,
+    algorithm: Algorithm,
+    rows: Rows,
+    weight: float = 1.0,
+    part: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Of rows as one step of the optimiser, or, if `part`, as a part of one whose `batch` was called."""
+    rows = rows if part else algorithm.batch(policy, samples, rows)
     value = algorithm.loss(policy, samples, rows).value
     (weight * value).backward()
     return value.detach(), gradient(policy)
@@ -102,7 +109,8 @@ def bandit(algorithm: Algorithm, rounds: int = 30) -> tuple[Tensor, Tensor]:
         shuffled = torch.randperm(len(next(iter(rows.values()))), generator=order)
         for part in shuffled.tensor_split(algorithm.config.updates):
             optimizer.zero_grad()
-            algorithm.loss(policy, samples, {k: v[part] for k, v in rows.items()}).value.backward()
+            batch = algorithm.batch(policy, samples, {k: v[part] for k, v in rows.items()})
+            algorithm.loss(policy, samples, batch).value.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters.values(), algorithm.config.grad_norm)
             optimizer.step()
             algorithm.stepped(policy)

@@ -38,14 +38,14 @@ REWARDS = [0.0, 1.0, 1.0, 4.0, 2.0, 2.5, 7.0, 3.0]
 
 
 def round_of(name, size=0.1, policy=None, samples=None, **options):
-    """(policy, samples, algorithm, rows) of a round: a moved LoRA drew and prepared it, and has moved on since."""
+    """(policy, samples, algorithm, rows as one batch) of a round: a moved LoRA drew and prepared it, and has moved on."""
     policy = policy or fake_policy()
     shake(policy)
     samples = samples or with_targets(policy, draw(policy, PROMPTS, REWARDS))
     algorithm = ALGORITHMS[name](**options)
     rows = algorithm.prepare(policy, samples, generator())
     shake(policy, size, seed=2)
-    return policy, samples, algorithm, rows
+    return policy, samples, algorithm, algorithm.batch(policy, samples, rows)
 
 
 def before(**options):
@@ -158,11 +158,11 @@ def test_rwr_weights_by_hand():
 
 
 def test_kto_terms_by_hand():
-    # z = (.3 - .1) / 2 = .1: y beta (g - z) = 10 * .2 = 2 for the good and -10 * -.2 = 2 for the bad; 1 - sigmoid(2) = .1192029.
-    found = kto_terms(values(0.3, -0.1), torch.tensor([1.0, -1.0]), 10, 1, 2)
+    # z = .1: y beta (g - z) = 10 * .2 = 2 for the good and -10 * -.2 = 2 for the bad; 1 - sigmoid(2) = .1192029.
+    found = kto_terms(values(0.3, -0.1), torch.tensor([1.0, -1.0]), torch.tensor(0.1), 10, 1, 2)
     torch.testing.assert_close(found.detach(), values(0.1192029, 0.2384058).detach(), atol=1e-7, rtol=0)
-    # The mean is negative, z = 0: 10 * .1 = 1 and -10 * .1 = -1, -10 * -.5 = 5: 1 - sigmoid = .2689414, .7310586, .0066929.
-    found = kto_terms(values(0.1, 0.1, -0.5), torch.tensor([1.0, -1.0, -1.0]), 10, 1, 1)
+    # z = 0: 10 * .1 = 1 and -10 * .1 = -1, -10 * -.5 = 5: 1 - sigmoid = .2689414, .7310586, .0066929.
+    found = kto_terms(values(0.1, 0.1, -0.5), torch.tensor([1.0, -1.0, -1.0]), torch.zeros(3), 10, 1, 1)
     torch.testing.assert_close(found.detach(), values(0.2689414, 0.7310586, 0.0066929).detach(), atol=1e-7, rtol=0)
 
 
@@ -263,7 +263,7 @@ def test_kto_is_kahneman_and_tverskys_value_of_the_gain():
     z = gain.mean().clamp(min=0)
     tanh = (1 - torch.tanh(label * 1.7 * (gain - z) / 2)) / 2
     weight = torch.where(label > 0, 0.3, 0.9)
-    torch.testing.assert_close(kto_terms(gain, label, 1.7, 0.3, 0.9), weight * tanh)
+    torch.testing.assert_close(kto_terms(gain, label, z, 1.7, 0.3, 0.9), weight * tanh)
 
 
 def test_awms_ratio_is_that_of_two_gaussians_densities():
@@ -314,8 +314,8 @@ def test_nfts_gradient_by_hand():
 def test_term_gradients_are_those_of_finite_differences_where_the_value_is_meant():
     g = generator()
     label = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    below = -torch.rand(4, generator=g, dtype=torch.float64).requires_grad_()  # z = 0
-    assert torch.autograd.gradcheck(lambda x: kto_terms(x, label, 3, 1.5, 0.5), (below.detach().requires_grad_(),))
+    gain, z = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_(), torch.tensor(0.2)
+    assert torch.autograd.gradcheck(lambda x: kto_terms(x, label, z, 3, 1.5, 0.5), (gain,))
     for log_ratio in (values(0.02, -0.06, 0.09, -0.01), values(0.5, -0.7, 0.2, -0.3)):
         assert torch.autograd.gradcheck(lambda x: awm_terms(x, label, 0.1), (log_ratio,))
     error = values(0.3, 0.1, 2.0)
@@ -323,12 +323,15 @@ def test_term_gradients_are_those_of_finite_differences_where_the_value_is_meant
         assert torch.autograd.gradcheck(lambda e: pseudo_log_prob(e, power), (error,))  # noqa: B023
 
 
-def test_ktos_z_has_no_gradient():
-    gain = values(0.4, 0.2)
-    label = torch.tensor([1.0, 1.0])
-    kto_terms(gain, label, 2, 1, 1).sum().backward()
-    s = torch.sigmoid(2 * (gain.detach() - 0.3))
-    torch.testing.assert_close(gain.grad, -2 * s * (1 - s))
+def test_ktos_z_is_the_mean_gain_of_the_whole_batch_or_0():
+    policy, samples, algorithm, rows = round_of("kto")
+    here = at(policy, samples, rows["row"], rows["t"], rows["noise"])
+    gain = (rows["ref"] - here.d(here.output(policy))).detach()
+    for part in (gain > gain.median(), gain < gain.median(), gain == gain):
+        z = algorithm.batch(policy, samples, {k: v[part] for k, v in rows.items()})["z"]
+        torch.testing.assert_close(z, gain[part].mean().clamp(min=0).expand(int(part.sum())), rtol=1e-3, atol=1e-6)
+        assert not z.requires_grad
+    assert gain[gain > gain.median()].mean() > 0 > gain[gain < gain.median()].mean()
 
 
 # --- whole losses
@@ -351,21 +354,9 @@ def test_a_loss_and_its_gradient_are_those_of_the_formula(name, prediction):
 def test_a_loss_has_the_gradient_that_finite_differences_find(name):
     policy, samples, algorithm, rows = round_of(name)
     _, along = loss_and_gradient(policy, samples, algorithm, rows)
-    algorithm_loss = algorithm.loss
-    if name == "kto":  # with z held, as the gradient holds it
-        where = rows["row"], rows["t"], rows["noise"]
-        z = float(algorithm_loss(policy, samples, rows).metrics["gain"].clamp(min=0))
 
-        def value():
-            here = at(policy, samples, *where)
-            gain = rows["ref"] - here.d(here.output(policy)) - z
-            weight = torch.where(rows["label"] > 0, 1.5, 0.5)
-            return float((weight * (-3.0 * rows["label"] * gain).sigmoid()).mean())
-
-    else:
-
-        def value():
-            return float(algorithm_loss(policy, samples, rows).value)
+    def value():
+        return float(algorithm.loss(policy, samples, rows).value)
 
     assert along.norm() > 1e-3
     assert slope(policy, along / along.norm(), value, 2e-3) == pytest.approx(float(along.norm()), rel=0.03)
@@ -380,28 +371,21 @@ def test_a_loss_does_not_depend_on_the_order_of_rows(name):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - {"kto"}))
+@every_algorithm
 def test_one_batch_is_two_accumulated_ones(name):
     policy, samples, algorithm, rows = round_of(name)
     order = torch.randperm(len(rows["t"]), generator=generator(3))[:8]
     eight = {k: v[order] for k, v in rows.items()}
-    halves = [{k: v[part] for k, v in eight.items()} for part in (slice(0, 3), slice(3, 8))]
     assert len(order) == 8
     expected = loss_and_gradient(policy, samples, algorithm, eight)
-    parts = [loss_and_gradient(policy, samples, algorithm, h, w) for h, w in zip(halves, (3 / 8, 5 / 8), strict=True)]
+    batch = algorithm.batch(policy, samples, eight)
+    halves = [{k: v[part] for k, v in batch.items()} for part in (slice(0, 3), slice(3, 8))]
+    parts = [
+        loss_and_gradient(policy, samples, algorithm, h, w, part=True)
+        for h, w in zip(halves, (3 / 8, 5 / 8), strict=True)
+    ]
     value = 3 / 8 * parts[0][0] + 5 / 8 * parts[1][0]
     torch.testing.assert_close((value, parts[0][1] + parts[1][1]), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_ktos_batches_each_have_their_own_z_so_two_are_not_their_union():
-    gain, label = values(0.4, 0.2, 0.0, -0.4), torch.tensor([1.0, -1.0, 1.0, -1.0])
-    whole = kto_terms(gain, label, 5, 1, 1).mean()
-    halves = [kto_terms(gain[part], label[part], 5, 1, 1).mean() for part in (slice(0, 2), slice(2, 4))]
-    assert abs(((halves[0] + halves[1]) / 2 - whole).item()) > 0.01
-    gain = gain - 1  # every mean is negative: z = 0 in the whole and in its parts
-    whole = kto_terms(gain, label, 5, 1, 1).mean()
-    halves = [kto_terms(gain[part], label[part], 5, 1, 1).mean() for part in (slice(0, 2), slice(2, 4))]
-    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole)
 
 
 @every_algorithm

@@ -348,7 +348,7 @@ def test_offline_training_moves_towards_what_was_chosen(name: str) -> None:
         )
         rows = algorithm.prepare(policy, samples, order)
         optimizer.zero_grad()
-        algorithm.loss(policy, samples, rows).value.backward()
+        algorithm.loss(policy, samples, algorithm.batch(policy, samples, rows)).value.backward()
         optimizer.step()
     after = policy.sample(["p"] * 64, torch.arange(64)).final.mean()
     assert after > before + (0.3 if name != "rwr" else 0.1)  # whose optimum is the weighted mean of the draws, 0.43

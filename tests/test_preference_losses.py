@@ -269,19 +269,23 @@ MIXED = {"loss_type": ["robust", "apo_zero"], "loss_weights": [0.5, 2.0], "label
 def test_a_loss_does_not_depend_on_the_order_of_rows(name, settings):
     policy, samples, algorithm, rows = round_of(ALGORITHMS[name](**settings))
     order = torch.randperm(len(rows["winner"]), generator=generator(3))
-    assert not any(figure.requires_grad for figure in algorithm.loss(policy, samples, rows).metrics.values())
+    metrics = algorithm.loss(policy, samples, algorithm.batch(policy, samples, rows)).metrics
+    assert not any(figure.requires_grad for figure in metrics.values())
     expected = loss_and_gradient(policy, samples, algorithm, rows)
     found = loss_and_gradient(policy, samples, algorithm, {k: v[order] for k, v in rows.items()})
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @both
-def test_one_batch_is_two_accumulated_ones(name):  # without sdpo, whose lambda is of the batch
-    policy, samples, algorithm, rows = round_of(ALGORITHMS[name](**MIXED))
+@pytest.mark.parametrize("settings", [MIXED, {"sdpo": 0.9}], ids=["mixed", "sdpo"])
+def test_one_batch_is_two_accumulated_ones(name, settings):
+    policy, samples, algorithm, rows = aligned_round(name, **settings)
     eight = {k: v[torch.randperm(len(v), generator=generator(3))[:8]] for k, v in rows.items()}
     expected = loss_and_gradient(policy, samples, algorithm, eight)
+    batch = algorithm.batch(policy, samples, eight)
+    assert "sdpo" not in settings or 0 < float(batch["loser_scale"][0]) < 0.9
     a, b = (
-        loss_and_gradient(policy, samples, algorithm, {k: v[part] for k, v in eight.items()}, 0.5)
+        loss_and_gradient(policy, samples, algorithm, {k: v[part] for k, v in batch.items()}, 0.5, part=True)
         for part in (slice(0, 4), slice(4, 8))
     )
     torch.testing.assert_close(((a[0] + b[0]) / 2, a[1] + b[1]), expected, rtol=1e-4, atol=1e-6)
@@ -360,23 +364,29 @@ def test_the_clamp_holds_in_the_algorithm():
 # --- Diffusion-SDPO
 
 
-def test_lambda_by_hand():
+def lambda_of(w, l, mu, score=lambda output: (output**2).sum(1) / 2, batch=2):  # noqa: E741
+    """Lambda of pairs whose winners' and losers' outputs are w and l [B, ...], `batch` of them at a time."""
+
+    def scores(rows):
+        output = torch.cat([w[rows["pair"]], l[rows["pair"]]]).detach().requires_grad_()
+        return score(output), output
+
+    return loser_scale(scores, {"pair": torch.arange(len(w))}, batch, mu).item()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lambda_by_hand(batch):
     # Errors of two pairs are half the squares of outputs of three numbers, so a gradient is the output itself:
     # g_w = (1 0 2 / 0 1 0), g_l = (3 1 2 / 0 5 1); |g_w|^2 = 6, g_l . g_w = 3 + 4 + 5 = 12. (By pair: 5/7 and 1/5.)
-    w, l = [[1.0, 0, 2], [0, 1, 0]], [[3.0, 1, 2], [0, 5, 1]]  # noqa: E741
-    output = torch.tensor([*w, *l], requires_grad=True)
-    scores = (output**2).sum(1) / 2
+    w, l = torch.tensor([[1.0, 0, 2], [0, 1, 0]]), torch.tensor([[3.0, 1, 2], [0, 5, 1]])  # noqa: E741
     for mu, expected in ((0.0, 0.5), (0.9, 0.05), (1.0, 0.0)):
-        assert loser_scale(scores, output, mu).item() == pytest.approx(expected)
-        assert loser_scale(-scores, output, mu).item() == pytest.approx(expected)
+        assert lambda_of(w, l, mu, batch=batch) == pytest.approx(expected)
+        assert lambda_of(w, l, mu, lambda output: -(output**2).sum(1) / 2, batch) == pytest.approx(expected)
     # Turned round: |g_w|^2 = 40, so 40/12 is clipped to 1, and .25 * 40/12 is not.
-    output = torch.tensor([*l, *w], requires_grad=True)
-    scores = (output**2).sum(1) / 2
-    assert loser_scale(scores, output, 0.0).item() == 1
-    assert loser_scale(scores, output, 0.75).item() == pytest.approx(5 / 6)
+    assert lambda_of(l, w, 0.0, batch=batch) == 1
+    assert lambda_of(l, w, 0.75, batch=batch) == pytest.approx(5 / 6)
     for against in (-1.0, 0.0):  # a dot product of -|g|^2, and of 0
-        output = torch.tensor([*w, *(against * torch.tensor(w)).tolist()], requires_grad=True)
-        assert loser_scale((output**2).sum(1), output, 0.9).item() == 1
+        assert lambda_of(w, against * w, 0.9, batch=batch) == 1
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9])
@@ -391,7 +401,7 @@ def test_to_first_order_the_winners_error_cannot_rise(mu, seed):
         return ((output.view(2, 4, 5) - target) ** 2).mean(2).flatten()
 
     output = start.flatten(0, 1).requires_grad_()
-    scale = loser_scale(errors(output), output, mu)
+    scale = loser_scale(lambda rows: (errors(output), output), {"pair": torch.arange(4)}, 4, mu)
     assert scale < 1
     g_w, g_l = torch.autograd.grad(errors(output).sum(), output)[0].chunk(2)
 
@@ -450,7 +460,7 @@ def test_sdpo_scales_the_losers_gradient_by_lambda_and_nothing_else(name, mu):
     policy, samples, plain, rows = aligned_round(name)
     safe = ALGORITHMS[name](sdpo=mu)
     scale = by_hand(name, policy, samples, rows, mu)
-    loss = safe.loss(policy, samples, rows)
+    loss = safe.loss(policy, samples, safe.batch(policy, samples, rows))
     assert 0 < scale < 0.9
     assert float(loss.metrics["loser_scale"]) == pytest.approx(scale, rel=1e-3)
     value, whole = loss_and_gradient(policy, samples, plain, rows)
@@ -469,7 +479,7 @@ def test_sdpo_with_the_losers_against_the_winners_is_plain():
     mean = policy.mean(latents[w : w + 1, k], one["step"], [samples.samples.prompts[w]])[0].detach()
     latents[l, k], latents[l, k + 1] = latents[w, k], 2 * mean - latents[w, k + 1]  # as far off, on the other side
     safe = ALGORITHMS["dpo"](sdpo=0.9)
-    assert float(safe.loss(policy, samples, one).metrics["loser_scale"]) == 1
+    assert safe.batch(policy, samples, one)["loser_scale"].tolist() == [1]
     expected = loss_and_gradient(policy, samples, plain, one)
     torch.testing.assert_close(loss_and_gradient(policy, samples, safe, one), expected)
 
