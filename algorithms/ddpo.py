@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bench_dfusion.advantages import PromptAdvantages
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.objectives.advantages import PromptAdvantages
+from bench_dfusion.objectives.policy_gradient import PolicyGradientConfig, at_each_step, old_log_probs, sample_steps
+from bench_dfusion.objectives.stepwise import stored_steps
 from bench_dfusion.policy import Policy
-from bench_dfusion.policy_gradient import PolicyGradientConfig, at_each_step, old_log_probs, sample_steps
-from bench_dfusion.stepwise import stored_steps
 
 
 class DDPOConfig(PolicyGradientConfig):

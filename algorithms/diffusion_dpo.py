@@ -2,7 +2,7 @@
 
 d(x) = mean squared error of the network's prediction at a noised x_0, same t and same noise for both:
 loss = -log sigmoid(-(beta / 2) [(d_theta(w) - d_ref(w)) - (d_theta(l) - d_ref(l))]),
-or another of TRL's loss types with r = (d_ref - d_theta) / 2 as the log-ratios (`bench_dfusion/preference.py`).
+or another of TRL's loss types with r = (d_ref - d_theta) / 2 as the log-ratios (`bench_dfusion/objectives/preference.py`).
 It needs no trajectory, so it works on any pair of pictures.
 
 With `sdpo` the loser's d_theta keeps its value and has lambda times its gradient. Lambda is Diffusion-SDPO's with
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.denoising import Noised, all_errors, draw_levels, noised
+from bench_dfusion.objectives.denoising import Noised, all_errors, draw_levels, noised
+from bench_dfusion.objectives.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
 from bench_dfusion.policy import Policy
-from bench_dfusion.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
 
 
 class DiffusionDPOConfig(PreferenceConfig):

@@ -2,7 +2,7 @@
 
 r(x) = log pi_theta(x_s | x_t, c) - log pi_ref(x_s | x_t, c), per step, for winner and loser:
 loss = -log sigmoid(beta [log clamp(e^{r_w}, 1 - eps, 1 + eps) - log clamp(e^{r_l}, 1 - eps, 1 + eps)]),
-or another of TRL's loss types of r_w and r_l (`bench_dfusion/preference.py`), without the clamp.
+or another of TRL's loss types of r_w and r_l (`bench_dfusion/objectives/preference.py`), without the clamp.
 
 With `sdpo` the loser's error -log pi_theta keeps its value and has lambda times its gradient. Lambda is
 Diffusion-SDPO's with g_w, g_l the gradients of the winners' and the losers' summed step_weight * -log pi_theta in
@@ -31,9 +31,9 @@ from bench_dfusion.algorithm import (
     window_steps,
 )
 from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.objectives.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
+from bench_dfusion.objectives.stepwise import Steps, stored_steps
 from bench_dfusion.policy import Policy
-from bench_dfusion.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
-from bench_dfusion.stepwise import Steps, stored_steps
 
 
 class DPOConfig(PreferenceConfig, StepwiseConfig):

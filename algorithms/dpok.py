@@ -17,9 +17,9 @@ from pydantic import Field
 
 from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.objectives.stepwise import all_means, stored_steps
 from bench_dfusion.policy import Policy
 from bench_dfusion.samplers import gaussian_kl
-from bench_dfusion.stepwise import all_means, stored_steps
 
 
 class DPOKConfig(DDPOConfig):

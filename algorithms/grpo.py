@@ -18,13 +18,13 @@ from bench_dfusion.algorithms.ddpo import ddpo_terms
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bench_dfusion.advantages import Spread, advantages
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.objectives.advantages import Spread, advantages
+from bench_dfusion.objectives.policy_gradient import PolicyGradientConfig, at_each_step, old_log_probs, sample_steps
+from bench_dfusion.objectives.stepwise import all_means, stored_steps
 from bench_dfusion.policy import Policy
-from bench_dfusion.policy_gradient import PolicyGradientConfig, at_each_step, old_log_probs, sample_steps
 from bench_dfusion.samplers import gaussian_kl
-from bench_dfusion.stepwise import all_means, stored_steps
 
 
 class GRPOConfig(PolicyGradientConfig):

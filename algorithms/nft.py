@@ -19,11 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.advantages import AdvantageConfig, Spread, advantages
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
-from bench_dfusion.averages import Average
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.denoising import all_outputs, at_levels, mean_square, noised
+from bench_dfusion.objectives.advantages import AdvantageConfig, Spread, advantages
+from bench_dfusion.objectives.averages import Average
+from bench_dfusion.objectives.denoising import all_outputs, at_levels, mean_square, noised
 from bench_dfusion.policy import Policy
 
 

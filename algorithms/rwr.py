@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.advantages import AdvantageConfig, advantages, prompt_groups
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.denoising import at_levels, noised
+from bench_dfusion.objectives.advantages import AdvantageConfig, advantages, prompt_groups
+from bench_dfusion.objectives.denoising import at_levels, noised
 from bench_dfusion.policy import Policy
 
 

@@ -13,7 +13,7 @@ import torch
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.denoising import LevelsConfig, at_levels, noised
+from bench_dfusion.objectives.denoising import LevelsConfig, at_levels, noised
 from bench_dfusion.policy import Policy
 
 

@@ -2,7 +2,7 @@
 
     python tests/mutate.py [NAME ...] [--list]
 
-The files are those under algorithms/ and what they share (SHARED).
+The files are those under algorithms/ and what they share, under bench_dfusion/objectives/.
 
 Operators, fixed: flip a sign; swap winner and loser; drop a clamp, clip or maximum; detach what is not, undetach
 what is; take the mean before logsigmoid; move the window by a step; double beta. For each mutant a forked process
@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("preference", "stepwise", "policy_gradient", "advantages", "averages", "denoising")
 WHOLE_RUNS = ("test_run.py", "test_builders.py", "test_offline.py")  # too long for each mutant
 SECONDS = 300  # a mutant that runs longer counts as noticed: it no longer ends
 
@@ -188,7 +187,7 @@ def noticed(module: str, source: str, tests: list[str]) -> bool:
 
 
 def module_of(path: Path) -> str:
-    return f"bench_dfusion.{'algorithms.' if path.parent.name == 'algorithms' else ''}{path.stem}"
+    return f"bench_dfusion.{path.parent.name}.{path.stem}"
 
 
 def main() -> None:
@@ -197,7 +196,10 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     args = parser.parse_args()
     algorithms = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.stem != "__init__")
-    files = [*algorithms, *(ROOT / "bench_dfusion" / f"{name}.py" for name in SHARED)]
+    files = [
+        *algorithms,
+        *sorted(p for p in (ROOT / "bench_dfusion" / "objectives").glob("*.py") if p.stem != "__init__"),
+    ]
     files = [p for p in files if not args.names or p.stem in args.names]
     sys.path.insert(0, str(ROOT / "tests"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")

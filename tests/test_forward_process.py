@@ -20,10 +20,10 @@ from torch.distributions import Normal
 from torch.nn.functional import softplus
 
 from bench_dfusion import files, samplers
-from bench_dfusion.advantages import advantages, prompt_groups
-from bench_dfusion.averages import Average
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.denoising import at_levels, noised
+from bench_dfusion.objectives.advantages import advantages, prompt_groups
+from bench_dfusion.objectives.averages import Average
+from bench_dfusion.objectives.denoising import at_levels, noised
 
 ALGORITHMS = {
     "sft": lambda **o: SFT(SFTConfig(**o)),

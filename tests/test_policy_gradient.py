@@ -14,10 +14,10 @@ from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, roun
 from torch.distributions import Normal, kl_divergence
 
 from bench_dfusion import samplers
-from bench_dfusion.advantages import PromptAdvantages, advantages
 from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.objectives.advantages import PromptAdvantages, advantages
+from bench_dfusion.objectives.stepwise import Steps, all_means, stored_steps
 from bench_dfusion.registry import UsageError
-from bench_dfusion.stepwise import Steps, all_means, stored_steps
 from bench_dfusion.track import validate
 
 EARLIER = {"buffer": 4, "min_count": 4}

@@ -17,7 +17,7 @@ from rounds import PROMPTS, bandit, generator, loss_and_gradient, round_of, slop
 from bench_dfusion import samplers
 from bench_dfusion.algorithm import all_log_probs
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.preference import LOSSES, REFUSED, loser_scale, preference_terms, scale_gradient
+from bench_dfusion.objectives.preference import LOSSES, REFUSED, loser_scale, preference_terms, scale_gradient
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import validate
 

@@ -1,0 +1,1 @@
+"""What several algorithms share: advantages, log-ratios of stored steps, denoising errors, preference losses."""
