@@ -52,7 +52,10 @@ def round_of(**options) -> tuple:
 def test_at_the_first_update_it_denoises_the_same_pictures(k):
     policy, samples, algorithm, rows = round_of(last_steps=k)
     expected = policy.adapter.decode(samples.samples.trajectory.final)[:, 0].mean()
-    assert algorithm.loss(policy, samples, rows).value.item() == pytest.approx(-expected.item(), abs=1e-6)
+    loss = algorithm.loss(policy, samples, rows)
+    assert loss.value.item() == pytest.approx(-expected.item(), abs=1e-6)
+    assert loss.metrics["score"].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert not loss.metrics["score"].requires_grad
 
 
 @pytest.mark.parametrize("k", [1, 3])
