@@ -299,6 +299,7 @@ def test_a_loss_has_the_gradient_that_finite_differences_find(name):
 @every_algorithm
 def test_a_loss_does_not_depend_on_the_order_of_rows_and_one_batch_is_two(name):
     policy, samples, algorithm, rows = round_of(ALGORITHMS[name](step_weight="sigma"))
+    assert not any(figure.requires_grad for figure in algorithm.loss(policy, samples, rows).metrics.values())
     order = torch.randperm(len(rows["row"]), generator=generator(3))
     assert not any(figure.requires_grad for figure in algorithm.loss(policy, samples, rows).metrics.values())
     expected = loss_and_gradient(policy, samples, algorithm, rows)
