@@ -54,23 +54,26 @@ TRIALS: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "kto": {
         "vanilla": [{"learning_rate": 4e-3, "beta": 50}, {"learning_rate": 4e-3, "beta": 300}],
-        "dfusion": [{"learning_rate": 4e-3, "beta": 300}],
+        "dfusion": [{"learning_rate": 4e-3, "beta": 300}, {"learning_rate": 4e-3, "beta": 50}],
     },
     "dgpo": {
         "vanilla": [{"learning_rate": 4e-3}, {"learning_rate": 1e-3}],
         "dfusion": [{"learning_rate": 2e-3}],
     },
     "sft": {
-        "vanilla": [{"learning_rate": 1e-3}, {"learning_rate": 4e-3}],
-        "dfusion": [{"learning_rate": 1e-3}],
+        "vanilla": [
+            {"learning_rate": 1e-3},
+            {"learning_rate": 4e-3},
+            {"learning_rate": 1e-3, "levels": [0.5, 1.0]},
+        ],
+        "dfusion": [{"learning_rate": 1e-3}, {"learning_rate": 1e-3, "levels": [0.5, 1.0]}],
     },
     "rwr": {
-        "vanilla": [{"learning_rate": 1e-3}, {"learning_rate": 4e-3}],
+        "vanilla": [{"learning_rate": 1e-3}, {"learning_rate": 4e-3}, {"learning_rate": 1e-3, "tau": 0.2}],
         "dfusion": [{"learning_rate": 1e-3}],
     },
     "dpok": {
         "vanilla": [{"learning_rate": 4e-3, "kl": 0.1, **EARLY}, {"learning_rate": 4e-3, "kl": 1.0, **EARLY}],
-        "dfusion": [{"learning_rate": 4e-3, "kl": 0.1, **LATE}],
     },
     "grpo": {
         "vanilla": [{"learning_rate": 4e-3, **EARLY}, {"learning_rate": 8e-3, **EARLY}],

@@ -23,7 +23,7 @@ from bench_dfusion import files, samplers
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import advantages, prompt_groups
 from bench_dfusion.objectives.averages import Average
-from bench_dfusion.objectives.denoising import at_levels, noised
+from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
 
 ALGORITHMS = {
     "sft": lambda **o: SFT(SFTConfig(**o)),
@@ -386,6 +386,12 @@ def test_one_batch_is_two_accumulated_ones(name):
     ]
     value = 3 / 8 * parts[0][0] + 5 / 8 * parts[1][0]
     torch.testing.assert_close((value, parts[0][1] + parts[1][1]), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_noisiest_level_is_the_last_timestep(monkeypatch):
+    # The largest number below 1 that torch draws: .5 + (1 - 2^-24) / 2 rounds to 1 in float32, and 1000 is no timestep.
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
+    assert draw_levels(fake_policy(), 2, (0.5, 1.0), generator())["t"].tolist() == [999, 999]
 
 
 @every_algorithm
