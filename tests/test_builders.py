@@ -268,7 +268,7 @@ def test_every_algorithm_trains_on_them(builder: Builder, algorithm: str) -> Non
     with backend.collecting(policy):
         found = round_of(policy, builder)
     rows = backend.prepare(policy, found, torch.Generator().manual_seed(0))
-    loss = backend.loss(policy, found, rows)
+    loss = backend.loss(policy, found, backend.batch(policy, found, rows))
     loss.value.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters.values() if p.grad is not None))
     assert loss.value.isfinite() and math.isfinite(norm) and norm > 0
