@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.policy import Policy
+from bench_dfusion.objectives.stepwise import stored_steps
+from bench_dfusion.policy import Policy, in_batches
 from bench_dfusion.reward import Reward
 
 Rows = dict[str, Tensor]  # equal first dimensions: one row is one term of the loss
@@ -150,20 +151,9 @@ def every_step(rows: Tensor, steps: Tensor, weights: Tensor) -> Rows:
 
 def step_log_prob(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
     """log p of the stored steps (rows [B] of the samples, step numbers [B]) under the policy as it is now, [B]."""
-    trajectory = samples.samples.trajectory
-    x_t, x_s = trajectory.latents[rows, steps], trajectory.latents[rows, steps + 1]
-    prompts = [trajectory.prompts[i] for i in rows.tolist()]
-    device = policy.device
-    return policy.log_prob(x_t.to(device), x_s.to(device), steps.to(device), prompts)
+    return stored_steps(policy, samples, rows, steps).log_prob
 
 
-@torch.no_grad()
 def all_log_probs(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
     """`step_log_prob` over many rows without gradients, in the policy's batches: [R] on the CPU."""
-    if not len(rows):
-        return torch.zeros(0)
-    parts = [
-        step_log_prob(policy, samples, r, s).cpu()
-        for r, s in zip(rows.split(policy.batch), steps.split(policy.batch), strict=True)
-    ]
-    return torch.cat(parts)
+    return in_batches(policy, lambda *part: step_log_prob(policy, samples, *part), rows, steps)

@@ -60,6 +60,13 @@ class Trajectory:
         )
 
 
+@torch.no_grad()
+def in_batches(policy: Policy, function: Callable[..., Tensor], *columns: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """`function` of many rows of columns [R], a policy's batch at a time, without gradients: [R, *shape] on the CPU."""
+    parts = zip(*(c.split(policy.batch) for c in columns), strict=True) if len(columns[0]) else ()
+    return torch.cat([torch.zeros(0, *shape), *(function(*part).cpu() for part in parts)])
+
+
 class Policy:
     """A pipeline's network as a policy.
 
@@ -187,7 +194,7 @@ class Policy:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """x_0 float32 [B, C, H, W] on the CPU of pictures uint8 [B, H, W, 3]."""
-        parts = [p.to(self.device).permute(0, 3, 1, 2).float() / 255 for p in images.split(self.batch)]
+        parts = (p.to(self.device).permute(0, 3, 1, 2).float() / 255 for p in images.split(self.batch))
         return torch.cat([self.adapter.encode_images(p).cpu() for p in parts])
 
     # the reference and the weights

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench_dfusion import samplers
 from bench_dfusion.algorithm import AlgorithmConfig, Rows, Share
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.policy import Policy
+from bench_dfusion.policy import Policy, in_batches
 
 
 class LevelsConfig(AlgorithmConfig):
@@ -89,21 +89,17 @@ def noised(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, 
     return Noised(x_t, t, clean, noise, [trajectory.prompts[i] for i in rows.tolist()])
 
 
-@torch.no_grad()
 def all_outputs(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
-    """The network's outputs at many noised rows, in the policy's batches: [R, C, H, W] on the CPU."""
-    if not len(rows):
-        return torch.zeros(0, *policy.adapter.latent_shape)
-    parts = zip(*(x.split(policy.batch) for x in (rows, t, seeds)), strict=True)
-    return torch.cat([noised(policy, samples, *part).output(policy).cpu() for part in parts])
+    """The network's outputs at many noised rows, without gradients, in the policy's batches: [R, C, H, W] on the CPU."""
+    shape = policy.adapter.latent_shape
+    return in_batches(policy, lambda *part: noised(policy, samples, *part).output(policy), rows, t, seeds, shape=shape)
 
 
 def all_errors(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
-    """The denoising errors d of many noised rows, without gradients: [R] on the CPU."""
-    outputs = all_outputs(policy, samples, rows, t, seeds)
-    if not len(rows):
-        return torch.zeros(0)
-    parts = zip(*(x.split(policy.batch) for x in (rows, t, seeds, outputs)), strict=True)
-    return torch.cat(
-        [noised(policy, samples, r, at, s).error(policy, o.to(policy.device)).cpu() for r, at, s, o in parts]
-    )
+    """The denoising errors d of many noised rows, likewise: [R] on the CPU."""
+
+    def errors(*part: Tensor) -> Tensor:
+        at = noised(policy, samples, *part)
+        return at.error(policy, at.output(policy))
+
+    return in_batches(policy, errors, rows, t, seeds)

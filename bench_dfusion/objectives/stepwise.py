@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench_dfusion import samplers
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.policy import Policy
+from bench_dfusion.policy import Policy, in_batches
 
 
 @dataclass
@@ -41,10 +41,7 @@ def stored_steps(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps
     return Steps(output, mean, std, samplers.gaussian_log_prob(x_s, mean, std))
 
 
-@torch.no_grad()
 def all_means(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
     """The means of many stored steps without gradients, in the policy's batches: [R, ...] on the CPU."""
-    if not len(rows):
-        return torch.zeros(0, *policy.adapter.latent_shape)
-    parts = zip(rows.split(policy.batch), steps.split(policy.batch), strict=True)
-    return torch.cat([stored_steps(policy, samples, r, s).mean.cpu() for r, s in parts])
+    shape = policy.adapter.latent_shape
+    return in_batches(policy, lambda *part: stored_steps(policy, samples, *part).mean, rows, steps, shape=shape)
