@@ -20,6 +20,7 @@ from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import all_errors, all_outputs, at_levels, mean_square, noised
+from bench_dfusion.objectives.policy_gradient import clipped_share, clipped_terms
 from bench_dfusion.policy import Policy
 
 
@@ -86,10 +87,8 @@ class AWM(Algorithm):
         power, clip = self.config.power, self.config.clip
         log_ratio = weight * (pseudo_log_prob(at.error(policy, output), power) - pseudo_log_prob(old, power))
         drift, pace = mean_square(output - ref), mean_square(output - ema)
-        value = awm_terms(log_ratio, advantage, clip) + self.config.kl * drift + self.config.kl_ema * pace
-        with torch.no_grad():
-            clipped = ((log_ratio.exp() - 1).abs() > clip).float().mean()
-        return Loss(value.mean(), {"drift": drift.detach().mean(), "clipped": clipped})
+        value = clipped_terms(log_ratio, advantage, clip) + self.config.kl * drift + self.config.kl_ema * pace
+        return Loss(value.mean(), {"drift": drift.detach().mean(), "clipped": clipped_share(log_ratio, clip)})
 
     def state(self) -> dict[str, Tensor]:
         return self._ema.state()
@@ -101,9 +100,3 @@ class AWM(Algorithm):
 def pseudo_log_prob(error: Tensor, power: float) -> Tensor:
     """-d^p / p [B]; 1e-10 keeps the slope of p < 1 finite."""
     return -((error + 1e-10) ** power) / power
-
-
-def awm_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """The clipped policy-gradient loss of each sample and noise level [B]."""
-    ratio = log_ratio.exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))

@@ -18,7 +18,14 @@ from torch import Tensor
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import PromptAdvantages
-from bench_dfusion.objectives.policy_gradient import PolicyGradientConfig, at_each_step, old_log_probs, sample_steps
+from bench_dfusion.objectives.policy_gradient import (
+    PolicyGradientConfig,
+    at_each_step,
+    clipped_share,
+    clipped_terms,
+    old_log_probs,
+    sample_steps,
+)
 from bench_dfusion.objectives.stepwise import stored_steps
 from bench_dfusion.policy import Policy
 
@@ -81,21 +88,12 @@ class DDPO(Algorithm):
         if self.config.estimator == "score":
             return -advantage * log_prob, {"log_prob": log_prob.detach().mean()}
         log_ratio = log_prob - rows["old"].to(log_prob.device)
-        with torch.no_grad():
-            metrics = {
-                "approx_kl": 0.5 * (log_ratio**2).mean(),
-                "clipped": ((log_ratio.exp() - 1).abs() > self.config.clip).float().mean(),
-            }
-        return ddpo_terms(log_ratio, advantage, self.config.clip), metrics
+        clipped = clipped_share(log_ratio, self.config.clip)
+        metrics = {"approx_kl": 0.5 * (log_ratio.detach() ** 2).mean(), "clipped": clipped}
+        return clipped_terms(log_ratio, advantage, self.config.clip), metrics
 
     def state(self) -> dict[str, Tensor]:
         return self._advantages.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._advantages.load_state(state)
-
-
-def ddpo_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """The loss of each sample and step [B] (Black et al. 2023, §4.3, clipped as in PPO)."""
-    ratio = log_ratio.clamp(-20, 20).exp()  # an infinite ratio would turn the clipped side's zero gradient into nan
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))

@@ -14,14 +14,20 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from bench_dfusion.algorithms.ddpo import ddpo_terms
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import Spread, advantages
-from bench_dfusion.objectives.policy_gradient import PolicyGradientConfig, at_each_step, old_log_probs, sample_steps
+from bench_dfusion.objectives.policy_gradient import (
+    PolicyGradientConfig,
+    at_each_step,
+    clipped_share,
+    clipped_terms,
+    old_log_probs,
+    sample_steps,
+)
 from bench_dfusion.objectives.stepwise import all_means, stored_steps
 from bench_dfusion.policy import Policy
 from bench_dfusion.samplers import gaussian_kl
@@ -84,8 +90,8 @@ class GRPO(Algorithm):
         metrics = {"approx_kl": 0.5 * (log_ratio.detach() ** 2).mean()}
         if config.guard:
             log_ratio = (log_ratio + gaussian_kl(at.mean, rows["old_mean"], at.std)) * at.std
-        metrics["clipped"] = ((log_ratio.detach().exp() - 1).abs() > config.clip).float().mean()
-        terms = ddpo_terms(log_ratio, rows["advantage"], config.clip)
+        metrics["clipped"] = clipped_share(log_ratio, config.clip)
+        terms = clipped_terms(log_ratio, rows["advantage"], config.clip)
         if config.guard:
             terms = terms / rows["size"]
         if config.kl:

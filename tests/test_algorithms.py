@@ -7,7 +7,7 @@ import math
 import pytest
 import rounds
 import torch
-from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig, ddpo_terms
+from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig
 from bench_dfusion.algorithms.diffusion_dpo import DiffusionDPO, DiffusionDPOConfig, diffusion_dpo_terms
 from bench_dfusion.algorithms.dpo import DPO, DPOConfig, dpo_terms
 from fakes import ddim, draw, fake_policy, shake, with_targets
@@ -20,6 +20,7 @@ from bench_dfusion import files
 from bench_dfusion.algorithm import all_log_probs, every_step, step_log_prob, step_weights, window_steps
 from bench_dfusion.builders.vanilla import Vanilla
 from bench_dfusion.consistent import ConsistentSamples, PairConfig
+from bench_dfusion.objectives.policy_gradient import clipped_terms
 
 ALGORITHMS = {
     "dpo": lambda **o: DPO(DPOConfig(**{"beta": 5.0, "ratio_clamp": 0.0, **o})),
@@ -57,7 +58,7 @@ def test_ddpo_terms_by_hand():
     advantage = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0])
     # -2*1.2, 2*1.5, -2*.5, 2*.8, -2*1.1
     expected = torch.tensor([-2.4, 3.0, -1.0, 1.6, -2.2], dtype=torch.float64)
-    torch.testing.assert_close(ddpo_terms(log_ratio, advantage, 0.2), expected)
+    torch.testing.assert_close(clipped_terms(log_ratio, advantage, 0.2), expected)
 
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=6), st.floats(0.01, 20))
@@ -80,8 +81,8 @@ def test_term_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda w, l: diffusion_dpo_terms(w, l, 7), (inside, other))  # noqa: E741
     for advantage in (1.5, -1.5):
         a = torch.full((3,), advantage, dtype=torch.float64)
-        assert torch.autograd.gradcheck(lambda r: ddpo_terms(r, a, 0.1), (inside,))  # noqa: B023
-        assert torch.autograd.gradcheck(lambda r: ddpo_terms(r, a, 0.1), (outside,))  # noqa: B023
+        assert torch.autograd.gradcheck(lambda r: clipped_terms(r, a, 0.1), (inside,))  # noqa: B023
+        assert torch.autograd.gradcheck(lambda r: clipped_terms(r, a, 0.1), (outside,))  # noqa: B023
 
 
 def test_dpo_clamp_stops_the_gradient_on_both_sides():
@@ -94,16 +95,16 @@ def test_dpo_clamp_stops_the_gradient_on_both_sides():
 def test_ddpo_gradient_is_minus_the_advantage_at_ratio_1_and_stops_beyond_the_clip_on_its_side():
     advantage = torch.tensor([3.0, -2.0], dtype=torch.float64)
     at_one = values(0.0, 0.0)
-    ddpo_terms(at_one, advantage, 1e-4).sum().backward()
+    clipped_terms(at_one, advantage, 1e-4).sum().backward()
     torch.testing.assert_close(at_one.grad, -advantage)
     high, low = values(0.5, 0.5), values(-0.5, -0.5)
-    (ddpo_terms(high, advantage, 0.1) + ddpo_terms(low, advantage, 0.1)).sum().backward()
+    (clipped_terms(high, advantage, 0.1) + clipped_terms(low, advantage, 0.1)).sum().backward()
     e = math.exp(0.5)
     torch.testing.assert_close(high.grad, values(0.0, 2 * e).detach())
     torch.testing.assert_close(low.grad, values(-3 / e, 0.0).detach())
 
 
-@pytest.mark.parametrize("terms", [lambda r: dpo_terms(r, 0 * r, 1, 0.1), lambda r: ddpo_terms(r, 0 * r + 1, 0.1)])
+@pytest.mark.parametrize("terms", [lambda r: dpo_terms(r, 0 * r, 1, 0.1), lambda r: clipped_terms(r, 0 * r + 1, 0.1)])
 def test_a_clipped_ratio_has_no_gradient_however_far_out(terms):
     ratio = values(100.0, dtype=torch.float32)  # e^100 is inf in float32
     terms(ratio).sum().backward()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_dfusion.algorithms.awm import AWM, AWMConfig, awm_terms, pseudo_log_prob
+from bench_dfusion.algorithms.awm import AWM, AWMConfig, pseudo_log_prob
 from bench_dfusion.algorithms.dgpo import DGPO, DGPOConfig, dgpo_terms
 from bench_dfusion.algorithms.kto import KTO, KTOConfig, kto_terms
 from bench_dfusion.algorithms.nft import NFT, NFTConfig, nft_terms
@@ -24,6 +24,7 @@ from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import advantages, prompt_groups
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
+from bench_dfusion.objectives.policy_gradient import clipped_terms
 
 ALGORITHMS = {
     "sft": lambda **o: SFT(SFTConfig(**o)),
@@ -195,7 +196,7 @@ def test_awm_terms_by_hand():
     # As PPO's: -2*1.2, 2*1.5, -2*.5, 2*.8, -2*1.1 at clip .2.
     log_ratio, advantage = values(1.5, 1.5, 0.5, 0.5, 1.1).log(), torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0])
     expected = torch.tensor([-2.4, 3.0, -1.0, 1.6, -2.2], dtype=torch.float64)
-    torch.testing.assert_close(awm_terms(log_ratio, advantage, 0.2).detach(), expected)
+    torch.testing.assert_close(clipped_terms(log_ratio, advantage, 0.2).detach(), expected)
     assert pseudo_log_prob(torch.tensor([0.5]), 1.0).item() == pytest.approx(-0.5)
     # (1/16)^(1/4) = 1/2, divided by 1/4.
     assert pseudo_log_prob(torch.tensor([0.0625]), 0.25).item() == pytest.approx(-2.0)
@@ -317,7 +318,7 @@ def test_term_gradients_are_those_of_finite_differences_where_the_value_is_meant
     gain, z = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_(), torch.tensor(0.2)
     assert torch.autograd.gradcheck(lambda x: kto_terms(x, label, z, 3, 1.5, 0.5), (gain,))
     for log_ratio in (values(0.02, -0.06, 0.09, -0.01), values(0.5, -0.7, 0.2, -0.3)):
-        assert torch.autograd.gradcheck(lambda x: awm_terms(x, label, 0.1), (log_ratio,))
+        assert torch.autograd.gradcheck(lambda x: clipped_terms(x, label, 0.1), (log_ratio,))
     error = values(0.3, 0.1, 2.0)
     for power in (1.0, 0.25):
         assert torch.autograd.gradcheck(lambda e: pseudo_log_prob(e, power), (error,))  # noqa: B023

@@ -1,9 +1,10 @@
-"""What the policy-gradient algorithms share: options, and rows with old log-probs."""
+"""What the policy-gradient algorithms share: options, rows with old log-probs, the clipped loss."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -42,3 +43,14 @@ def old_log_probs(policy: Policy, samples: ConsistentSamples, rows: Rows, kind: 
     if kind == "plain" and made.any():
         old[made] = all_log_probs(policy, samples, rows["row"][made], rows["step"][made])
     return old
+
+
+def clipped_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """The loss of each row [B], clipped as in PPO (Black et al. 2023, §4.3)."""
+    ratio = log_ratio.clamp(-20, 20).exp()  # an infinite ratio would turn the clipped side's zero gradient into nan
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def clipped_share(log_ratio: Tensor, clip: float) -> Tensor:
+    """The share of rows [B] whose ratio has left 1 ± clip, without gradient."""
+    return ((log_ratio.detach().exp() - 1).abs() > clip).float().mean()
