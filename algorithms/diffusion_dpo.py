@@ -19,19 +19,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.objectives.denoising import Noised, all_errors, draw_levels, noised
+from bench_dfusion.objectives.denoising import LevelsConfig, Noised, all_errors, draw_levels, noised
 from bench_dfusion.objectives.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
 from bench_dfusion.policy import Policy
 
 
-class DiffusionDPOConfig(PreferenceConfig):
+class DiffusionDPOConfig(PreferenceConfig, LevelsConfig):
     beta: float = Field(5000.0, gt=0, description="strength of the implicit KL, per mean squared error (paper: 5000)")
     timesteps: int = Field(4, ge=1, description="noise levels drawn for each pair (count; paper: 1)")
-    levels: Share = Field(
-        (0.0, 1.0), description="share of the training timesteps drawn from, [from, to), 0 the cleanest (paper: all)"
-    )
 
 
 class DiffusionDPO(Algorithm):

@@ -114,10 +114,8 @@ def resolve(
             raise UsageError(f"track {track_source} leaves the {part} to you: give {option}")
     if changes:
         content = _merge(content, changes)
-    if changes.keys() - {
-        "batch",
-        *track.SUGGESTIONS,
-    }:  # a changed track is another: its records never mix with the published one's
+    # A track whose fixed part is changed is another: its records never mix with the published one's.
+    if changes.keys() - {"batch", *track.SUGGESTIONS}:
         content["name"] = f"{content.get('name', 'track')}-custom"
     resolved_track: Track = track.validate(Track, content, "track")
     configs = {}

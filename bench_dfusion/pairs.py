@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -265,7 +266,7 @@ The chosen picture scored above the rejected one of the same prompt before the t
 # ---------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """A preference dataset: a prompt, a chosen and a rejected picture in each row.
 
@@ -309,6 +310,7 @@ class Pairs:
             raise UsageError(f"{self.source}: the {name} picture of row {row} cannot be read ({error})") from None
         return torch.from_numpy(np.array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)))
 
+    @cached_property
     def sha256(self) -> str:
         """A hash of everything a training on these pairs depends on. Raises UsageError where a picture is missing."""
         from datasets import Image as ImageColumn
@@ -336,11 +338,20 @@ class Pairs:
 def read(source: str) -> Pairs:
     """A preference dataset by directory, Parquet file or Hub id: its split `train`, or the only one.
 
-    Raises UsageError where there is none, a column is missing or holds something else, or a prompt is empty.
+    Read (and hashed) once a process: again where the files have changed, a Hub id never. Raises UsageError where there
+    is none, a column is missing or holds something else, or a prompt is empty.
     """
+    path = Path(source).expanduser()
+    below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.exists() else []
+    stats = [(str(p), p.stat()) for p in below]
+    return _read(source, path, tuple((name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in stats))
+
+
+@lru_cache(maxsize=4)
+def _read(source: str, path: Path, state: tuple[tuple[str, int, int, int], ...]) -> Pairs:
+    """`state` of the local files is what tells one reading from the next."""
     import datasets
 
-    path = Path(source).expanduser()
     if not path.exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise UsageError(f"no dataset {source}: there is no such directory or file, and it is no Hub id")
     try:

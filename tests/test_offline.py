@@ -104,17 +104,17 @@ def test_pictures_are_cropped_at_the_centre_turned_as_a_camera_says_and_without_
 
 
 def test_the_hash_is_of_what_is_trained_on_and_not_of_where_it_lies(tmp_path: Path) -> None:
-    first = pairs.read(parquet(tmp_path, table())).sha256()
+    first = pairs.read(parquet(tmp_path, table())).sha256
     table().save_to_disk(tmp_path / "elsewhere")
-    assert pairs.read(str(tmp_path / "elsewhere")).sha256() == first
+    assert pairs.read(str(tmp_path / "elsewhere")).sha256 == first
     changed = table().to_list()
     changed[3]["rejected"] = picture(99)
-    assert pairs.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "b.parquet")).sha256() != first
+    assert pairs.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "b.parquet")).sha256 != first
     changed = table().to_list()
     changed[3]["prompt"] += "!"
-    assert pairs.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "c.parquet")).sha256() != first
+    assert pairs.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "c.parquet")).sha256 != first
     scored = table(chosen_score=[1.0] * 6, rejected_score=[0.0] * 6)
-    assert pairs.read(parquet(tmp_path, scored, "d.parquet")).sha256() != first
+    assert pairs.read(parquet(tmp_path, scored, "d.parquet")).sha256 != first
 
 
 def text_pairs(folder: Path) -> str:
@@ -235,7 +235,7 @@ def test_the_cell_is_named_by_the_pairs_and_not_by_their_place(tmp_path: Path) -
     again = config.resolve(algo="sft", pairs=parquet(tmp_path, table(), "again.parquet"))
     other = config.resolve(algo="sft", pairs=parquet(tmp_path, table(5), "other.parquet"))
     assert first.hash == again.hash != other.hash
-    assert first.resolved["builder"]["sha256"] == pairs.read(str(tmp_path / "pairs.parquet")).sha256()
+    assert first.resolved["builder"]["sha256"] == pairs.read(str(tmp_path / "pairs.parquet")).sha256
     assert first.given["pairs"] == str(tmp_path / "pairs.parquet") and first.reward.name == "given"
     assert config.resolve(algo="sft", reward="clip", pairs=str(tmp_path / "pairs.parquet")).reward.name == "clip"
 

@@ -59,7 +59,7 @@ class Offline(Builder):
                 f"{config.pairs} has {len(held)} pairs of prompts that the track holds out, {held[0]!r} for one: leave "
                 "them out of the dataset"
             )
-        digest = found.sha256()
+        digest = found.sha256
         if config.sha256 not in (None, digest):
             raise UsageError(f"{config.pairs} hashes to {digest[:12]}…, not to the {config.sha256[:12]}… that is asked")
         return config.model_copy(update={"sha256": digest})

@@ -60,6 +60,10 @@ REFUSED = {
 }
 
 
+def _names(loss_type: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (loss_type,) if isinstance(loss_type, str) else loss_type
+
+
 class PreferenceConfig(AlgorithmConfig):
     """Options of the algorithms that compare the log-ratios of a winner and a loser."""
 
@@ -91,7 +95,7 @@ class PreferenceConfig(AlgorithmConfig):
     @field_validator("loss_type")
     @classmethod
     def _known(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        names = (value,) if isinstance(value, str) else value
+        names = _names(value)
         for name in names:
             if name in REFUSED:
                 raise ValueError(f"TRL's loss type {name!r} does not carry over: {REFUSED[name]}")
@@ -103,8 +107,7 @@ class PreferenceConfig(AlgorithmConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> PreferenceConfig:
-        names = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
-        weights = self.loss_weights
+        names, weights = _names(self.loss_type), self.loss_weights
         if weights is not None and (len(weights) != len(names) or min(weights) <= 0):
             raise ValueError(f"loss_weights are {len(names)} numbers > 0, one for each loss type, not {list(weights)}")
         if "exo_pair" in names and not self.label_smoothing:
@@ -116,7 +119,7 @@ class PreferenceConfig(AlgorithmConfig):
     @property
     def losses(self) -> dict[str, float]:
         """The weight of each loss type."""
-        names = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        names = _names(self.loss_type)
         return dict(zip(names, self.loss_weights or (1.0,) * len(names), strict=True))
 
 
