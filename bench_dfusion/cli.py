@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from bench_dfusion import registry
 from bench_dfusion.registry import PluginError, UsageError
+
+if TYPE_CHECKING:
+    from bench_dfusion.leaderboard import Board
 
 app = typer.Typer(
     help="Which method aligns a text-to-image diffusion model best, at what cost, and the proof.",
@@ -73,6 +76,8 @@ def run(
         raise UsageError(f"--seeds must be 1 or more, not {seeds}")
     numbers = range(seeds) if seeds is not None else [seed or 0]
     from bench_dfusion import config as configs
+    from bench_dfusion import display
+    from bench_dfusion.leaderboard import Board
     from bench_dfusion.trainer import run_cell
 
     cells = [
@@ -98,9 +103,9 @@ def run(
             out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
             raise typer.Exit(130) from None
     for cell, record in zip(cells, records, strict=True):
-        _show(record, folder / cell.folder)
+        display.record(record, folder / cell.folder, out)
     if len(records) > 1:
-        _table(records)
+        display.board(Board(tuple(records)), out)
     if any(r.status == "failed" for r in records):
         raise typer.Exit(1)
 
@@ -138,27 +143,27 @@ def list_plugins(
 
 @app.command()
 def leaderboard(
-    folder: Annotated[Path, typer.Argument(help="Directory with run directories or records.")] = Path("runs"),
-    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    source: Annotated[
+        str, typer.Argument(metavar="TRACK_OR_FOLDER", help="A track's name, or a folder with run directories.")
+    ] = "runs",
+    folder: Annotated[Path, typer.Option("--out", help="Where the run directories of a named track are.")] = Path(
+        "runs"
+    ),
+    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, every column.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print GitHub's Markdown.")] = False,
 ) -> None:
-    """Print the table of the runs found, one table a track."""
-    from bench_dfusion import records
-    from bench_dfusion.leaderboard import table
+    """Print the table of the runs found, one table a track, and the effect of D-Fusion."""
+    from bench_dfusion import display
+    from bench_dfusion.leaderboard import csv as as_csv
+    from bench_dfusion.leaderboard import markdown as as_markdown
 
-    if not folder.is_dir():
-        raise UsageError(f"no directory {folder}; bench-dfusion run leaves its runs in runs/")
-    found = [record for _, record in records.find(folder)]
-    if not found:
-        raise UsageError(f"no finished run below {folder}")
-    for track_hash in dict.fromkeys(r.track_hash for r in found):
-        own = [r for r in found if r.track_hash == track_hash]
-        if csv:
-            try:
-                print(table(own).to_csv(index=False), end="")
-            except ValueError as error:
-                raise UsageError(str(error)) from None
+    if csv and markdown:
+        raise UsageError("--csv and --markdown exclude each other")
+    for number, board in enumerate(_boards(source, folder)):
+        if csv or markdown:
+            print("\n" * (number > 0) + (as_csv(board) if csv else as_markdown(board)), end="")
         else:
-            _table(own)
+            display.board(board, out)
 
 
 @pairs_app.command("export")
@@ -237,69 +242,24 @@ def _suggestions(kind: str, name: str) -> None:
                 out.print(escape(f"track {track_name}{where}: {values}"), highlight=False)
 
 
-def _show(record: Any, folder: Path) -> None:
-    """What one run says: base against trained, before every judge."""
-    title = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
-    if record.status == "failed":
-        out.print(f"[red]{escape(title)}: failed. {escape(record.evidence or '')}[/red]\n{folder}")
-        return
-    grid = Table(title=escape(f"{title}: {len(record.verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
-    for column in ("judge", "base", "trained", "gain", "95 % (prompts)", ""):
-        grid.add_column(column, justify="left" if column in ("judge", "") else "right")
-    for v in record.verdicts:
-        note = "training reward" if v.trained_on else ""
-        grid.add_row(
-            v.judge,
-            f"{v.base:.3f}",
-            f"{v.trained:.3f}",
-            f"{v.gain.mean:+.3f}",
-            f"{v.gain.low:+.3f} to {v.gain.high:+.3f}",
-            note,
-        )
-        for template, (base, trained) in v.templates.items():
-            if len(v.templates) > 1:
-                grid.add_row(
-                    f"  {template}", f"{base:.3f}", f"{trained:.3f}", f"{trained - base:+.3f}", "", style="dim"
-                )
-    out.print(grid)
-    d, c = record.drift, record.cost
-    queries = f"{c.reward_queries} reward queries" if c.reward_queries else "offline, no reward query"
-    out.print(
-        f"diversity {d.diversity_base:.2f} → {d.diversity_trained:.2f} effective images, drift {d.pixels:.1f} levels, "
-        f"KL {d.kl:.4f}; {queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB"
-    )
-    out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
-    names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
-    out.print(f"{folder}/: {', '.join(n for n in names if (folder / n).exists())}")
+def _boards(source: str, folder: Path) -> list[Board]:
+    """The boards below a folder, or of a named track's runs below `folder`. Raises UsageError where there is none."""
+    from bench_dfusion import leaderboard, track
 
-
-def _table(records: Sequence[Any]) -> None:
-    from bench_dfusion.leaderboard import table
-
+    where = Path(source)
+    if not where.is_dir():
+        if where != Path("runs"):
+            content = track.read(source)
+            where = folder / f"{content['name']}-v{content['version']}"
+        if not where.is_dir():
+            raise UsageError(f"no directory {where}; bench-dfusion run leaves its runs in runs/")
     try:
-        frame = table(records)
+        found = leaderboard.boards(where)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    judges = [c.removesuffix(" gain") for c in frame.columns if c.endswith(" gain")]
-    grid = Table(
-        title=f"{records[0].track}  ({records[0].track_hash[:12]})", title_justify="left", box=None, pad_edge=False
-    )
-    grid.add_column("rank", no_wrap=True)
-    grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
-    for column in ("seeds", *(f"{j} gain" for j in judges), "queries"):
-        grid.add_column(column.replace(" gain", "\ngain"), justify="right", no_wrap=True)
-    for _, line in frame.iterrows():
-        gains = [f"{line[f'{j} gain']:+.3f}" for j in judges]
-        if gains:  # the judge that ranks shows its interval; --csv has everything
-            gains[0] += f"\n[{line[f'{judges[0]} low']:+.3f}, {line[f'{judges[0]} high']:+.3f}]"
-        name = f"{line['algorithm']}\n{line['builder']}, {line['reward']}"
-        place = line["rank"] or line["note"].partition(":")[0]  # miss, ceiling or checkpoint
-        cells = [place, name, line["seeds"], *gains, line["queries"] or "offline"]
-        grid.add_row(*(escape(str(c)) for c in cells))
-    out.print(grid)
-    for note in frame["note"].unique():
-        if note:
-            out.print(note, style="dim")
+    if not found:
+        raise UsageError(f"no run below {where}")
+    return found
 
 
 def main() -> None:

@@ -1,105 +1,395 @@
-"""A table computed from the records of one track, and from nothing else."""
+"""A table computed from the records of one track, and from nothing else.
+
+`boards` reads a folder; of a board, `table` is the leaderboard, `contrasts` the effect of D-Fusion, and `markdown`
+both as text. The same records give the same bytes, in whatever order they are found.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bench_dfusion import statistics
-from bench_dfusion.records import Record
+from bench_dfusion import records, statistics
+from bench_dfusion.records import Record, Unfinished
 
 
-@dataclass
+@dataclass(frozen=True)
+class Board:
+    """The records of one track, and the cells that were registered and have none. Raises ValueError where two
+    records are of one cell, where a judge is not the same everywhere, or where tracks are mixed."""
+
+    records: tuple[Record, ...]
+    unfinished: tuple[Unfinished, ...] = ()
+    paths: tuple[Path, ...] = ()  # of the records, where they were read from files
+
+    def __post_init__(self) -> None:
+        tracks = {c.track_hash: c.track for c in self.cells}
+        if len(tracks) != 1:
+            raise ValueError(
+                f"records of {len(tracks)} different tracks never share a table: {sorted(set(tracks.values()))}"
+            )
+        seen: dict[str, int] = {}
+        for number, record in enumerate(self.records):
+            if record.cell_hash in seen:
+                first = seen[record.cell_hash]
+                where = f": {self.paths[first]} and {self.paths[number]}" if self.paths else ""
+                raise ValueError(f"the cell {record.name} has two records{where}; keep one")
+            seen[record.cell_hash] = number
+        judges: dict[str, str] = {}
+        for record in self.records:
+            for v in record.verdicts:
+                if judges.setdefault(v.judge, v.fingerprint) != v.fingerprint:
+                    raise ValueError(
+                        f"the judge {v.judge} of {record.name} has other weights or rules than that of other records "
+                        f"({v.fingerprint[:12]}…, not {judges[v.judge][:12]}…): their verdicts cannot be compared"
+                    )
+
+    @property
+    def cells(self) -> list[Record | Unfinished]:
+        return [*self.records, *self.unfinished]
+
+    @property
+    def track(self) -> str:
+        return self.cells[0].track
+
+    @property
+    def track_hash(self) -> str:
+        return self.cells[0].track_hash
+
+    @property
+    def judges(self) -> list[str]:
+        """The judges in the track's order; the first ranks. None where no run has finished."""
+        return next(([v.judge for v in r.verdicts] for r in self.records if r.verdicts), [])
+
+
+def boards(folder: Path) -> list[Board]:
+    """One board for each track below a folder, by the track's name. Raises UsageError for what is no record."""
+    found = records.find(folder)
+    finished = {r.cell_hash for _, r in found}
+    waiting = [u for u in records.find_unfinished(folder) if u.cell_hash not in finished]
+    tracks = sorted({(r.track, r.track_hash) for _, r in found} | {(u.track, u.track_hash) for u in waiting})
+    result = []
+    for _, track in tracks:
+        own = [(p, r) for p, r in found if r.track_hash == track]
+        result.append(
+            Board(
+                tuple(r for _, r in own),
+                tuple(u for u in waiting if u.track_hash == track),
+                tuple(p for p, _ in own),
+            )
+        )
+    return result
+
+
+@dataclass(frozen=True)
 class Row:
-    """One algorithm × builder × reward: its records, one a seed."""
+    """One algorithm × builder × reward in one configuration, its records by seed."""
 
     algorithm: str
     builder: str
     reward: str
-    records: list[Record]
+    variant: str  # the options that tell it from other rows of the same three, else empty
+    records: tuple[Record, ...]
+    unfinished: tuple[Unfinished, ...]
+
+    @property
+    def name(self) -> str:
+        return "/".join(part for part in (self.algorithm, self.builder, self.reward, self.variant) if part)
+
+    @property
+    def finished(self) -> list[Record]:
+        return [r for r in self.records if r.status == "finished"]
+
+    @property
+    def failed(self) -> list[Record]:
+        """The runs that collapsed: each makes its row a miss."""
+        return [r for r in self.records if r.status == "failed"]
+
+    @property
+    def ceiling(self) -> bool:
+        """Whether it was trained on the judge that ranks."""
+        return any(r.verdicts[0].trained_on for r in self.finished)
+
+    @property
+    def offline(self) -> bool:
+        return bool(self.records) and not any(r.cost.reward_queries for r in self.records)
+
+    def gains(self, judge: int = 0) -> dict[int, np.ndarray]:
+        """Trained − base of each held-out prompt [P], by seed, before the judge of that number."""
+        return {r.seed: np.array([t - b for b, t in r.verdicts[judge].per_prompt]) for r in self.finished}
+
+    @property
+    def state(self) -> str:
+        """Why a row has no rank: miss, incomplete, ceiling or checkpoint; empty where it has one."""
+        if self.failed:
+            return "miss"
+        if self.unfinished:
+            return "incomplete"
+        if self.ceiling:
+            return "ceiling"
+        return "" if len(self.finished) >= statistics.MIN_SEEDS else "checkpoint"
+
+    @property
+    def note(self) -> str:
+        """`state`, and what there is to it."""
+        count = len(self.records) + len(self.unfinished)
+        broken = sum(u.error is not None for u in self.unfinished)
+        notes = {
+            "miss": f"miss: {len(self.failed)} of {count} runs collapsed or turned non-finite",
+            "incomplete": f"incomplete: {len(self.unfinished)} of {count} cells have no record"
+            + (f", {broken} ended in an error" if broken else ""),
+            "ceiling": "ceiling: trained on the judge",
+            "checkpoint": f"checkpoint: {count} of {statistics.MIN_SEEDS} seeds",
+            "": "",
+        }
+        return "; ".join(n for n in (notes[self.state], "offline: no reward query" if self.offline else "") if n)
 
 
-def rows(records: Sequence[Record]) -> list[Row]:
-    """Group records by algorithm, builder and reward. Raises ValueError where configurations of a row differ."""
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.algorithm, record.builder, record.reward), []).append(record)
+def options_of(cell: Record | Unfinished) -> dict[str, Any]:
+    """What the runs of a row share: every option but the seed and the batch, on which no number depends."""
+    track = {k: v for k, v in cell.resolved.get("track", {}).items() if k != "batch"}
+    return {k: v for k, v in cell.resolved.items() if k != "seed"} | {"track": track}
+
+
+def rows(board: Board) -> list[Row]:
+    """Group a board's cells by algorithm, builder, reward and options, in the order of their names."""
+    groups: dict[tuple[str, str, str], dict[str, list[Record | Unfinished]]] = {}
+    for cell in sorted(board.cells, key=lambda c: (c.seed, c.cell_hash)):
+        same = groups.setdefault((cell.algorithm, cell.builder, cell.reward), {})
+        same.setdefault(json.dumps(options_of(cell), sort_keys=True), []).append(cell)
     result = []
-    for key, own in sorted(groups.items()):
-        own = sorted(own, key=lambda r: r.seed)
-        options = [{k: v for k, v in r.resolved.items() if k != "seed"} for r in own]
-        if any(o != options[0] for o in options):
-            raise ValueError(f"the runs of {'/'.join(key)} differ in their options: keep one configuration a table")
-        seeds = [r.seed for r in own]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{'/'.join(key)} has seed {next(s for s in seeds if seeds.count(s) > 1)} twice")
-        result.append(Row(*key, own))
+    for key, configurations in sorted(groups.items()):
+        labels = _variants([json.loads(text) for text in configurations])
+        for label, cells in sorted(zip(labels, configurations.values(), strict=True), key=lambda pair: pair[0]):
+            own = tuple(c for c in cells if isinstance(c, Record))
+            result.append(Row(*key, label, own, tuple(c for c in cells if isinstance(c, Unfinished))))
     return result
 
 
-def table(records: Sequence[Record]) -> pd.DataFrame:
-    """The leaderboard of one track's records, best first; the first judge of the track ranks.
+def _variants(configurations: Sequence[dict[str, Any]]) -> list[str]:
+    """For each configuration the options in which it is not like the others."""
+    flat = [
+        {
+            f"{short}.{option}": json.dumps(value, sort_keys=True)
+            for section, short in (("algorithm", "algo"), ("builder", "builder"), ("reward", "reward"))
+            for option, value in content[section].items()
+        }
+        for content in configurations
+    ]
+    options = sorted({o for f in flat for o in f if any(f.get(o) != g.get(o) for g in flat)})
+    return [", ".join(f"{o}={f[o]}" for o in options if o in f) for f in flat]
 
-    A row trained on the ranking judge is a ceiling: shown, unranked. Below three seeds there is no rank and
-    no interval of the algorithm. A failed cell counts as a miss: its row's gain is minus infinity.
+
+def table(board: Board) -> pd.DataFrame:
+    """The leaderboard, best first; the first judge of the track ranks.
+
+    A row trained on the ranking judge is a ceiling: shown, unranked. Below three seeds there is no rank and no interval
+    of the algorithm. A run that collapsed counts as a miss: its row's gain is minus infinity. A row with cells that
+    have no record is incomplete: shown with what there is, unranked. Ranks compare rows on the seeds they share.
+
+    Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
+    (counts of records, collapsed runs, cells without a record); of each judge base, trained, gain, low, high (means over
+    seeds and prompts, 95 %); interval (its kind); reward rise (training reward of drawn samples, last round − first);
+    diversity (trained / base); kl (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note.
     """
-    hashes = {r.track_hash for r in records}
-    if len(hashes) > 1:
-        raise ValueError(
-            f"records of {len(hashes)} different tracks never share a table: {sorted({r.track for r in records})}"
-        )
-    lines, gains = [], {}
-    for row in rows(records):
-        failed = [r for r in row.records if r.status == "failed"]
-        finished = [r for r in row.records if r.status == "finished"]
-        name = f"{row.algorithm}/{row.builder}/{row.reward}"
+    found = rows(board)
+    ranks = _ranks(found)
+    lines: list[dict[str, object]] = []
+    for row in found:
+        done = row.finished
         line: dict[str, object] = {
+            "rank": ranks.get(row.name, ""),
             "algorithm": row.algorithm,
             "builder": row.builder,
             "reward": row.reward,
+            "variant": row.variant,
             "seeds": len(row.records),
-            "failed": len(failed),
+            "failed": len(row.failed),
+            "missing": len(row.unfinished),
         }
-        ceiling = bool(finished) and finished[0].verdicts[0].trained_on
-        for index, verdict in enumerate(finished[0].verdicts if finished else []):
-            gain = np.array([[t - b for b, t in r.verdicts[index].per_prompt] for r in finished])
-            interval = statistics.paired_gain(gain)
-            prefix = verdict.judge
-            line[f"{prefix} base"] = float(np.mean([r.verdicts[index].base for r in finished]))
-            line[f"{prefix} trained"] = float(np.mean([r.verdicts[index].trained for r in finished]))
-            line[f"{prefix} gain"] = float("-inf") if failed else interval.mean
-            line[f"{prefix} low"], line[f"{prefix} high"] = interval.low, interval.high
-            if index == 0:
+        for number, judge in enumerate(board.judges):
+            line |= dict.fromkeys((f"{judge} {c}" for c in ("base", "trained", "gain", "low", "high")), np.nan)
+            if done:
+                interval = statistics.paired_gain(np.stack(list(row.gains(number).values())))
+                line[f"{judge} base"] = _mean(r.verdicts[number].base for r in done)
+                line[f"{judge} trained"] = _mean(r.verdicts[number].trained for r in done)
+                line[f"{judge} gain"] = interval.mean
+                line[f"{judge} low"], line[f"{judge} high"] = interval.low, interval.high
                 line["interval"] = interval.kind
-                if not failed and not ceiling and len(finished) >= statistics.MIN_SEEDS:
-                    gains[name] = gain
-        if finished:
-            drifts = [r.drift for r in finished if r.drift]
-            line["diversity"] = float(np.mean([d.diversity_trained / d.diversity_base for d in drifts]))
-            line["kl"] = float(np.mean([d.kl for d in drifts]))
-        line["queries"] = max(r.cost.reward_queries for r in row.records)
-        line["seconds"] = float(np.mean([sum(r.cost.seconds.values()) for r in row.records]))
-        line["note"] = _note(failed, ceiling, len(row.records))
-        line["name"] = name
+            if row.failed:
+                line[f"{judge} gain"] = -np.inf
+        line.setdefault("interval", "")
+        curves = [[c.reward for c in r.rounds if c.reward is not None] for r in done]
+        drifts = [r.drift for r in done if r.drift]
+        line["reward rise"] = _mean(c[-1] - c[0] for c in curves if c)
+        line["diversity"] = _mean(d.diversity_trained / d.diversity_base for d in drifts)
+        line["kl"] = _mean(d.kl for d in drifts)
+        line["queries"] = max((r.cost.reward_queries for r in row.records), default=0)
+        line["evaluations"] = max((r.cost.network_evaluations for r in row.records), default=0)
+        line["seconds"] = _mean(sum(r.cost.seconds.values()) for r in row.records)
+        line["memory"] = _mean(r.cost.peak_memory_mb for r in row.records)
+        line["note"] = row.note
         lines.append(line)
-    shapes = {g.shape for g in gains.values()}
-    ranges = statistics.rank_ranges(gains) if len(gains) > 1 and len(shapes) == 1 else dict.fromkeys(gains, (1, 1))
-    for line in lines:
-        low, high = ranges.get(str(line["name"]), (None, None))
-        line["rank"] = "" if low is None else str(low) if low == high else f"{low}–{high}"
-    frame = pd.DataFrame(lines).drop(columns="name")
-    ranking = [c for c in frame.columns if c.endswith(" gain")]
-    if ranking:
-        frame = frame.sort_values(ranking[0], ascending=False, kind="stable")
-    return frame[["rank", *(c for c in frame.columns if c != "rank")]].reset_index(drop=True)
+    frame = pd.DataFrame(lines)
+    if not board.judges:
+        return frame
+    return frame.sort_values(f"{board.judges[0]} gain", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _note(failed: list[Record], ceiling: bool, seeds: int) -> str:
-    if failed:
-        return f"miss: {len(failed)} failed"
-    if ceiling:
-        return "ceiling: trained on the judge"
-    return "" if seeds >= statistics.MIN_SEEDS else f"checkpoint: {seeds} of {statistics.MIN_SEEDS} seeds"
+def _mean(values: Iterable[float]) -> float:
+    """The mean, the same in whatever order the values come; nan of none."""
+    ordered = sorted(values)
+    return float(np.mean(ordered)) if ordered else float("nan")
+
+
+def _ranks(found: Sequence[Row]) -> dict[str, str]:
+    """The range of ranks of each row that has none of `Row.state`'s reasons, on the seeds all of them share."""
+    gains = {row.name: row.gains() for row in found if not row.state}
+    shared = sorted(set.intersection(*map(set, gains.values()))) if gains else []
+    if len(shared) < statistics.MIN_SEEDS:
+        return dict.fromkeys(gains, "")
+    ranges = statistics.rank_ranges({name: np.stack([own[s] for s in shared]) for name, own in gains.items()})
+    return {name: str(low) if low == high else f"{low}–{high}" for name, (low, high) in ranges.items()}
+
+
+def contrasts(board: Board, builder: str = "dfusion", control: str = "vanilla") -> pd.DataFrame:
+    """What a builder adds over another: the paired difference of gains before the judge that ranks, for each algorithm
+    and reward that have both, over the seeds (three or more) and prompts both have.
+
+    Columns: algorithm, reward, variant, seeds (count), difference, low, high (95 %), p, holm (p adjusted over this
+    table by Holm), ceiling (whether trained on the judge). Where several algorithms share a reward a line `mean of N`
+    is their average, over the seeds they all share: those algorithms, other seeds and other prompts.
+    """
+    complete = {(r.algorithm, r.builder, r.reward, r.variant): r for r in rows(board) if r.state in ("", "ceiling")}
+    differences: dict[str, dict[tuple[str, str], dict[int, np.ndarray]]] = {}
+    for (algorithm, own, reward, variant), row in complete.items():
+        other = complete.get((algorithm, control, reward, variant))
+        if own == builder and other is not None:
+            a, b = row.gains(), other.gains()
+            shared = {s: a[s] - b[s] for s in sorted(set(a) & set(b))}
+            if len(shared) >= statistics.MIN_SEEDS:
+                differences.setdefault(reward, {})[algorithm, variant] = shared
+    lines = []
+    for reward, found in differences.items():
+        entries = dict(found)
+        common = sorted(set.intersection(*map(set, found.values())))
+        if len(found) > 1 and len(common) >= statistics.MIN_SEEDS:
+            entries[f"mean of {len(found)}", ""] = {s: np.mean([d[s] for d in found.values()], axis=0) for s in common}
+        for (algorithm, variant), shared in entries.items():
+            values = np.stack(list(shared.values()))
+            result = statistics.compare(values, np.zeros_like(values))
+            lines.append(
+                {
+                    "algorithm": algorithm,
+                    "reward": reward,
+                    "variant": variant,
+                    "seeds": len(shared),
+                    "difference": result.difference.mean,
+                    "low": result.difference.low,
+                    "high": result.difference.high,
+                    "p": result.p,
+                    "ceiling": any(r.ceiling for k, r in complete.items() if k[2] == reward),
+                }
+            )
+    columns = ["algorithm", "reward", "variant", "seeds", "difference", "low", "high", "p", "holm", "ceiling"]
+    frame = pd.DataFrame(lines, columns=[c for c in columns if c != "holm"])
+    frame["holm"] = statistics.holm(frame["p"].to_numpy(dtype=float)) if len(frame) else []
+    return frame[columns]
+
+
+def csv(board: Board) -> str:
+    """The table as comma-separated values, six significant digits; text that a spreadsheet would run is quoted by '."""
+    frame = table(board)
+    for column in frame.columns:
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            frame[column] = [
+                f"'{v}" if str(v).startswith(("=", "+", "-", "@", "\t", "\r")) else v for v in frame[column]
+            ]
+    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def markdown(board: Board) -> str:
+    """The table and the effect of D-Fusion as GitHub's Markdown."""
+    lines = _grid(
+        ["rank", "algorithm", "builder", "reward", "seeds"]
+        + [f"{judge} gain" for judge in board.judges]
+        + ["reward rise", "diversity", "KL", "queries", "evaluations", "seconds"],
+        [
+            [
+                line["rank"] or str(line["note"]).partition(":")[0],
+                line["algorithm"],
+                line["builder"],
+                line["reward"] + (f" ({line['variant']})" if line["variant"] else ""),
+                f"{line['seeds']} of {line['seeds'] + line['missing']}" if line["missing"] else line["seeds"],
+                *(gain_text(line, judge) for judge in board.judges),
+                signed(line["reward rise"]),
+                _number(line["diversity"], ".2f"),
+                _number(line["kl"], ".4f"),
+                line["queries"] or "offline",
+                line["evaluations"],
+                _number(line["seconds"], ".0f"),
+            ]
+            for line in table(board).to_dict("records")
+        ],
+        left=4,
+    )
+    effect = contrasts(board)
+    if len(effect):
+        lines += ["", f"D-Fusion's effect, dfusion − vanilla ({board.judges[0]} gain, paired; p after Holm):", ""]
+        lines += _grid(
+            ["algorithm", "reward", "seeds", "difference", "p"],
+            [
+                [
+                    e["algorithm"] + (f" ({e['variant']})" if e["variant"] else ""),
+                    e["reward"] + (" (ceiling)" if e["ceiling"] else ""),
+                    e["seeds"],
+                    f"{signed(e['difference'])} [{signed(e['low'])}, {signed(e['high'])}]",
+                    _number(e["holm"], ".3f"),
+                ]
+                for e in effect.to_dict("records")
+            ],
+            left=2,
+        )
+    return "\n".join(lines) + "\n"
+
+
+def gain_text(line: dict[Any, Any], judge: str) -> str:
+    """A gain with its interval, as in every printed table."""
+    gain = line[f"{judge} gain"]
+    if not np.isfinite(gain):
+        return signed(gain)
+    return f"{signed(gain)} [{signed(line[f'{judge} low'])}, {signed(line[f'{judge} high'])}]"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign (a true minus) and three digits; a dash where there is none, −∞ for a miss."""
+    if np.isnan(value):
+        return "–"
+    if np.isinf(value):
+        return "−∞" if value < 0 else "∞"
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if np.isnan(value) else format(value, form)
+
+
+def _grid(header: Sequence[str], lines: Sequence[Sequence[object]], left: int) -> list[str]:
+    """A Markdown table whose first `left` columns are set left, the others right; what cells hold is only text."""
+
+    def cell(value: object) -> str:
+        text = html.escape(" ".join(str(value).split()), quote=False)
+        return "".join(f"\\{c}" if c in "\\`*_[]|~" and not text.startswith(("+", "−")) else c for c in text)
+
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return [f"| {' | '.join(map(cell, line))} |" for line in (header, *lines)][:1] + [
+        f"| {' | '.join(rule)} |",
+        *(f"| {' | '.join(map(cell, line))} |" for line in lines),
+    ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench_dfusion import files
 from bench_dfusion.registry import UsageError
+from bench_dfusion.track import Track
 
 SCHEMA = 1
 
@@ -117,6 +120,10 @@ class Record(Part):
     cost: Cost = Field(description="what the run cost")
     provenance: Provenance = Field(description="what the numbers come from")
 
+    @property
+    def name(self) -> str:
+        return f"{self.algorithm}/{self.builder}/{self.reward}/seed {self.seed}"
+
     def comparable(self) -> dict[str, Any]:
         """The record without what differs from run to run: timings, memory, hardware and code state."""
         content = self.model_dump(mode="json")
@@ -146,6 +153,52 @@ def write(path: Path, record: Record) -> None:
 def find(folder: Path) -> list[tuple[Path, Record]]:
     """Every record below a folder, by path."""
     return [(path, read(path)) for path in sorted(folder.rglob("record.json"))]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A cell that was registered (cell.json) and has no record, with the error its last try ended in (error.json)."""
+
+    folder: Path
+    track: str
+    track_hash: str
+    cell_hash: str
+    algorithm: str
+    builder: str
+    reward: str
+    seed: int
+    resolved: dict[str, Any]
+    error: str | None
+
+
+def find_unfinished(folder: Path) -> list[Unfinished]:
+    """Every registered cell below a folder without a record, by path. Raises UsageError for a damaged file."""
+    found = []
+    for path in sorted(folder.rglob("cell.json")):
+        if path.with_name("record.json").exists():
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+            resolved = content["resolved"]
+            track = Track.model_validate(resolved["track"])
+            error = path.with_name("error.json")
+            found.append(
+                Unfinished(
+                    folder=path.parent,
+                    track=track.id,
+                    track_hash=track.hash,
+                    cell_hash=content["hash"],
+                    algorithm=resolved["algorithm"]["name"],
+                    builder=resolved["builder"]["name"],
+                    reward=resolved["reward"]["name"],
+                    seed=resolved["seed"],
+                    resolved=resolved,
+                    error=json.loads(error.read_bytes())["error"] if error.exists() else None,
+                )
+            )
+        except (ValueError, KeyError, TypeError, OSError) as problem:
+            raise UsageError(f"{path} describes no cell ({problem}); remove it, or run its cell again") from None
+    return found
 
 
 def code_state() -> tuple[str | None, bool | None]:
