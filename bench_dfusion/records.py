@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -178,7 +177,7 @@ def find_unfinished(folder: Path) -> list[Unfinished]:
         if path.with_name("record.json").exists():
             continue
         try:
-            content = json.loads(path.read_bytes())
+            content = files.read_json(path)
             resolved = content["resolved"]
             track = Track.model_validate(resolved["track"])
             error = path.with_name("error.json")
@@ -193,7 +192,7 @@ def find_unfinished(folder: Path) -> list[Unfinished]:
                     reward=resolved["reward"]["name"],
                     seed=resolved["seed"],
                     resolved=resolved,
-                    error=json.loads(error.read_bytes())["error"] if error.exists() else None,
+                    error=files.read_json(error)["error"] if error.exists() else None,
                 )
             )
         except (ValueError, KeyError, TypeError, OSError) as problem:
