@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import TINY, command
+from processes import SETTINGS, TINY, command
 
 import bench_dfusion
 from bench_dfusion import leaderboard, records, registry, sweeps
 from bench_dfusion.registry import UsageError
 
-SETTINGS = [word.removeprefix("--set=") for word in TINY]
 FAILING = '''
 import os, signal
 from pathlib import Path
