@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -144,11 +145,12 @@ def test_a_failing_cell_is_reported_and_stops_nothing_and_the_next_sweep_tries_i
 def test_a_killed_sweep_ends_with_the_same_records(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     words = ("sweep", "micro", "--algo", "ddpo", "--builder", "dfusion", "--reward", "killing", "--seeds", "2")
-    # dfusion: 4 rounds of two calls a cell; die in the first cell and, 6 calls of it and 5 later, in the second
-    env = {"DIE_HERE": str(tmp_path), "DIE_AT": "3,13", "OMP_NUM_THREADS": "1"}
+    short = "track.budget.reward_queries=24"
+    # 2 rounds of two calls a cell; die in the first round of the first cell and in the second round of the second
+    env = {"DIE_HERE": str(tmp_path), "DIE_AT": "1,9", "OMP_NUM_THREADS": "1"}
     codes = []
     for _ in range(4):
-        codes.append(command(*words, "--plugin", "failing.py", *TINY, cwd=tmp_path, env=env).returncode)
+        codes.append(command(*words, *TINY, f"--set={short}", "--plugin=failing.py", cwd=tmp_path, env=env).returncode)
         if codes[-1] == 0:
             break
         assert len(list(tmp_path.rglob("cell.json"))) == 2, "registered before the first ran"
@@ -161,7 +163,7 @@ def test_a_killed_sweep_ends_with_the_same_records(tmp_path: Path, monkeypatch) 
     monkeypatch.setenv("DIE_HERE", str(tmp_path))
     monkeypatch.setenv("DIE_AT", "")
     for seed, ours in found.items():
-        options = {"seed": seed, "settings": SETTINGS, "track_source": "micro", "out": tmp_path / "calm"}
+        options = {"seed": seed, "settings": [*SETTINGS, short], "track_source": "micro", "out": tmp_path / "calm"}
         calm = bench_dfusion.run(algo="ddpo", builder="dfusion", reward="killing", **options)
         same, expected = ours.comparable(), calm.comparable()
         for content in (same, expected):
@@ -182,3 +184,28 @@ def test_ctrl_c_stops_the_running_cell_cleanly_and_says_how_to_go_on(tmp_path: P
     assert process.returncode == 130 and "stopped; the same command goes on" in output
     (cell,) = jobs(tmp_path / "runs", algorithms=["ddpo"], seeds=1)
     assert not cell.locked(), "the cell's own process has ended too"
+
+
+@pytest.mark.slow
+def test_micro_fast_killed_twice_ends_with_the_records_of_an_uninterrupted_sweep(tmp_path: Path) -> None:
+    words = ["sweep", "micro-fast", "--algo", "dpo,ddpo", "--builder", "dfusion,vanilla", "--reward", "clip"]
+    whole = [sys.executable, "-m", "bench_dfusion.cli", *words, "--seeds", "2", "--out"]
+    for kills, name in ((0, "calm"), (2, "killed")):
+        for kill in range(kills):
+            # In the middle of training, of the first cell and then of a later one; the whole group, children too.
+            process = subprocess.Popen([*whole, name], cwd=tmp_path, start_new_session=True)
+            done = len(list((tmp_path / name).rglob("record.json"))) + 2 * kill
+            while process.poll() is None:
+                folders = [p.parent for p in (tmp_path / name).rglob("checkpoint.safetensors")]
+                ended = [f for f in folders if (f / "record.json").exists()]
+                if len(ended) >= done and len(folders) > len(ended):
+                    os.killpg(process.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.1)
+            assert process.wait() == -signal.SIGKILL
+        assert subprocess.run([*whole, name], cwd=tmp_path).returncode == 0
+    calm, killed = (
+        {path.parent.name: record.comparable() for path, record in records.find(tmp_path / name)}
+        for name in ("calm", "killed")
+    )
+    assert len(calm) == 8 and killed == calm
