@@ -170,7 +170,9 @@ def leaderboard(
             raise UsageError("--picture draws, --csv and --markdown print: they exclude each other")
         if len(found) > 1:
             tracks = ", ".join(board.track for board in found)
-            raise UsageError(f"a picture shows one track, and {source} holds {len(found)} ({tracks}); give one's folder")
+            raise UsageError(
+                f"a picture shows one track, and {source} holds {len(found)} ({tracks}); give one's folder"
+            )
         leaderboard_picture(found[0], picture)
         out.print(f"{escape(str(picture))}: {escape(found[0].track)}", soft_wrap=True, highlight=False)
         return

@@ -46,7 +46,11 @@ def html(boards: Sequence[Board]) -> str:
     pictures = content.Pictures()
     tracks = [content.of_board(board, pictures) for board in boards]
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     theme, script = _source("theme.js"), _source("page.js")
     return environment.from_string(_source("page.html")).render(
@@ -57,7 +61,7 @@ def html(boards: Sequence[Board]) -> str:
         style=Markup(_source("page.css")),
         theme=Markup(theme),
         script=Markup(script),
-        hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (theme, script)),
+        hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in (theme, script))),
         percent=_percent,
     )
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from bench_dfusion import leaderboard
 from bench_dfusion.leaderboard import Board, Row, signed
-from bench_dfusion.records import Record, Unfinished
+from bench_dfusion.records import Record
 from bench_dfusion.report.marks import marks_of, ticks, visible
 
 PICTURES = {
@@ -47,6 +47,11 @@ class Cell:
     sort: str | float | None
     sub: str = ""
     mark: str = ""  # trained: this judge was the training reward
+
+    @property
+    def key(self) -> str:
+        """`sort` as the script reads it."""
+        return "" if self.sort is None else str(self.sort) if self.sort != -math.inf else "-Infinity"
 
 
 @dataclass
@@ -99,7 +104,6 @@ def of_board(board: Board, pictures: Pictures) -> dict[str, Any]:
     return {
         "track": visible(board.track),
         "hash": board.track_hash[:12],
-        "folder": visible(root.name) if root else "",
         "judges": judges,
         "counts": {
             "rows": len(found),
@@ -110,7 +114,8 @@ def of_board(board: Board, pictures: Pictures) -> dict[str, Any]:
         "columns": (columns := _columns(judges)),
         "groups": [{"name": name, "span": len(list(own))} for name, own in groupby(columns, lambda c: c.group)],
         "rows": [
-            _row(line, row, number, board.judges, marks) for number, (line, row) in enumerate(zip(lines, ordered, strict=True))
+            _row(line, row, number, board.judges, marks)
+            for number, (line, row) in enumerate(zip(lines, ordered, strict=True))
         ],
         "axis": _axis(lines, board.judges),
         "choices": {
@@ -171,7 +176,9 @@ def fronts(lines: Sequence[dict[Any, Any]], judges: Sequence[str]) -> dict[str, 
         result[cost] = []
         if judges:
             gain = f"{judges[0]} gain"
-            able = [i for i, n in enumerate(lines) if _rankable(n) and math.isfinite(n[gain]) and math.isfinite(n[cost])]
+            able = [
+                i for i, n in enumerate(lines) if _rankable(n) and math.isfinite(n[gain]) and math.isfinite(n[cost])
+            ]
             result[cost] = [able[i] for i in pareto([(lines[i][cost], lines[i][gain]) for i in able])]
     return result
 
@@ -209,15 +216,15 @@ def _columns(judges: Sequence[dict[str, str]]) -> list[Column]:
     ]
 
 
-def _row(
-    line: dict[Any, Any], row: Row, number: int, judges: Sequence[str], marks: dict[str, int]
-) -> dict[str, Any]:
+def _row(line: dict[Any, Any], row: Row, number: int, judges: Sequence[str], marks: dict[str, int]) -> dict[str, Any]:
     state = _state(line, row)
     rank = str(line["rank"])
     best, _, worst = rank.partition("–")
     count = line["seeds"] + line["missing"]
     cells = {
-        "rank": Cell(rank or ("–" if state == "unranked" else state), float(best) + float(worst or best) / 1e4 if rank else None),
+        "rank": Cell(
+            rank or ("–" if state == "unranked" else state), float(best) + float(worst or best) / 1e4 if rank else None
+        ),
         "algorithm": Cell(visible(row.algorithm), visible(row.algorithm).lower(), visible(row.variant)),
         "builder": Cell(visible(row.builder), visible(row.builder).lower()),
         "reward": Cell(visible(row.reward), visible(row.reward).lower()),
@@ -301,7 +308,9 @@ def _details(
     root: Path | None,
 ) -> dict[str, Any]:
     resolved = (row.records or row.unfinished)[0].resolved
-    shown = {section: {k: v for k, v in resolved.get(section, {}).items() if k != "name"} for section in SECTIONS}
+    shown = {
+        short: {k: v for k, v in resolved.get(part, {}).items() if k != "name"} for part, short in SECTIONS.items()
+    }
     # The numbers the charts need; the table's cells carry the rest.
     gain = [line[f"{judges[0]} {end}"] for end in ("gain", "low", "high")] if judges else [math.nan] * 3
     return {
@@ -322,7 +331,7 @@ def _details(
     }
 
 
-SECTIONS = ("algorithm", "builder", "reward")
+SECTIONS = {"algorithm": "algo", "builder": "builder", "reward": "reward"}  # as `--set` names them
 
 
 def _run(record: Record, path: Path | None, root: Path | None) -> dict[str, Any]:
@@ -397,9 +406,7 @@ def _relative(path: Path, root: Path | None) -> str:
     return path.absolute().relative_to(root).as_posix() if root else path.name
 
 
-def _pictures(
-    ordered: Sequence[Row], where: dict[str, Path], root: Path | None, pictures: Pictures
-) -> dict[str, Any]:
+def _pictures(ordered: Sequence[Row], where: dict[str, Path], root: Path | None, pictures: Pictures) -> dict[str, Any]:
     """Of each row the pictures of its first seed that has any, in the table's order."""
     before = len(pictures.left_out), len(pictures.unreadable)
     shown = []

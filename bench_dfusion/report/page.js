@@ -101,7 +101,7 @@
   const body = dialog.querySelector(".dialog-body");
   dialog.querySelector(".close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // the ground beside it
-  dialog.addEventListener("close", () => body.replaceChildren());
+  dialog.addEventListener("close", () => dialog.open || body.replaceChildren()); // the event comes late: it may be open again
 
   function show(name, ...content) {
     title.textContent = name;

@@ -54,7 +54,7 @@ def _svg(board: Board) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         f'role="img" aria-label="{escape(visible(title))}" '
-        'font-family="Helvetica, Arial, \'Liberation Sans\', \'DejaVu Sans\', sans-serif">',
+        "font-family=\"Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif\">",
         f"<title>{escape(visible(title))}</title>",
         f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8" fill="{GROUND}" stroke="{FAINT}"/>',
         _text(RANK, 34, title, 17, INK, WIDTH - 2 * RANK, weight=600),
@@ -117,18 +117,22 @@ def mark(shape: str, x: float, y: float, colour: str, hollow: bool = False) -> s
     paint = f'fill="{GROUND if hollow else colour}" stroke="{colour}" stroke-width="2"'
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" {paint}/>'
-    points = {
+    outlines: dict[str, list[tuple[float, float]]] = {
         "square": [(-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)],
         "triangle": [(0, -5.5), (5.5, 4.5), (-5.5, 4.5)],
         "diamond": [(0, -6.5), (6.5, 0), (0, 6.5), (-6.5, 0)],
         "down": [(0, 5.5), (5.5, -4.5), (-5.5, -4.5)],
-        "cross": [(-2, -6), (2, -6), (2, -2), (6, -2), (6, 2), (2, 2), (2, 6), (-2, 6), (-2, 2), (-6, 2), (-6, -2)]
-        + [(-2, -2)],
-        "star": [
-            (r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i in range(10) for r in (7 - 4 * (i % 2),)
+        "cross": [
+            *((-2, -6), (2, -6), (2, -2), (6, -2), (6, 2), (2, 2)),
+            *((2, 6), (-2, 6), (-2, 2), (-6, 2), (-6, -2), (-2, -2)),
         ],
-    }[shape]
-    return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in points)}" {paint}/>'
+        "star": [
+            ((7 - 4 * (i % 2)) * math.sin(i * math.pi / 5), -(7 - 4 * (i % 2)) * math.cos(i * math.pi / 5))
+            for i in range(10)
+        ],
+    }
+    points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in outlines[shape])
+    return f'<polygon points="{points}" {paint}/>'
 
 
 def _text(
