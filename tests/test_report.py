@@ -359,6 +359,10 @@ def test_a_row_opens_its_records_by_mouse_and_by_keyboard(reader: Browser) -> No
     assert "no record" in reader.run(DIALOG)
     reader.click("dialog .close")
     assert not reader.run(OPEN)
+    # Closed and opened again at once: what the closing clears is not what was opened.
+    reader.run("document.querySelector('.open').click(); document.getElementById('dialog').close()")
+    reader.run("document.querySelector('.open').click(); await new Promise((done) => setTimeout(done, 100))")
+    assert "Runs" in reader.run(DIALOG)
 
 
 def test_the_first_stop_of_the_keyboard_skips_to_the_tables(reader: Browser) -> None:

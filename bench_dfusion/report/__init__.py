@@ -17,8 +17,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bench_dfusion import files
+from bench_dfusion import files, leaderboard
 from bench_dfusion.leaderboard import Board
+from bench_dfusion.progress import bar
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.report.content import pareto
@@ -44,7 +45,8 @@ def html(boards: Sequence[Board]) -> str:
     if not boards:
         raise UsageError("no record to report on; bench-dfusion run leaves its records in runs/")
     pictures = content.Pictures()
-    tracks = [content.of_board(board, pictures) for board in boards]
+    with bar("report", sum(len(leaderboard.rows(board)) for board in boards)) as progress:
+        tracks = [content.of_board(board, pictures, progress.advance) for board in boards]
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,

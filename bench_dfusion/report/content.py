@@ -7,7 +7,7 @@ import io
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +22,7 @@ from bench_dfusion.report.marks import marks_of, ticks, visible
 
 PICTURES = {
     "base_trained": "base (left) and trained (right) on the same noise, for held-out prompts",
-    "triples": "reference, mask, base and target of the last round, with their rewards",
+    "triples": "triples of the last round, reference, its mask if any, base, and target or winner, with rewards",
 }
 MOST_PICTURES = 48  # pictures in a page
 MOST_BYTES = 4_000_000  # of all its pictures together
@@ -90,8 +90,9 @@ def _encode(path: Path) -> tuple[str, int, int]:
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode(), picture.width, picture.height
 
 
-def of_board(board: Board, pictures: Pictures) -> dict[str, Any]:
-    """Everything the page shows of one track, with text made visible (`marks.visible`) and no nan."""
+def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Everything the page shows of one track, with text made visible (`marks.visible`) and no nan; `advance` is called
+    after each row's pictures."""
     found = leaderboard.rows(board)
     by_key = {(r.algorithm, r.builder, r.reward, r.variant): r for r in found}
     lines = leaderboard.table(board).to_dict("records")
@@ -124,7 +125,7 @@ def of_board(board: Board, pictures: Pictures) -> dict[str, Any]:
         | {"state": sorted({_state(line, row) for line, row in zip(lines, ordered, strict=True)})},
         "marks": {visible(b): marks[b] for b in sorted({r.builder for r in found}, key=lambda b: (marks[b], b))},
         "effect": _effect(board),
-        "pictures": _pictures(ordered, where, root, pictures),
+        "pictures": _pictures(ordered, where, root, pictures, advance),
         "facts": [[visible(k), visible(v)] for k, v in _facts(fixed)],
         "provenance": _provenance(board),
         "data": clean(
@@ -406,7 +407,13 @@ def _relative(path: Path, root: Path | None) -> str:
     return path.absolute().relative_to(root).as_posix() if root else path.name
 
 
-def _pictures(ordered: Sequence[Row], where: dict[str, Path], root: Path | None, pictures: Pictures) -> dict[str, Any]:
+def _pictures(
+    ordered: Sequence[Row],
+    where: dict[str, Path],
+    root: Path | None,
+    pictures: Pictures,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
     """Of each row the pictures of its first seed that has any, in the table's order."""
     before = len(pictures.left_out), len(pictures.unreadable)
     shown = []
@@ -423,6 +430,7 @@ def _pictures(ordered: Sequence[Row], where: dict[str, Path], root: Path | None,
             ]
             if files:
                 break
+        advance()
     return {
         "shown": shown,
         "left_out": [visible(n) for n in pictures.left_out[before[0] :]],

@@ -17,6 +17,7 @@
   const plain = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits).replace("-", "−"));
   const count = (x) => (x === null || x === undefined ? "–" : Math.round(x).toLocaleString("en-US"));
   const tickText = (x) => (Math.abs(x) >= 1000 ? count(x) : String(+x.toPrecision(6)).replace("-", "−"));
+  const own = (object, key) => (Object.hasOwn(object, key) ? object[key] : null); // a prompt may be "constructor"
   const change = ([base, trained]) => (base === null || trained === null ? null : trained - base);
 
   // ---- theme
@@ -25,7 +26,6 @@
   const dark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
   const nameTheme = () => {
     theme.textContent = dark() ? "Light theme" : "Dark theme";
-    theme.setAttribute("aria-pressed", String(dark()));
   };
   theme.addEventListener("click", () => {
     const next = dark() ? "light" : "dark";
@@ -131,7 +131,7 @@
     const prompts = verdicts[0].scores.map((_, i) => track.prompts[i] ?? `prompt ${i + 1}`);
     const heads = ["prompt", ...track.judges.flatMap((j) => [`${j.name} base`, "trained", "gain"])];
     return table(heads, prompts.map((prompt, i) => [
-      [prompt, track.templates[prompt] ? h("small", {}, track.templates[prompt]) : null],
+      [prompt, own(track.templates, prompt) === null ? null : h("small", {}, own(track.templates, prompt))],
       ...verdicts.flatMap((v) => [plain(v.scores[i][0]), plain(v.scores[i][1]), signed(change(v.scores[i]))]),
     ]));
   }
@@ -139,7 +139,7 @@
     const names = Object.keys(verdicts[0].templates);
     const heads = ["template", ...track.judges.flatMap((j) => [`${j.name} base`, "trained", "gain"])];
     return table(heads, names.map((name) => [name, ...verdicts.flatMap((v) => {
-      const both = v.templates[name] || [null, null];
+      const both = own(v.templates, name) || [null, null];
       return [plain(both[0]), plain(both[1]), signed(change(both))];
     })]));
   }
@@ -148,7 +148,7 @@
     const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
     const both = (pick) => [0, 1].map((side) => mean(runs.map((run) => pick(run)[side])));
     return runs[0].verdicts.map((verdict, n) => ({
-      templates: Object.fromEntries(Object.keys(verdict.templates).map((t) => [t, both((run) => run.verdicts[n].templates[t] || [NaN, NaN])])),
+      templates: Object.fromEntries(Object.keys(verdict.templates).map((t) => [t, both((run) => own(run.verdicts[n].templates, t) || [NaN, NaN])])),
       scores: verdict.scores.map((_, i) => both((run) => run.verdicts[n].scores[i])),
     }));
   }
@@ -187,6 +187,12 @@
       h("summary", {}, `Seed ${run.seed}`, run.status === "failed" ? h("b", { class: "badge failed" }, "failed") : gain), parts);
   }
 
+  const unfinishedDetails = (cell) =>
+    h("details", { class: "run", "data-seed": cell.seed, open: "" },
+      h("summary", {}, `Seed ${cell.seed}`, h("b", { class: "badge incomplete" }, "no record")),
+      cell.error ? h("pre", { class: "wrong" }, cell.error) : h("p", { class: "fine" }, "Registered, not finished, and no error was left."),
+      h("p", { class: "fine" }, cell.path));
+
   function openRow(section, number) {
     const track = DATA.tracks[section.dataset.track];
     const row = track.rows[number];
@@ -198,7 +204,7 @@
     content.push(h("p", { class: "meta" }, about.join(" · ") || row.state));
     if (done.length) {
       const means = meanVerdicts(done);
-      const over = done.length === 1 ? "one run" : `${done.length} runs`;
+      const over = `${done.length === 1 ? "one run" : `${done.length} runs`}${row.state === "miss" ? " that finished; the miss makes the gain −∞" : ""}`;
       const columns = [...section.querySelectorAll(".board thead tr:last-child th")];
       content.push(h("h3", {}, `Mean of ${over}`), table(["judge", "gain", "95 %", "base", "trained"], track.judges.map((judge, n) => {
         const cell = tr.cells[columns.findIndex((c) => c.dataset.key === `${n} gain`)];
@@ -206,16 +212,16 @@
         return [[judge.name, h("small", {}, judge.metric)], cell.querySelector(".value").textContent, cell.querySelector("small")?.textContent || "–", plain(mean("base")), plain(mean("trained"))];
       })));
       if (done.length > 1) {
-        if (Object.keys(means[0].templates).length) content.push(folded(`By template, mean of ${over}`, () => templateTable(track, means)));
-        content.push(folded(`By prompt, mean of ${over}`, () => promptTable(track, means)));
+        if (Object.keys(means[0].templates).length) content.push(folded(`By template, mean of ${done.length} runs`, () => templateTable(track, means)));
+        content.push(folded(`By prompt, mean of ${done.length} runs`, () => promptTable(track, means)));
       }
     }
     content.push(h("h3", {}, "Runs"));
-    content.push(...row.unfinished.map((cell) => h("details", { class: "run", open: "" },
-      h("summary", {}, `Seed ${cell.seed}`, h("b", { class: "badge incomplete" }, "no record")),
-      cell.error ? h("pre", { class: "wrong" }, cell.error) : h("p", { class: "fine" }, "Registered, not finished, and no error was left."),
-      h("p", { class: "fine" }, cell.path))));
-    content.push(...row.runs.map((run) => runDetails(track, row, run)));
+    const cells = [
+      ...row.runs.map((run) => [run.seed, runDetails(track, row, run)]),
+      ...row.unfinished.map((cell) => [cell.seed, unfinishedDetails(cell)]),
+    ];
+    content.push(...cells.sort(([a], [b]) => a - b).map(([, part]) => part));
     content.push(h("h3", {}, "Options, the same for every seed"), facts(flat(row.options)));
     if (row.tuning) content.push(h("p", { class: "fine" }, `Tuning: ${row.tuning}`));
     const pictures = [...section.querySelectorAll(`.pictures figure[data-row="${number}"] img`)];
@@ -279,8 +285,10 @@
       label: `Gain before ${track.judges[0].name} against ${select.selectedOptions[0].textContent}, ${found.length} rows`,
     });
     // Rows of one cost stand side by side.
-    const groups = Map.groupBy ? Map.groupBy(found, (p) => p.cost) : found.reduce((m, p) => m.set(p.cost, [...(m.get(p.cost) || []), p]), new Map());
-    for (const group of groups.values()) group.forEach((p, i) => (p.x = X(p.cost) + (i - (group.length - 1) / 2) * Math.min(22, (width - 140) / group.length)));
+    for (const p of found) {
+      const beside = found.filter((other) => other.cost === p.cost);
+      p.x = X(p.cost) + (beside.indexOf(p) - (beside.length - 1) / 2) * Math.min(22, (width - 140) / beside.length);
+    }
     const front = track.fronts[cost].map((number) => found.find((p) => p.number === number)).filter(Boolean);
     if (front.length) {
       const steps = front.map((p, i) => (i ? `H${p.x}V${Y(p.gain[0])}` : `M${p.x} ${Y(p.gain[0])}`)).join("");
@@ -392,7 +400,8 @@
     filterable(section, board);
     board.tBodies[0].addEventListener("click", (event) => {
       const row = event.target.closest("tr");
-      if (row && !String(getSelection())) openRow(section, Number(row.dataset.row));
+      // Selecting text in a row is no click on it.
+      if (row && (event.target.closest(".open") || !String(getSelection()))) openRow(section, Number(row.dataset.row));
     });
     for (const chart of section.querySelectorAll("[data-chart]")) {
       const plot = chart.querySelector(".plot");
