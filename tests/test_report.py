@@ -360,8 +360,10 @@ def test_a_row_opens_its_records_by_mouse_and_by_keyboard(reader: Browser) -> No
     reader.click("dialog .close")
     assert not reader.run(OPEN)
     # Closed and opened again at once: what the closing clears is not what was opened.
-    reader.run("document.querySelector('.open').click(); document.getElementById('dialog').close()")
-    reader.run("document.querySelector('.open').click(); await new Promise((done) => setTimeout(done, 100))")
+    reader.run(
+        "const open = document.querySelector('.open'); open.click(); document.getElementById('dialog').close(); "
+        "open.click(); await new Promise((done) => setTimeout(done, 100))"
+    )
     assert "Runs" in reader.run(DIALOG)
 
 
