@@ -229,6 +229,9 @@ def leaderboard(
     ),
     csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, every column.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print GitHub's Markdown.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the table of one track instead, as an SVG.")
+    ] = None,
 ) -> None:
     """Print the table of the runs found, one table a track, and the effect of D-Fusion."""
     from bench_dfusion import display
@@ -237,11 +240,46 @@ def leaderboard(
 
     if csv and markdown:
         raise UsageError("--csv and --markdown exclude each other")
-    for number, board in enumerate(_boards(source, folder)):
+    found = _boards(source, folder)
+    if picture is not None:
+        from bench_dfusion.report import leaderboard_picture
+
+        if csv or markdown:
+            raise UsageError("--picture draws, --csv and --markdown print: they exclude each other")
+        if len(found) > 1:
+            tracks = ", ".join(board.track for board in found)
+            raise UsageError(
+                f"a picture shows one track, and {source} holds {len(found)} ({tracks}); give one's folder"
+            )
+        leaderboard_picture(found[0], picture)
+        out.print(f"{escape(str(picture))}: {escape(found[0].track)}", soft_wrap=True, highlight=False)
+        return
+    for number, board in enumerate(found):
         if csv or markdown:
             print("\n" * (number > 0) + (as_csv(board) if csv else as_markdown(board)), end="")
         else:
             display.board(board, out)
+
+
+@app.command()
+def report(
+    source: Annotated[
+        str, typer.Argument(metavar="TRACK_OR_FOLDER", help="A track's name, or a folder with run directories.")
+    ] = "runs",
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    folder: Annotated[Path, typer.Option("--out", help="Where the run directories of a named track are.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Write the runs found as one self-contained HTML page: tables, charts, pictures and every record."""
+    from bench_dfusion import report as reports
+
+    found = _boards(source, folder)
+    reports.write(found, to)
+    runs = sum(len(board.records) for board in found)
+    tracks = ", ".join(board.track for board in found)
+    size = to.stat().st_size / 1e6
+    out.print(f"{escape(f'{to}: {runs} runs of {tracks}, {size:.1f} MB')}", soft_wrap=True, highlight=False)
 
 
 @pairs_app.command("export")
