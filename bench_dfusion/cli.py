@@ -110,6 +110,49 @@ def run(
         raise typer.Exit(1)
 
 
+@app.command("eval")
+def evaluate(
+    run_folder: Annotated[Path | None, typer.Argument(metavar="RUN", help="The directory of a finished run.")] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="A LoRA to score: a .safetensors file, or the directory of one (diffusers, peft)."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A pipeline directory to score, trained as a whole from the track's model.")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base: a pipeline directory or Hub id instead of the track's, or the run's.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to hold out every fourth of, where the track holds none (as in run).")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="track.OPTION=VALUE.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the weights (default: their file's name).")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where the evaluation's directory goes.")] = Path("runs"),
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Score a run's LoRA again and compare with its record; or score a LoRA or pipeline that the suite did not train."""
+    _load_files(plugin)
+    if sum(given is not None for given in (run_folder, lora, checkpoint)) != 1:
+        raise UsageError("give one of RUN, --lora PATH and --checkpoint DIR")
+    from bench_dfusion import config, display, rescore
+
+    if run_folder is not None:
+        given = {"--track": track, "--prompts": prompts, "--set": settings, "--name": name}
+        for option in (option for option, value in given.items() if value):
+            raise UsageError(f"{option} does not go with RUN: a run is scored as its record says")
+        found = rescore.run(run_folder, device, model)
+        display.rescored(found, run_folder, out)
+        raise typer.Exit(found.status != "matches")
+    on = config.resolve_track(track, model, prompts, settings)
+    where, scored = rescore.weights(on, folder, lora=lora, checkpoint=checkpoint, name=name, device=device)
+    display.evaluation(scored, where, out)
+
+
 @app.command("list")
 def list_plugins(
     kind: Annotated[str | None, typer.Argument(help="algorithms, rewards, builders, models or tracks.")] = None,
