@@ -110,10 +110,13 @@ def _of_network(
     except (ValueError, KeyError, IndexError) as error:
         raise UsageError(f"{file} is in no LoRA format that diffusers knows: {error}") from None
     others = sorted({key.partition(".")[0] for key in layers if not key.startswith(part)})
+    if others and not any(key.startswith(part) for key in layers):
+        raise UsageError(
+            f"{file} is a LoRA of another model: of {', '.join(others[:3])}, and this one has a {part[:-1]}"
+        )
     if others:
         raise UsageError(
-            f"{file} holds {', '.join(others[:3])} beside or instead of {part[:-1]}: only a LoRA of the {part[:-1]} alone "
-            "can be scored"
+            f"{file} holds {', '.join(others[:3])} beside {part[:-1]}, which would be left out: give one without"
         )
     return {k.removeprefix(part): v for k, v in layers.items()}, {k.removeprefix(part): v for k, v in alphas.items()}
 
@@ -137,7 +140,7 @@ def _config(
     found = {}
     for module, rank in ranks.items():
         pattern = get_pattern_key(patterns.keys(), module)
-        found[module] = alphas.get(module, patterns.get(pattern, rank if common is None else common))
+        found[module] = float(alphas.get(module, patterns.get(pattern, rank if common is None else common)))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, found))
     return LoraConfig(
         r=rank,

@@ -60,6 +60,6 @@ class UNetAdapter(Adapter):
     def lora_layers(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """diffusers' formats, older ones too, and kohya's."""
         layers, alphas = type(self.pipe).lora_state_dict(dict(tensors), unet_config=self.network.config)
-        return convert_unet_state_dict_to_peft(layers), {
-            name.removesuffix(".alpha"): float(alpha) for name, alpha in (alphas or {}).items()
-        }
+        # diffusers gives some alphas by their layer's old name and then finds no module of it, unless all are equal.
+        named = convert_unet_state_dict_to_peft({k.removesuffix(".alpha"): v for k, v in (alphas or {}).items()})
+        return convert_unet_state_dict_to_peft(layers), {k.partition(".lora_")[0]: float(v) for k, v in named.items()}
