@@ -137,14 +137,14 @@ def _config(
     """A LoRA on just these modules. Ranks are the weights' own; an alpha that is given nowhere is its rank."""
     patterns = given.get("alpha_pattern") or {}
     common = given.get("lora_alpha")
-    found = {}
+    found: dict[str, float] = {}
     for module, rank in ranks.items():
         pattern = get_pattern_key(patterns.keys(), module)
         found[module] = float(alphas.get(module, patterns.get(pattern, rank if common is None else common)))
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, found))
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(found.values()).most_common(1)[0][0]
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it: a fraction serves
         target_modules=sorted(ranks),
         rank_pattern={f"^{re.escape(m)}": r for m, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(m)}": a for m, a in found.items() if a != alpha},

@@ -227,7 +227,7 @@ def test_a_stable_diffusion_lora_of_another_rank(sd_dir: Path, tmp_path: Path, m
     )
     (path,) = (tmp_path / "runs" / "own-custom-v1").glob("eval-my-style-*/evaluation.json")
     found = rescore.read(path)
-    assert found.lora is not None and found.lora.modules == 12 and found.drift.pixels > 0
+    assert found.lora is not None and found.lora.modules == 14 and found.drift.pixels > 0
     assert found.verdicts[0].base != found.verdicts[0].trained
     assert Image.open(path.with_name("base_trained.png")).size[0] > 100
     no_compute(monkeypatch)
