@@ -94,35 +94,33 @@ def test_another_lora_under_the_same_hash_differs(copied: Path) -> None:
     assert "trained" in whats and "base" not in whats, "the base is drawn without the LoRA"
 
 
-def change_lora(folder: Path) -> None:
-    data = bytearray((folder / lora.FILE).read_bytes())
-    data[-1] ^= 1
-    (folder / lora.FILE).write_bytes(bytes(data))
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (change_lora, lora.FILE),
-        (lambda f: edit(f, lambda r: r.__setitem__("track_hash", "0" * 64)), "the track's hash"),
-        (
-            lambda f: edit(f, lambda r: r["resolved"]["algorithm"].__setitem__("learning_rate", 1)),
-            "hash of the options",
-        ),
-        (lambda f: edit(f, lambda r: r["provenance"].__setitem__("model_sha256", "0" * 64)), "of the model micro"),
-        (lambda f: edit(f, lambda r: r["verdicts"][1].__setitem__("fingerprint", "0" * 64)), "the judge oracle:full"),
-        (lambda f: edit(f, lambda r: r["verdicts"].pop()), "the record has oracle, oracle:full"),
-        (lambda f: edit(f, lambda r: r["verdicts"][0]["per_prompt"].pop()), "scores of 2 prompts"),
-    ],
-)
-def test_what_a_hash_says_otherwise_is_named_and_nothing_is_drawn(
-    change, expected, copied, monkeypatch, capsys
-) -> None:
+def test_what_the_hashes_say_otherwise_is_named_and_nothing_is_drawn(copied: Path, monkeypatch, capsys) -> None:
     no_compute(monkeypatch)
-    change(copied)
+    file = copied / lora.FILE
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
     assert command(monkeypatch, copied) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
-    assert expected in line
+    assert f"the SHA-256 of {file}" in line
+
+    def change(record: dict[str, Any]) -> None:
+        record["track_hash"] = record["provenance"]["model_sha256"] = "0" * 64
+        record["resolved"]["algorithm"]["learning_rate"] = 1
+        record["provenance"]["lora_sha256"] = files.sha256(file)
+        record["verdicts"].pop()
+        record["verdicts"][1]["fingerprint"] = "0" * 64
+        record["verdicts"][0]["per_prompt"].pop()
+
+    edit(copied, change)
+    wanted = (
+        "the track's hash",
+        "the hash of the options",
+        "the SHA-256 of the model micro",
+        "the fingerprint of the judge oracle:full",
+        "the track's judges are oracle, oracle:full, clip, the record has oracle, oracle:full",
+        "the record has oracle's scores of 2 prompts",
+    )
+    problems = rescore.run(copied).provenance
+    assert len(problems) == len(wanted) and all(p.startswith(w) for p, w in zip(problems, wanted, strict=True))
 
 
 def test_status_by_the_size_of_a_difference(finished: Path) -> None:
@@ -192,6 +190,14 @@ def test_a_runs_own_lora_gets_the_records_verdicts(part: str, finished: Path, tm
     assert folder.parent == tmp_path / "micro-custom-v1" and found.model_sha256 == record.provenance.model_sha256
 
 
+@pytest.fixture(scope="module")
+def sd_lora(sd_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a LoRA for the tiny Stable Diffusion, not of the track's shape."""
+    folder = tmp_path_factory.mktemp("lora")
+    policy_of(sd_dir, lora=0.3, rank=2, alpha=6.0, targets=["to_k"]).save_lora(folder)
+    return folder
+
+
 OWN = """
 name = "own"
 version = 1
@@ -214,9 +220,11 @@ model = "micro"
 """
 
 
-def test_a_stable_diffusion_lora_of_another_rank(sd_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_stable_diffusion_lora_of_another_rank(
+    sd_dir: Path, sd_lora: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     (tmp_path / "own.toml").write_text(OWN)
-    policy_of(sd_dir, lora=0.3, rank=2, alpha=6.0, targets=["to_k"]).save_lora(tmp_path / "my style")
+    shutil.copytree(sd_lora, tmp_path / "my style")
     monkeypatch.chdir(tmp_path)
     words = ("--lora", "my style", "--track", "own.toml", "--model", sd_dir)
     assert command(monkeypatch, *words) == 0
@@ -271,11 +279,11 @@ def test_a_pipeline_trained_as_a_whole_beside_its_base(sd_dir: Path, tmp_path: P
     ],
 )
 def test_a_mistake_is_one_line_before_any_compute(
-    words, expected, sd_dir, finished, tmp_path, monkeypatch, capsys
+    words, expected, sd_dir, sd_lora, tmp_path, monkeypatch, capsys
 ) -> None:
     no_compute(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    policy_of(sd_dir, rank=2).save_lora(tmp_path / "run")
+    shutil.copytree(sd_lora, tmp_path / "run")
     assert command(monkeypatch, *(sd_dir if w == "SD" else w for w in words)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert expected in message
