@@ -147,7 +147,7 @@ def evaluate(
             raise UsageError(f"{option} does not go with RUN: a run is scored as its record says")
         found = rescore.run(run_folder, device, model)
         display.rescored(found, run_folder, out)
-        raise typer.Exit(found.status != "matches")
+        raise typer.Exit(0 if found.status == "matches" else 1)
     on = config.resolve_track(track, model, prompts, settings)
     where, scored = rescore.weights(on, folder, lora=lora, checkpoint=checkpoint, name=name, device=device)
     display.evaluation(scored, where, out)
