@@ -194,19 +194,20 @@ def leaderboard(
     ),
     csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, every column.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print GitHub's Markdown.")] = False,
+    wins: Annotated[bool, typer.Option("--wins", help="Print how often each row beats each other, in %.")] = False,
 ) -> None:
     """Print the table of the runs found, one table a track, and the effect of D-Fusion."""
     from bench_dfusion import display
     from bench_dfusion.leaderboard import csv as as_csv
     from bench_dfusion.leaderboard import markdown as as_markdown
 
-    if csv and markdown:
-        raise UsageError("--csv and --markdown exclude each other")
+    if csv + markdown + wins > 1:
+        raise UsageError("--csv, --markdown and --wins exclude each other")
     for number, board in enumerate(_boards(source, folder)):
         if csv or markdown:
             print("\n" * (number > 0) + (as_csv(board) if csv else as_markdown(board)), end="")
         else:
-            display.board(board, out)
+            (display.wins if wins else display.board)(board, out)
 
 
 @pairs_app.command("export")

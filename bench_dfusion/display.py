@@ -105,6 +105,21 @@ def _drift(d: Drift) -> str:
     return f"{diversity}, drift {d.pixels:.1f} levels, KL {d.kl:.4f}"
 
 
+def wins(board: Board, out: Console) -> None:
+    """Pairwise win rates: how often the row's policy beats the column's, in %."""
+    frame = leaderboard.win_rates(board)
+    judge = board.judges[0] if board.judges else "no judge yet"
+    title = f"{board.track}: wins of a row over a column before {judge}, % of prompts and shared seeds, ties half"
+    grid = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("", justify="right", no_wrap=True)
+    grid.add_column("", overflow="fold")
+    for number in range(1, len(frame) + 1):
+        grid.add_column(str(number), justify="right", no_wrap=True)
+    for number, (name, values) in enumerate(zip(frame.index, frame.to_numpy(), strict=True), 1):
+        grid.add_row(str(number), escape(str(name)), *("–" if np.isnan(v) else f"{100 * v:.0f}" for v in values))
+    out.print(grid)
+
+
 def board(board: Board, out: Console) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
     frame, judges = leaderboard.table(board), board.judges
