@@ -188,6 +188,49 @@ def _names(text: str, option: str) -> list[str]:
     return names
 
 
+@app.command("eval")
+def evaluate(
+    run_folder: Annotated[Path | None, typer.Argument(metavar="RUN", help="The directory of a finished run.")] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="A LoRA to score: a .safetensors file, or the directory of one (diffusers, peft)."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A pipeline directory to score, trained as a whole from the track's model.")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base: a pipeline directory or Hub id instead of the track's, or the run's.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to hold out every fourth of, where the track holds none (as in run).")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="track.OPTION=VALUE.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the weights (default: their file's name).")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where the evaluation's directory goes.")] = Path("runs"),
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Score a run's LoRA again and compare with its record; or score a LoRA or pipeline that the suite did not train."""
+    _load_files(plugin)
+    if sum(given is not None for given in (run_folder, lora, checkpoint)) != 1:
+        raise UsageError("give one of RUN, --lora PATH and --checkpoint DIR")
+    from bench_dfusion import config, display, rescore
+
+    if run_folder is not None:
+        given = {"--track": track, "--prompts": prompts, "--set": settings, "--name": name}
+        for option in (option for option, value in given.items() if value):
+            raise UsageError(f"{option} does not go with RUN: a run is scored as its record says")
+        found = rescore.run(run_folder, device, model)
+        display.rescored(found, run_folder, out)
+        raise typer.Exit(0 if found.status == "matches" else 1)
+    on = config.resolve_track(track, model, prompts, settings)
+    where, scored = rescore.weights(on, folder, lora=lora, checkpoint=checkpoint, name=name, device=device)
+    display.evaluation(scored, where, out)
+
+
 @app.command("list")
 def list_plugins(
     kind: Annotated[str | None, typer.Argument(help="algorithms, rewards, builders, models or tracks.")] = None,
@@ -232,20 +275,19 @@ def leaderboard(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the table of one track instead, as an SVG.")
     ] = None,
+    wins: Annotated[bool, typer.Option("--wins", help="Print how often each row beats each other, in %.")] = False,
 ) -> None:
     """Print the table of the runs found, one table a track, and the effect of D-Fusion."""
     from bench_dfusion import display
     from bench_dfusion.leaderboard import csv as as_csv
     from bench_dfusion.leaderboard import markdown as as_markdown
 
-    if csv and markdown:
-        raise UsageError("--csv and --markdown exclude each other")
+    if csv + markdown + wins + (picture is not None) > 1:
+        raise UsageError("--csv, --markdown, --wins and --picture exclude each other")
     found = _boards(source, folder)
     if picture is not None:
         from bench_dfusion.report import leaderboard_picture
 
-        if csv or markdown:
-            raise UsageError("--picture draws, --csv and --markdown print: they exclude each other")
         if len(found) > 1:
             tracks = ", ".join(board.track for board in found)
             raise UsageError(
@@ -258,7 +300,7 @@ def leaderboard(
         if csv or markdown:
             print("\n" * (number > 0) + (as_csv(board) if csv else as_markdown(board)), end="")
         else:
-            display.board(board, out)
+            (display.wins if wins else display.board)(board, out)
 
 
 @app.command()

@@ -105,24 +105,12 @@ def resolve(
                 raise UsageError(registry.unknown("section", key, [*SECTIONS, "track"]))
             if not isinstance(value, dict):
                 raise UsageError(f"{key} is a section: write {key}.OPTION=VALUE")
-    changes = _merge(file_options.get("track", {}), set_options.get("track", {}))
     if model is not None:
         given["model"] = model
-        changes = _merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
     if prompts is not None:
         given["prompts"] = str(prompts)
-        held = changes.get("prompts", {}).get("heldout")
-        own = _own_prompts(prompts, content.get("prompts", {}), held if isinstance(held, list) else [], track_source)
-        changes = _merge({"prompts": own}, changes)
-    for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
-        if part not in content and part not in changes:
-            raise UsageError(f"track {track_source} leaves the {part} to you: give {option}")
-    if changes:
-        content = _merge(content, changes)
-    # A track whose fixed part is changed is another: its records never mix with the published one's.
-    if changes.keys() - {"batch", *track.SUGGESTIONS}:
-        content["name"] = f"{content.get('name', 'track')}-custom"
-    resolved_track: Track = track.validate(Track, content, "track")
+    changes = _merge(file_options.get("track", {}), set_options.get("track", {}))
+    resolved_track = _change_track(track_source, content, changes, model, prompts)
     configs = {}
     for section, cls in classes.items():
         defaults = getattr(resolved_track, SECTIONS[section]).get(names[section], {})
@@ -147,6 +135,39 @@ def resolve(
         given,
         sources,
     )
+
+
+def resolve_track(
+    source: str | None = None, model: str | None = None, prompts: Path | None = None, settings: list[str] | None = None
+) -> Track:
+    """The track that `resolve` would train on, for what trains nothing. Raises UsageError on anything wrong."""
+    source = source or ("micro" if model is None else "paper")
+    options = _settings(settings or [])
+    for key in options.keys() - {"track"}:
+        raise UsageError(f"--set {key}.…: nothing is trained here, only track.OPTION can be set")
+    return _change_track(source, track.read(source), options.get("track", {}), model, prompts)
+
+
+def _change_track(
+    source: str, content: dict[str, Any], changes: dict[str, Any], model: str | None, prompts: Path | None
+) -> Track:
+    """A track's content with a user's changes, model and prompts, under a name of its own where they are fixed parts."""
+    if model is not None:
+        changes = _merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
+    if prompts is not None:
+        held = changes.get("prompts", {}).get("heldout")
+        own = _own_prompts(prompts, content.get("prompts", {}), held if isinstance(held, list) else [], source)
+        changes = _merge({"prompts": own}, changes)
+    for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
+        if part not in content and part not in changes:
+            raise UsageError(f"track {source} leaves the {part} to you: give {option}")
+    if changes:
+        content = _merge(content, changes)
+    # A track whose fixed part is changed is another: its records never mix with the published one's.
+    if changes.keys() - {"batch", *track.SUGGESTIONS}:
+        content["name"] = f"{content.get('name', 'track')}-custom"
+    resolved: Track = track.validate(Track, content, "track")
+    return resolved
 
 
 def _scored_by(source: str, builder: str | None, reward: str | None) -> str:

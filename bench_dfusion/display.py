@@ -1,16 +1,22 @@
-"""What the terminal shows of a record and of a leaderboard."""
+"""What the terminal shows of a record, of what was scored again, and of a leaderboard."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from bench_dfusion import leaderboard
 from bench_dfusion.leaderboard import Board, signed
-from bench_dfusion.records import Record
+from bench_dfusion.records import Drift, Record, Verdict
+
+if TYPE_CHECKING:
+    from bench_dfusion.rescore import Evaluation, Rescored
 
 
 def record(record: Record, folder: Path, out: Console) -> None:
@@ -19,10 +25,64 @@ def record(record: Record, folder: Path, out: Console) -> None:
     if record.status == "failed":
         out.print(f"[red]{escape(title)}: failed. {escape(record.evidence or '')}[/red]\n{escape(str(folder))}")
         return
-    grid = Table(title=escape(f"{title}: {len(record.verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
+    _verdicts(title, record.verdicts, out)
+    c = record.cost
+    queries = f"{c.reward_queries} reward queries" if c.reward_queries else "offline, no reward query"
+    drift = f"{_drift(record.drift)}; " if record.drift else ""
+    out.print(f"{drift}{queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB")
+    out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
+    names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
+    out.print(f"{escape(str(folder))}/: {', '.join(n for n in names if (folder / n).exists())}")
+
+
+def evaluation(found: Evaluation, folder: Path, out: Console) -> None:
+    """What the judges say of weights that the suite did not train."""
+    shape = f", rank {found.lora.rank}, alpha {found.lora.alpha:g}" if found.lora else ""
+    _verdicts(f"{found.label} ({found.kind}{shape}) on {found.track}", found.verdicts, out)
+    out.print(f"{_drift(found.drift)}; {found.seconds:.0f} s, {found.peak_memory_mb:.0f} MB")
+    note = "a checkpoint result, never ranked; a judge that it was trained on, which is not known here, is a ceiling"
+    out.print(note, style="dim")
+    out.print(f"{escape(str(folder))}/: evaluation.json, base_trained.png", soft_wrap=True)
+
+
+def rescored(found: Rescored, folder: Path, out: Console, most: int = 12) -> None:
+    """Whether a run, scored again, matches its record, and what does not, the largest first."""
+    if found.provenance:
+        out.print(escape(f"{folder} is not what its record says; nothing was drawn:"), style="red", soft_wrap=True)
+        for line in found.provenance:
+            out.print(escape(f"- {line}"), soft_wrap=True, highlight=False)
+        return
+    prompts = len(found.verdicts[0].per_prompt)
+    what = f"{len(found.verdicts)} judges, {prompts} prompts, base and trained"
+    size = "every figure to the last bit"
+    if not found.exact:
+        size = "largest difference of a prompt's score: " + ", ".join(f"{j} {v:.2g}" for j, v in found.largest.items())
+    out.print(escape(f"{folder} {found.status}: {what}; {size}"), soft_wrap=True, highlight=False)
+    if found.differences:
+        grid = Table(box=None, pad_edge=False)
+        for column in ("judge", "figure", "record", "now", "difference", "tolerance"):
+            grid.add_column(column, justify="left" if column in ("judge", "figure") else "right", overflow="fold")
+        ordered = sorted(found.differences, key=lambda d: -d.size / d.tolerance if d.tolerance else -np.inf)
+        for d in ordered[:most]:
+            numbers = (f"{v:.6g}" for v in (d.recorded, d.found, d.found - d.recorded, d.tolerance))
+            grid.add_row(escape(d.judge), escape(d.what), *numbers)
+        out.print(grid)
+        if len(ordered) > most:
+            out.print(f"and {len(ordered) - most} more", style="dim")
+        for old, new in zip(found.record.verdicts, found.verdicts, strict=True):
+            interval = f"{signed(new.gain.low)} to {signed(new.gain.high)}"
+            gains = f"{signed(old.gain.mean)} in the record, {signed(new.gain.mean)} ({interval}) now"
+            out.print(escape(f"{new.judge} gain: {gains}"), highlight=False)
+    if not found.exact:
+        for line in found.elsewhere:
+            out.print(escape(line), style="dim", soft_wrap=True)
+
+
+def _verdicts(title: str, verdicts: Sequence[Verdict], out: Console) -> None:
+    grid = Table(title=escape(f"{title}: {len(verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
     for column in ("judge", "base", "trained", "gain", "95 % (prompts)", ""):
         grid.add_column(column, justify="left" if column in ("judge", "") else "right")
-    for v in record.verdicts:
+    for v in verdicts:
         note = "training reward" if v.trained_on else ""
         grid.add_row(
             escape(v.judge),
@@ -38,18 +98,26 @@ def record(record: Record, folder: Path, out: Console) -> None:
                     f"  {escape(template)}", f"{base:.3f}", f"{trained:.3f}", signed(trained - base), "", style="dim"
                 )
     out.print(grid)
-    d, c = record.drift, record.cost
-    queries = f"{c.reward_queries} reward queries" if c.reward_queries else "offline, no reward query"
-    drift = ""
-    if d is not None:
-        drift = (
-            f"diversity {d.diversity_base:.2f} → {d.diversity_trained:.2f} effective images, "
-            f"drift {d.pixels:.1f} levels, KL {d.kl:.4f}; "
-        )
-    out.print(f"{drift}{queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB")
-    out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
-    names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
-    out.print(f"{escape(str(folder))}/: {', '.join(n for n in names if (folder / n).exists())}")
+
+
+def _drift(d: Drift) -> str:
+    diversity = f"diversity {d.diversity_base:.2f} → {d.diversity_trained:.2f} effective images"
+    return f"{diversity}, drift {d.pixels:.1f} levels, KL {d.kl:.4f}"
+
+
+def wins(board: Board, out: Console) -> None:
+    """Pairwise win rates: how often the row's policy beats the column's, in %."""
+    frame = leaderboard.win_rates(board)
+    judge = board.judges[0] if board.judges else "no judge yet"
+    title = f"{board.track}: wins of a row over a column before {judge}, % of prompts and shared seeds, ties half"
+    grid = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("", justify="right", no_wrap=True)
+    grid.add_column("", overflow="fold")
+    for number in range(1, len(frame) + 1):
+        grid.add_column(str(number), justify="right", no_wrap=True)
+    for number, (name, values) in enumerate(zip(frame.index, frame.to_numpy(), strict=True), 1):
+        grid.add_row(str(number), escape(str(name)), *("–" if np.isnan(v) else f"{100 * v:.0f}" for v in values))
+    out.print(grid)
 
 
 def board(board: Board, out: Console) -> None:

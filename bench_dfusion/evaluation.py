@@ -1,16 +1,18 @@
-"""Base and trained on the same held-out noise, before every judge."""
+"""Base and trained on the same held-out noise, before every judge: `evaluate` is the end of a run and all of an eval."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench_dfusion import samplers, statistics
+from bench_dfusion import registry, samplers, statistics
+from bench_dfusion import track as tracks
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.progress import bar
 from bench_dfusion.records import Drift, Gain, Verdict
 from bench_dfusion.reward import Reward
 from bench_dfusion.seeds import seed_of
@@ -25,6 +27,49 @@ class Drawn:
     trajectory: Trajectory
 
 
+@dataclass
+class Evaluation:
+    """What every judge said of base and trained, how far apart the two are, and the images of both."""
+
+    verdicts: list[Verdict]
+    drift: Drift
+    base: Drawn
+    trained: Drawn
+
+
+def evaluate(
+    policy: Policy, track: Track, judges: Mapping[str, Reward], reward: str | None, fingerprint: str | None
+) -> Evaluation:
+    """Draw the policy and its reference on the track's held-out prompts and let every judge score both.
+
+    `reward` and `fingerprint` are of the reward that the policy was trained with, None where that is not known.
+    """
+    prompts, k = track.prompts.heldout, track.evaluation.images_per_prompt
+    with bar("evaluate", 2 * k * len(prompts)) as progress:
+        trained = draw(policy, prompts, k, progress.advance)
+        with policy.reference():
+            base = draw(policy, prompts, k, progress.advance)
+    verdicts = judge(judges, base, trained, track, reward, fingerprint)
+    embed = next((j for j in judges.values() if hasattr(j, "embed")), None)
+    return Evaluation(verdicts, drift(policy, base, trained, k, embed), base, trained)
+
+
+def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
+    """The track's judges by name; a name may carry an option, as in `oracle:full`.
+
+    Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot score a held-out prompt.
+    """
+    judges: dict[str, Reward] = {}
+    for text in track.evaluation.judges:
+        name, _, option = text.partition(":")
+        cls = registry.load("rewards", name)
+        values = {**track.rewards.get(name, {}), **({"score": option} if option else {})}
+        judges[text] = cls(tracks.validate(cls.Config, values, f"judge {text}"), device)
+    for loaded in judges.values():
+        loaded.check(track.prompts.heldout)
+    return judges
+
+
 def draw(policy: Policy, prompts: Sequence[str], per_prompt: int, advance: Callable[[int], None]) -> Drawn:
     """Sample with noise that depends on (prompt, image index) alone."""
     each = [p for p in prompts for _ in range(per_prompt)]
@@ -33,14 +78,20 @@ def draw(policy: Policy, prompts: Sequence[str], per_prompt: int, advance: Calla
     return Drawn(policy.decode(trajectory.final), trajectory)
 
 
-def judge(judges: dict[str, Reward], base: Drawn, trained: Drawn, track: Track, training: Reward) -> list[Verdict]:
-    """Every judge's verdict, in the track's order: the first ranks."""
+def judge(
+    judges: Mapping[str, Reward],
+    base: Drawn,
+    trained: Drawn,
+    track: Track,
+    reward: str | None,
+    fingerprint: str | None,
+) -> list[Verdict]:
+    """Every judge's verdict, in the track's order: the first ranks. `reward`: see `evaluate`."""
     prompts, k = list(track.prompts.heldout), track.evaluation.images_per_prompt
     templates = track.prompts.templates or {}
     by_template: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_template.setdefault(templates.get(prompt, "all"), []).append(i)
-    trained_on = training.fingerprint()
     verdicts = []
     for name, judge_reward in judges.items():
         scores = [
@@ -48,12 +99,12 @@ def judge(judges: dict[str, Reward], base: Drawn, trained: Drawn, track: Track, 
         ]
         gains = (scores[1] - scores[0]).astype(float)
         interval = statistics.paired_gain(gains[None])
-        fingerprint = judge_reward.fingerprint()
         verdicts.append(
             Verdict(
                 judge=name,
                 metric=judge_reward.unit,
-                trained_on=fingerprint == trained_on or _same_source(judge_reward, training),
+                # The oracle's graded and full scores are one judge: training on either makes the other a ceiling too.
+                trained_on=judge_reward.fingerprint() == fingerprint or judge_reward.name == reward == "oracle",
                 base=float(scores[0].mean()),
                 trained=float(scores[1].mean()),
                 gain=Gain(mean=interval.mean, low=interval.low, high=interval.high, kind=interval.kind),
@@ -61,15 +112,10 @@ def judge(judges: dict[str, Reward], base: Drawn, trained: Drawn, track: Track, 
                     t: (float(scores[0][rows].mean()), float(scores[1][rows].mean())) for t, rows in by_template.items()
                 },
                 per_prompt=[(float(b), float(a)) for b, a in zip(*scores, strict=True)],
-                fingerprint=fingerprint,
+                fingerprint=judge_reward.fingerprint(),
             )
         )
     return verdicts
-
-
-def _same_source(a: Reward, b: Reward) -> bool:
-    # The oracle's graded and full scores are one judge: training on either makes the other a ceiling too.
-    return type(a) is type(b) and a.name == "oracle"
 
 
 def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: Reward | None) -> Drift:

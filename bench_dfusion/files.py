@@ -39,13 +39,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None) -> None:
-    """Write tensors and a JSON-able `meta` as one safetensors file, atomically."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors, a JSON-able `meta` and further words of the file's header as one safetensors file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        save_file(contiguous, temporary, metadata={"meta": json.dumps(dict(meta or {}))})
+        save_file(contiguous, temporary, metadata={"meta": json.dumps(dict(meta or {})), **(header or {})})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

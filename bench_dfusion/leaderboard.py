@@ -308,6 +308,27 @@ def contrasts(board: Board, builder: str = "dfusion", control: str = "vanilla") 
     return frame[columns]
 
 
+def win_rates(board: Board) -> pd.DataFrame:
+    """How often one row's trained policy beats another's before the judge that ranks: the share, in [0, 1], of the
+    held-out prompts and the seeds both have in which its score is the higher one, ties half. A run that collapsed loses.
+
+    Index and columns are the rows' names, in the order of `rows`; nan where two rows share no seed, and with itself.
+    """
+    scores: dict[str, dict[int, np.ndarray]] = {}
+    for row in rows(board):
+        own = {r.seed: np.array([trained for _, trained in r.verdicts[0].per_prompt]) for r in row.finished}
+        # Infinitely bad on every prompt, however many there are.
+        scores[row.name] = own | {r.seed: np.array([-np.inf]) for r in row.failed}
+    frame = pd.DataFrame(np.nan, index=list(scores), columns=list(scores))
+    for a, first in scores.items():
+        for b, second in scores.items():
+            shared = sorted(first.keys() & second.keys())
+            if a != b and shared:
+                won = [np.mean((first[s] > second[s]) + 0.5 * (first[s] == second[s])) for s in shared]
+                frame.loc[a, b] = float(np.mean(won))
+    return frame
+
+
 def csv(board: Board) -> str:
     """The table as comma-separated values, six significant digits; text that a spreadsheet would run is quoted by '."""
     frame = table(board)

@@ -20,13 +20,13 @@ SIDE = 96  # px of one picture in a grid
 TEXT = 15  # px of a caption line
 
 
-def base_and_trained(path: Path, base: Drawn, trained: Drawn, per_prompt: int, track: Track, most: int = 24) -> None:
+def base_and_trained(path: Path, base: Drawn, trained: Drawn, track: Track, most: int = 24) -> None:
     """For up to `most` held-out prompts, evenly taken, base (left) and trained (right) on the same noise."""
     prompts = track.prompts.heldout
     chosen = np.unique(np.linspace(0, len(prompts) - 1, min(most, len(prompts))).round().astype(int))
     cells = []
     for i in chosen.tolist():
-        row = i * per_prompt
+        row = i * track.evaluation.images_per_prompt
         cells.append((prompts[i], ["base", "trained"], [base.images[row].numpy(), trained.images[row].numpy()]))
     _grid(path, cells, columns=3)
 

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from bench_dfusion import files, samplers
+from bench_dfusion import files, lora, samplers
 from bench_dfusion.models.base import Adapter, Conditioning, guided
 from bench_dfusion.samplers import Schedule
 
@@ -72,7 +71,7 @@ class Policy:
 
     adapter    how the pipeline's family answers (see `models/base.py`)
     steps, eta, guidance   the sampler: T, DDIM's eta in (0, 1], the guidance scale (1: one branch)
-    rank, alpha   the LoRA's; targets are the family's attention projections unless given
+    rank, alpha   the LoRA's; targets are the family's attention projections unless given; `config` goes before all three
     batch      samples in one call of the network; a fixed shape where bit-equality is promised
     autocast   dtype of the network's arithmetic, None for its own; log-probs are float32 in any case
     """
@@ -87,6 +86,7 @@ class Policy:
         rank: int = 4,
         alpha: float | None = None,
         targets: Sequence[str] | None = None,
+        config: LoraConfig | None = None,
         batch: int = 64,
         autocast: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -98,7 +98,7 @@ class Policy:
         self.alphas_cumprod = adapter.scheduler.alphas_cumprod.float().to(self.device)
         self.network_evaluations = 0  # forwards of one sample through one branch
         self._encoded: dict[str, Conditioning] = {}
-        config = LoraConfig(
+        config = config or LoraConfig(
             r=rank, lora_alpha=alpha or rank, target_modules=list(targets or adapter.lora_targets), lora_dropout=0.0
         )
         with torch.random.fork_rng(devices=[]):
@@ -237,14 +237,22 @@ class Policy:
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        result: Any = set_peft_model_state_dict(self.adapter.network, state)
-        if result.unexpected_keys:
-            raise ValueError(f"these weights are no LoRA of this network: {result.unexpected_keys[:3]}")
+        """Take over what `state` returned. Raises ValueError where names or shapes are not this LoRA's."""
+        own = self.state()
+        for name in sorted(own.keys() ^ state.keys()):
+            raise ValueError(
+                f"these weights are not the network's LoRA: {name} is {'missing' if name in own else 'more'}"
+            )
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                shapes = f"{list(state[name].shape)}, not {list(value.shape)}"
+                raise ValueError(f"these weights are not the network's LoRA: {name} has the shape {shapes}")
+        set_peft_model_state_dict(self.adapter.network, state)
 
     def save_lora(self, folder: Path) -> None:
         """Write the LoRA as `pytorch_lora_weights.safetensors` (diffusers) and as a peft directory `peft/`."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.adapter.save_lora(folder, self.state())
+        self.adapter.save_lora(folder, self.state(), lora.scale(self.lora_config))
         peft_folder = folder / "peft"
         self.lora_config.save_pretrained(str(peft_folder))
         files.save_tensors(

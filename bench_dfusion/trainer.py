@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
-from bench_dfusion import evaluation, files, pairs, pictures, records, registry
-from bench_dfusion import track as tracks
+from bench_dfusion import evaluation, files, pairs, pictures, records
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
+from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import dtype, load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
@@ -91,9 +92,7 @@ class Run:
         self.reward: Reward = cell.reward(cell.reward_config, self.device)
         if cell.builder.draws:
             self.reward.check(prompts)
-        self.judges = load_judges(track, self.device)
-        for judge in self.judges.values():
-            judge.check(track.prompts.heldout)
+        self.judges = evaluation.load_judges(track, self.device)
         adapter, self.model_sha256 = load_adapter(track.model, self.device)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
         self.builder: Builder = cell.builder(cell.builder_config)
@@ -260,19 +259,13 @@ class Run:
         """Evaluate (unless the run failed), write LoRA, pictures and record."""
         track, policy, cell = self.cell.track, self.policy, self.cell
         verdicts: list[records.Verdict] = []
-        drift = None
+        drift: records.Drift | None = None
         if self.failure is None:
             before = policy.network_evaluations
             with self.progress.phase("evaluate"):
-                k = track.evaluation.images_per_prompt
-                with bar("evaluate", 2 * k * len(track.prompts.heldout)) as progress:
-                    trained = evaluation.draw(policy, track.prompts.heldout, k, progress.advance)
-                    with policy.reference():
-                        base = evaluation.draw(policy, track.prompts.heldout, k, progress.advance)
-                verdicts = evaluation.judge(self.judges, base, trained, track, self.reward)
-                embed = next((j for j in self.judges.values() if hasattr(j, "embed")), None)
-                drift = evaluation.drift(policy, base, trained, k, embed)
-            pictures.base_and_trained(self.folder / "base_trained.png", base, trained, k, track)
+                done = evaluation.evaluate(policy, track, self.judges, cell.reward.name, self.reward.fingerprint())
+            verdicts, drift = done.verdicts, done.drift
+            pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
             self.progress.network_evaluations += policy.network_evaluations - before
         policy.save_lora(self.folder)
         code, dirty = records.code_state()
@@ -315,9 +308,17 @@ class Run:
         return record
 
 
-def make_policy(track: Track, adapter: Any, seed: int, device: torch.device) -> Policy:
+def make_policy(
+    track: Track,
+    adapter: Adapter,
+    seed: int,
+    device: torch.device,
+    config: LoraConfig | None = None,
+    kind: type[Policy] = Policy,
+) -> Policy:
+    """The policy of a track, of class `kind`, with a LoRA of the track's shape, or of `config`."""
     lora = track.lora
-    return Policy(
+    return kind(
         adapter,
         steps=track.sampler.steps,
         eta=track.sampler.eta,
@@ -325,22 +326,12 @@ def make_policy(track: Track, adapter: Any, seed: int, device: torch.device) -> 
         rank=lora.rank,
         alpha=lora.alpha,
         targets=lora.targets,
+        config=config,
         batch=track.batch,
         autocast=dtype(track.model.autocast) if track.model.autocast else None,
         device=device,
         seed=seed_of("lora", seed) % 2**31,
     )
-
-
-def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
-    """The track's judges by name; a name may carry an option, as in `oracle:full`."""
-    judges = {}
-    for text in track.evaluation.judges:
-        name, _, option = text.partition(":")
-        cls = registry.load("rewards", name)
-        values = {**track.rewards.get(name, {}), **({"score": option} if option else {})}
-        judges[text] = cls(tracks.validate(cls.Config, values, f"judge {text}"), device)
-    return judges
 
 
 def round_prompts(track: Track, seed: int, number: int) -> list[str]:

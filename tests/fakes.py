@@ -93,7 +93,7 @@ class FakeAdapter(Adapter):
     def fused_layers(self) -> tuple[str, ...]:
         return ("attn1",)
 
-    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor], scale: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:

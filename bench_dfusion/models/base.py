@@ -108,8 +108,13 @@ class Adapter(ABC):
         """The self-attention modules that D-Fusion fuses by default, in the network's order."""
 
     @abstractmethod
-    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
-        """Write `pytorch_lora_weights.safetensors` in the format of diffusers."""
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor], scale: Mapping[str, Any]) -> None:
+        """Write `pytorch_lora_weights.safetensors` in the format of diffusers, with `lora.scale` where it is not empty."""
+
+    def lora_layers(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The layers of such a file, and the alphas it gives by module: both with peft's names after the part's,
+        as in `unet.<module>.lora_A.weight`."""
+        return dict(tensors), {}
 
 
 def guided(adapter: Adapter, latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float) -> Tensor:

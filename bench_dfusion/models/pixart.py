@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_dfusion import files
+from bench_dfusion import files, lora
 from bench_dfusion.models.base import Adapter, Conditioning
 
 
@@ -65,7 +66,8 @@ class PixArtAdapter(Adapter):
         """Every block: there is no encoder to leave out (measured on the embedded model: docs/micro.md)."""
         return tuple(self.attentions("self"))
 
-    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor], scale: Mapping[str, Any]) -> None:
         """diffusers has no LoRA loader for PixArt: the keys are what its other transformer pipelines use."""
         named = {f"transformer.{k}": v for k, v in layers.items()}
-        files.save_tensors(folder / "pytorch_lora_weights.safetensors", named)
+        packed = json.dumps({f"transformer.{k}": v for k, v in scale.items()})
+        files.save_tensors(folder / lora.FILE, named, header={lora.HEADER: packed} if scale else {})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
 from bench_dfusion.models.base import Adapter, Conditioning
@@ -48,5 +49,17 @@ class UNetAdapter(Adapter):
         """The mid block and every up block that has attention, never the encoder (the official choice)."""
         return tuple(n for n in self.attentions("self") if n.startswith(("mid_block.", "up_blocks.")))
 
-    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
-        type(self.pipe).save_lora_weights(folder, unet_lora_layers=dict(layers), safe_serialization=True)
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor], scale: Mapping[str, Any]) -> None:
+        type(self.pipe).save_lora_weights(
+            folder,
+            unet_lora_layers=dict(layers),
+            safe_serialization=True,
+            unet_lora_adapter_metadata=dict(scale) or None,
+        )
+
+    def lora_layers(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """diffusers' formats, older ones too, and kohya's."""
+        layers, alphas = type(self.pipe).lora_state_dict(dict(tensors), unet_config=self.network.config)
+        # diffusers gives some alphas by their layer's old name and then finds no module of it, unless all are equal.
+        named = convert_unet_state_dict_to_peft({k.removesuffix(".alpha"): v for k, v in (alphas or {}).items()})
+        return convert_unet_state_dict_to_peft(layers), {k.partition(".lora_")[0]: float(v) for k, v in named.items()}

@@ -1,0 +1,290 @@
+"""Scoring again: a run against its record, and weights of other trainers, through the library and the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from processes import TINY
+from safetensors.torch import load_file, save_file
+from tiny import policy_of
+
+import bench_dfusion
+from bench_dfusion import cli, config, evaluation, files, lora, records, rescore
+from bench_dfusion.records import Record
+from bench_dfusion.track import Track
+
+SETTINGS = [t.removeprefix("--set=") for t in TINY]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny run."""
+    out = tmp_path_factory.mktemp("runs")
+    settings = [*SETTINGS, "algo.learning_rate=0.05", "track.budget.reward_queries=24"]
+    bench_dfusion.run(algo="diffusion-dpo", builder="vanilla", reward="clip", settings=settings, out=out)
+    ((path, _),) = records.find(out)
+    return path.parent
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / "record.json").read_text())
+    change(content)
+    (folder / "record.json").write_text(json.dumps(content))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["bench-dfusion", "eval", *map(str, words)])
+    monkeypatch.setattr(cli.out, "width", 160)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("something was drawn")
+
+    monkeypatch.setattr(evaluation, "draw", refuse)
+
+
+# --- a run against its record
+
+
+def test_a_run_matches_its_record_to_the_last_bit(finished: Path, monkeypatch, capsys) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*"))
+    assert command(monkeypatch, finished) == 0
+    said = capsys.readouterr().out
+    assert "matches: 3 judges, 3 prompts" in said and "to the last bit" in said
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*")), "an eval only reads"
+
+
+def test_one_changed_score_is_found_and_named(copied: Path, monkeypatch, capsys) -> None:
+    edit(
+        copied, lambda r: r["verdicts"][2]["per_prompt"][1].__setitem__(0, r["verdicts"][2]["per_prompt"][1][0] + 0.003)
+    )
+    found = rescore.run(copied)
+    assert [(d.judge, d.what) for d in found.differences] == [("clip", "'two blue rings' base")]
+    assert found.differences[0].size == pytest.approx(0.003) and found.largest["clip"] == pytest.approx(0.003)
+    assert found.largest["oracle"] == 0 and not found.exact and found.status == "differs slightly"
+    monkeypatch.setattr(rescore, "run", lambda *words: found)
+    assert command(monkeypatch, copied) == 1
+    said = capsys.readouterr().out
+    assert "differs slightly" in said and "'two blue rings' base" in said and "−0.003" in said.replace("-", "−")
+
+
+def test_another_lora_under_the_same_hash_differs(copied: Path) -> None:
+    file = copied / lora.FILE
+    save_file({k: v * (-1 if ".lora_B" in k else 1) for k, v in load_file(file).items()}, file)
+    edit(copied, lambda r: r["provenance"].__setitem__("lora_sha256", files.sha256(file)))
+    found = rescore.run(copied)
+    assert found.status.startswith("differs") and found.largest["clip"] > 1e-3
+    whats = {d.what.rpartition(" ")[2] for d in found.differences if d.judge == "clip"}
+    assert "trained" in whats and "base" not in whats, "the base is drawn without the LoRA"
+
+
+def test_what_the_hashes_say_otherwise_is_named_and_nothing_is_drawn(copied: Path, monkeypatch, capsys) -> None:
+    no_compute(monkeypatch)
+    file = copied / lora.FILE
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert command(monkeypatch, copied) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert f"the SHA-256 of {file}" in line
+
+    def change(record: dict[str, Any]) -> None:
+        record["track_hash"] = record["provenance"]["model_sha256"] = "0" * 64
+        record["resolved"]["algorithm"]["learning_rate"] = 1
+        record["provenance"]["lora_sha256"] = files.sha256(file)
+        record["verdicts"].pop()
+        record["verdicts"][1]["fingerprint"] = "0" * 64
+        record["verdicts"][0]["per_prompt"].pop()
+
+    edit(copied, change)
+    wanted = (
+        "the track's hash",
+        "the hash of the options",
+        "the SHA-256 of the model micro",
+        "the fingerprint of the judge oracle:full",
+        "the track's judges are oracle, oracle:full, clip, the record has oracle, oracle:full",
+        "the record has oracle's scores of 2 prompts",
+    )
+    problems = rescore.run(copied).provenance
+    assert len(problems) == len(wanted) and all(p.startswith(w) for p, w in zip(problems, wanted, strict=True))
+
+
+def test_status_by_the_size_of_a_difference(finished: Path) -> None:
+    record = records.read(finished / "record.json")
+    prompts = record.resolved["track"]["prompts"]["heldout"]
+    assert record.drift is not None
+
+    def shifted(amount: float) -> rescore.Rescored:
+        verdict = record.verdicts[2]
+        moved = [(b + amount, t) for b, t in verdict.per_prompt]
+        other = verdict.model_copy(update={"per_prompt": moved, "base": verdict.base + amount})
+        old = record.model_copy(update={"verdicts": [*record.verdicts[:2], other]})
+        differences, largest = rescore.compare(old, record.verdicts, record.drift, prompts)
+        return rescore.Rescored(old, [], record.verdicts, differences, largest, False, [])
+
+    gain = record.verdicts[2].gain
+    half = (gain.high - gain.low) / 2
+    assert shifted(1e-7).status == "matches" and shifted(1e-7).largest["clip"] > 0
+    assert shifted(0.9 * half).status == "differs slightly"
+    assert shifted(1.1 * half).status == "differs"
+
+
+def failed(record: dict[str, Any]) -> None:
+    record |= {"status": "failed", "evidence": "reward bad returned nan", "verdicts": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "expected"),
+    [
+        (lambda f: shutil.rmtree(f), (), "no run directory"),
+        (lambda f: (f / "record.json").unlink(), (), "record.json"),
+        (lambda f: (f / lora.FILE).unlink(), (), f"no file run/{lora.FILE}"),
+        (lambda f: edit(f, failed), (), "reward bad returned nan"),
+        (lambda f: edit(f, lambda r: r["resolved"].pop("track")), (), "no track"),
+        (lambda f: None, ("--model", "."), "no model_index.json"),
+        (lambda f: None, ("--track", "micro"), "--track does not go with RUN"),
+        (lambda f: None, ("--lora", "run"), "give one of RUN"),
+    ],
+)
+def test_a_run_that_cannot_be_scored_again_is_one_line(change, words, expected, copied, monkeypatch, capsys) -> None:
+    no_compute(monkeypatch)
+    monkeypatch.chdir(copied.parent)
+    change(copied)
+    assert command(monkeypatch, "run", *words) == 2
+    message = capsys.readouterr().err.strip()
+    assert expected in message and len(message.splitlines()) == 1
+
+
+# --- weights of other trainers
+
+
+def tiny_track() -> Track:
+    return config.resolve_track(settings=[s for s in SETTINGS if s.startswith("track.")])
+
+
+def plain(verdicts: list[records.Verdict]) -> list[dict[str, Any]]:
+    return [v.model_dump(exclude={"trained_on"}) for v in verdicts]
+
+
+@pytest.mark.parametrize("part", [lora.FILE, "peft"])
+def test_a_runs_own_lora_gets_the_records_verdicts(part: str, finished: Path, tmp_path: Path) -> None:
+    record: Record = records.read(finished / "record.json")
+    folder, found = rescore.weights(tiny_track(), tmp_path, lora=finished / part)
+    assert plain(found.verdicts) == plain(record.verdicts) and found.drift == record.drift
+    assert not any(v.trained_on for v in found.verdicts)
+    assert found.lora is not None and (found.lora.rank, found.lora.alpha) == (4, 4)
+    assert folder.parent == tmp_path / "micro-custom-v1" and found.model_sha256 == record.provenance.model_sha256
+
+
+@pytest.fixture(scope="module")
+def sd_lora(sd_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a LoRA for the tiny Stable Diffusion, not of the track's shape."""
+    folder = tmp_path_factory.mktemp("lora")
+    policy_of(sd_dir, lora=0.3, rank=2, alpha=6.0, targets=["to_k"]).save_lora(folder)
+    return folder
+
+
+OWN = """
+name = "own"
+version = 1
+batch = 8
+[sampler]
+steps = 3
+[lora]
+rank = 4
+[prompts]
+train = ["a cat"]
+heldout = ["a dog", "two cats"]
+[budget]
+reward_queries = 24
+prompts_per_round = 1
+[evaluation]
+judges = ["clip"]
+images_per_prompt = 2
+[rewards.clip]
+model = "micro"
+"""
+
+
+def test_a_stable_diffusion_lora_of_another_rank(
+    sd_dir: Path, sd_lora: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "own.toml").write_text(OWN)
+    shutil.copytree(sd_lora, tmp_path / "my style")
+    monkeypatch.chdir(tmp_path)
+    words = ("--lora", "my style", "--track", "own.toml", "--model", sd_dir)
+    assert command(monkeypatch, *words) == 0
+    said = capsys.readouterr().out
+    assert (
+        "my-style (lora, rank 2, alpha 6) on own-custom-v1: 2 held-out prompts" in " ".join(said.split())
+        and "clip" in said
+    )
+    (path,) = (tmp_path / "runs" / "own-custom-v1").glob("eval-my-style-*/evaluation.json")
+    found = rescore.read(path)
+    assert found.lora is not None and found.lora.modules == 14 and found.drift.pixels > 0
+    assert found.verdicts[0].base != found.verdicts[0].trained
+    assert Image.open(path.with_name("base_trained.png")).size[0] > 100
+    no_compute(monkeypatch)
+    assert command(monkeypatch, *words) == 0 and capsys.readouterr().out == said, "what is there is only read"
+    path.write_text("{}")
+    assert command(monkeypatch, *words) == 2 and "evaluation.json is no evaluation" in capsys.readouterr().err
+
+
+def test_a_pipeline_trained_as_a_whole_beside_its_base(sd_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(OWN)
+    track = config.resolve_track(str(tmp_path / "own.toml"), model=str(sd_dir))
+    # Merged into the weights, a LoRA is a pipeline trained as a whole.
+    policy = policy_of(sd_dir, lora=0.3, rank=2)
+    policy.save_lora(tmp_path / "lora")
+    for module in list(policy.adapter.network.modules()):
+        if hasattr(module, "merge"):
+            module.merge()
+    weights = {k: v for k, v in policy.adapter.network.state_dict().items() if "lora_" not in k}
+    merged = shutil.copytree(sd_dir, tmp_path / "merged")
+    (file,) = merged.glob("unet/*.safetensors")
+    save_file({k.replace(".base_layer", ""): v.contiguous() for k, v in weights.items()}, file, {"format": "pt"})
+    _, whole = rescore.weights(track, tmp_path, checkpoint=merged)
+    _, apart = rescore.weights(track, tmp_path, lora=tmp_path / "lora")
+    torch.testing.assert_close(whole.verdicts[0].per_prompt, apart.verdicts[0].per_prompt, atol=1e-3, rtol=0)
+    assert whole.drift.kl == pytest.approx(apart.drift.kl, rel=1e-2) and whole.drift.kl > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "give one of RUN"),
+        (("--lora", "nowhere"), "no LoRA at nowhere"),
+        (("--lora", "run"), "is a LoRA of another model"),
+        (("--lora", "run", "--name", "../up"), "--name '../up'"),
+        (("--lora", "run", "--track", "mikro"), "unknown track 'mikro'; did you mean micro"),
+        (("--lora", "run", "--set", "algo.beta=1"), "only track.OPTION"),
+        (("--lora", "run", "--model", "somewhere"), "give --prompts FILE"),
+        (("--checkpoint", "nowhere"), "no pipeline directory nowhere"),
+        (("--checkpoint", "run"), "no model_index.json"),
+        (("--checkpoint", "SD"), "no noise is the same for both"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_compute(
+    words, expected, sd_dir, sd_lora, tmp_path, monkeypatch, capsys
+) -> None:
+    no_compute(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sd_lora, tmp_path / "run")
+    assert command(monkeypatch, *(sd_dir if w == "SD" else w for w in words)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert expected in message
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,62 @@
+"""Pairwise win rates from records made by hand, and as the command prints them."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench_dfusion import cli, leaderboard, records
+from bench_dfusion.leaderboard import Board
+from bench_dfusion.records import Record
+
+PUBLISHED = Path(__file__).parents[1] / "leaderboards" / "micro-v1"
+
+
+@cache
+def real() -> Record:
+    return records.read(next(iter(sorted(PUBLISHED.glob("*/record.json")))))
+
+
+def record(algorithm: str, seed: int, trained: list[float] | None) -> Record:
+    """A record with these scores of the trained policy, or of a run that collapsed."""
+    change = {"algorithm": algorithm, "seed": seed, "cell_hash": f"{algorithm} {seed}"}
+    if trained is None:
+        return real().model_copy(update={**change, "status": "failed", "verdicts": []})
+    verdict = real().verdicts[0].model_copy(update={"per_prompt": [(0.9, t) for t in trained]})
+    return real().model_copy(update={**change, "verdicts": [verdict]})
+
+
+def test_win_rates_by_hand() -> None:
+    board = Board(
+        (
+            record("a", 0, [0.1, 0.5, 0.5, 0.9]),
+            record("a", 1, [1.0, 1.0, 1.0, 1.0]),
+            record("a", 2, [0.0, 0.0, 0.0, 0.0]),
+            record("b", 0, [0.2, 0.5, 0.4, 0.1]),
+            record("b", 1, [0.0, 0.0, 0.0, 0.0]),
+            record("c", 1, None),
+            record("d", 7, [0.3, 0.3, 0.3, 0.3]),
+        )
+    )
+    frame = leaderboard.win_rates(board)
+    assert [n.partition("/")[0] for n in frame.index] == list("abcd") and list(frame.index) == list(frame.columns)
+    # Seed 0: lost, tied, won, won: 2.5 of 4. Seed 1: 4 of 4. Seed 2 is not b's. c collapsed, d shares no seed.
+    expected = [[np.nan, 6.5 / 8, 1, np.nan], [1.5 / 8, np.nan, 1, np.nan], [0, 0, np.nan, np.nan], [np.nan] * 4]
+    np.testing.assert_allclose(frame.to_numpy(), expected)
+
+
+def test_the_published_win_rates_add_up_and_are_printed(monkeypatch, capsys) -> None:
+    (board,) = leaderboard.boards(PUBLISHED)
+    values = leaderboard.win_rates(board).to_numpy()
+    off = ~np.eye(len(values), dtype=bool)
+    np.testing.assert_allclose((values + values.T)[off], 1)
+    monkeypatch.setattr("sys.argv", ["bench-dfusion", "leaderboard", str(PUBLISHED), "--wins"])
+    monkeypatch.setattr(cli.out, "width", 120)
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    (line,) = [x for x in said.splitlines() if x.split()[:1] == ["1"] and "/" in x]
+    assert line.split()[2:] == ["–" if np.isnan(v) else f"{100 * v:.0f}" for v in values[0]]
