@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,7 +11,10 @@ from rich.table import Table
 
 from bench_dfusion import leaderboard
 from bench_dfusion.leaderboard import Board, signed
-from bench_dfusion.records import Record
+from bench_dfusion.records import Record, plain
+
+if TYPE_CHECKING:
+    from bench_dfusion.merge import Merged
 
 
 def record(record: Record, folder: Path, out: Console) -> None:
@@ -71,8 +75,7 @@ def board(board: Board, out: Console) -> None:
             name += f"\n{line['variant']}"
         place = line["rank"] or line["note"].partition(":")[0]  # miss, incomplete, ceiling or checkpoint
         seeds = f"{line['seeds']}/{line['seeds'] + line['missing']}" if line["missing"] else line["seeds"]
-        queries = line["queries"] or ("offline" if line["seeds"] else "")
-        grid.add_row(*(escape(str(c)) for c in (place, name, seeds, *gains, queries)))
+        grid.add_row(*(escape(str(c)) for c in (place, name, seeds, *gains, leaderboard.queries_text(line))))
     out.print(grid)
     for note in dict.fromkeys(frame["note"]):
         if note:
@@ -97,3 +100,15 @@ def board(board: Board, out: Console) -> None:
             words = (e["algorithm"], e["reward"], e["seeds"], difference, f"{e['holm']:.3f}")
             grid.add_row(*(escape(str(w)) for w in words))
         out.print(grid)
+
+
+def merged(done: Merged, into: Path, out: Console) -> None:
+    """What a merge added, and why it refused what it did not."""
+    for _, place in done.added:
+        out.print(f"{'added' if done.written else 'new'}  {escape(plain(place))}", soft_wrap=True, highlight=False)
+    for source, reason in done.refused:
+        out.print(f"[red]refused[/red]  {escape(f'{plain(source)}: {reason}')}", soft_wrap=True, highlight=False)
+    verb = "added" if done.written else "to add"
+    counts = f"{len(done.added)} {verb}, {len(done.present)} there already, {len(done.refused)} refused"
+    ending = "" if done.written or not done.added else "; nothing written"
+    out.print(f"{escape(plain(into))}: {counts}{ending}", soft_wrap=True, highlight=False)
