@@ -298,7 +298,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)  # typer.Exit comes back as its status
     except UsageError as error:
-        print(f"bench-dfusion: {error}", file=sys.stderr)
+        print(f"bench-dfusion: {registry.plain(error)}", file=sys.stderr)
         sys.exit(2)
     except PluginError as error:
         import traceback

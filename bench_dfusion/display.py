@@ -11,7 +11,8 @@ from rich.table import Table
 
 from bench_dfusion import leaderboard
 from bench_dfusion.leaderboard import Board, signed
-from bench_dfusion.records import Record, plain
+from bench_dfusion.records import Record
+from bench_dfusion.registry import plain
 
 if TYPE_CHECKING:
     from bench_dfusion.merge import Merged
@@ -21,15 +22,15 @@ def record(record: Record, folder: Path, out: Console) -> None:
     """What one run says: base against trained, before every judge."""
     title = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     if record.status == "failed":
-        out.print(f"[red]{escape(title)}: failed. {escape(record.evidence or '')}[/red]\n{escape(str(folder))}")
+        out.print(f"[red]{_text(title)}: failed. {_text(record.evidence or '')}[/red]\n{_text(folder)}")
         return
-    grid = Table(title=escape(f"{title}: {len(record.verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
+    grid = Table(title=_text(f"{title}: {len(record.verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
     for column in ("judge", "base", "trained", "gain", "95 % (prompts)", ""):
         grid.add_column(column, justify="left" if column in ("judge", "") else "right")
     for v in record.verdicts:
         note = "training reward" if v.trained_on else ""
         grid.add_row(
-            escape(v.judge),
+            _text(v.judge),
             f"{v.base:.3f}",
             f"{v.trained:.3f}",
             signed(v.gain.mean),
@@ -39,7 +40,7 @@ def record(record: Record, folder: Path, out: Console) -> None:
         for template, (base, trained) in v.templates.items():
             if len(v.templates) > 1:
                 grid.add_row(
-                    f"  {escape(template)}", f"{base:.3f}", f"{trained:.3f}", signed(trained - base), "", style="dim"
+                    f"  {_text(template)}", f"{base:.3f}", f"{trained:.3f}", signed(trained - base), "", style="dim"
                 )
     out.print(grid)
     d, c = record.drift, record.cost
@@ -53,42 +54,40 @@ def record(record: Record, folder: Path, out: Console) -> None:
     out.print(f"{drift}{queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB")
     out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
     names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
-    out.print(f"{escape(str(folder))}/: {', '.join(n for n in names if (folder / n).exists())}")
+    out.print(f"{_text(folder)}/: {', '.join(n for n in names if (folder / n).exists())}")
 
 
 def board(board: Board, out: Console) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
     frame, judges = leaderboard.table(board), board.judges
     grid = Table(
-        title=f"{escape(board.track)}  ({board.track_hash[:12]})", title_justify="left", box=None, pad_edge=False
+        title=f"{_text(board.track)}  ({board.track_hash[:12]})", title_justify="left", box=None, pad_edge=False
     )
     grid.add_column("rank", no_wrap=True)
     grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
-    for column in ("seeds", *(f"{j}\ngain" for j in judges), "queries"):
-        grid.add_column(escape(column), justify="right", no_wrap=True)
+    for column in ("seeds", *(f"{_text(j)}\ngain" for j in judges), "queries"):
+        grid.add_column(column, justify="right", no_wrap=True)
     for line in frame.to_dict("records"):
         gains = [signed(line[f"{j} gain"]) for j in judges]
         if gains:  # the judge that ranks shows its interval
-            gains[0] = leaderboard.gain_text(line, judges[0]).replace(" [", "\n[")
-        name = f"{line['algorithm']}\n{line['builder']}, {line['reward']}"
-        if line["variant"]:
-            name += f"\n{line['variant']}"
+            gains[0] = escape(leaderboard.gain_text(line, judges[0]).replace(" [", "\n["))
+        name = [line["algorithm"], f"{line['builder']}, {line['reward']}", *filter(None, [line["variant"]])]
         place = line["rank"] or line["note"].partition(":")[0]  # miss, incomplete, ceiling or checkpoint
         seeds = f"{line['seeds']}/{line['seeds'] + line['missing']}" if line["missing"] else line["seeds"]
-        grid.add_row(*(escape(str(c)) for c in (place, name, seeds, *gains, leaderboard.queries_text(line))))
+        grid.add_row(place, "\n".join(map(_text, name)), str(seeds), *gains, leaderboard.queries_text(line))
     out.print(grid)
     for note in dict.fromkeys(frame["note"]):
         if note:
-            out.print(escape(note), style="dim")
+            out.print(_text(note), style="dim")
     for row in leaderboard.rows(board):
         for cell in row.unfinished:
             if cell.error:
-                out.print(f"{escape(row.name)}, seed {cell.seed}: {escape(cell.error)}", style="red")
+                out.print(f"{_text(row.name)}, seed {cell.seed}: {_text(cell.error)}", style="red")
     effect = leaderboard.contrasts(board)
     if len(effect):
         out.print()
         grid = Table(
-            title=f"D-Fusion's effect on {escape(judges[0])}: dfusion − vanilla, paired; p after Holm",
+            title=f"D-Fusion's effect on {_text(judges[0])}: dfusion − vanilla, paired; p after Holm",
             title_justify="left",
             box=None,
             pad_edge=False,
@@ -98,17 +97,22 @@ def board(board: Board, out: Console) -> None:
         for e in effect.to_dict("records"):
             difference = f"{signed(e['difference'])} [{signed(e['low'])}, {signed(e['high'])}]"
             words = (e["algorithm"], e["reward"], e["seeds"], difference, f"{e['holm']:.3f}")
-            grid.add_row(*(escape(str(w)) for w in words))
+            grid.add_row(*(_text(w) for w in words))
         out.print(grid)
 
 
 def merged(done: Merged, into: Path, out: Console) -> None:
     """What a merge added, and why it refused what it did not."""
     for _, place in done.added:
-        out.print(f"{'added' if done.written else 'new'}  {escape(plain(place))}", soft_wrap=True, highlight=False)
+        out.print(f"{'added' if done.written else 'new'}  {_text(place)}", soft_wrap=True, highlight=False)
     for source, reason in done.refused:
-        out.print(f"[red]refused[/red]  {escape(f'{plain(source)}: {reason}')}", soft_wrap=True, highlight=False)
+        out.print(f"[red]refused[/red]  {_text(f'{source}: {reason}')}", soft_wrap=True, highlight=False)
     verb = "added" if done.written else "to add"
     counts = f"{len(done.added)} {verb}, {len(done.present)} there already, {len(done.refused)} refused"
     ending = "" if done.written or not done.added else "; nothing written"
-    out.print(f"{escape(plain(into))}: {counts}{ending}", soft_wrap=True, highlight=False)
+    out.print(f"{_text(into)}: {counts}{ending}", soft_wrap=True, highlight=False)
+
+
+def _text(value: object) -> str:
+    """What records and paths say, as text alone: no markup, no control characters."""
+    return escape(plain(value))

@@ -19,6 +19,7 @@ import pandas as pd
 
 from bench_dfusion import records, statistics
 from bench_dfusion.records import Record, Unfinished
+from bench_dfusion.registry import plain
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def csv(board: Board) -> str:
     """The table as comma-separated values, six significant digits; text that a spreadsheet would run is quoted by '."""
 
     def safe(value: object) -> str:
-        return "'" * str(value).startswith(("=", "+", "-", "@", "\t", "\r", "\n")) + records.plain(value)
+        return "'" * str(value).startswith(("=", "+", "-", "@", "\t", "\r", "\n")) + plain(value)
 
     frame = table(board)
     for column in frame.columns:
@@ -429,7 +430,7 @@ def _grid(header: Sequence[str], lines: Sequence[Sequence[object]], left: int) -
 
 def _escaped(value: object) -> str:
     """What Markdown shows as this text, in one line, whatever it holds; figures as they are."""
-    text = records.plain(" ".join(str(value).split()))
+    text = plain(" ".join(str(value).split()))
     if re.fullmatch(r"[-+−–∞\d.,\[\] ]*", text):
         return text
     return "".join(f"\\{c}" if c in "\\`*_[]|~$" else c for c in html.escape(text, quote=False))

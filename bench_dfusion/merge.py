@@ -20,7 +20,7 @@ from typing import Any
 from bench_dfusion import leaderboard, records
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
-from bench_dfusion.registry import UsageError
+from bench_dfusion.registry import UsageError, plain
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 STAGING = ".merge-"  # begins the name of the directory that holds what is not in place yet
@@ -55,7 +55,7 @@ def merge(sources: Sequence[Path], into: Path, dry_run: bool = False, skip_refus
                 record = records.read(path)
                 place = known.take(path, record)
             except UsageError as error:
-                reason = records.plain(error).removeprefix(records.plain(path)).lstrip(": ")
+                reason = plain(error).removeprefix(plain(path)).lstrip(": ")
                 done.refused.append((path, reason))
                 continue
             if place is None:
@@ -97,7 +97,7 @@ class _Known:
                     raise UsageError(f"{self.cells[leaderboard.identity(record)][0]} is the same result")
             except UsageError as error:
                 raise UsageError(
-                    records.plain(f"{path}, in the leaderboard already: {error}; remove it, or merge elsewhere")
+                    plain(f"{path}, in the leaderboard already: {error}; remove it, or merge elsewhere")
                 ) from None
 
     def take(self, path: Path, record: Record) -> Path | None:

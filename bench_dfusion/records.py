@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench_dfusion import files
-from bench_dfusion.registry import UsageError
+from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.track import Track
 
 SCHEMA = 1
@@ -300,11 +300,6 @@ def _verdict_problems(verdict: Verdict, track: Track) -> Iterator[str]:
 def _hash(content: Any) -> str:
     """As `config.Cell.hash` and `track.Track.hash`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def plain(text: object) -> str:
-    """Text from a record or a path as one line a terminal can be shown: control characters are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def schema() -> dict[str, Any]:
