@@ -34,11 +34,10 @@ class DRaFT(Algorithm):
     summary = "the reward's gradient through the last K steps; needs a differentiable reward, trains on drawn samples"
     paper = "Clark et al. 2023 (DRaFT-K), §4; Prabhudesai et al. 2023 (AlignProp), §4"
     Config: ClassVar[type[AlgorithmConfig]] = DRaFTConfig
+    needs_gradient = True
     config: DRaFTConfig
 
     def setup(self, policy: Policy, reward: Reward) -> None:
-        if not reward.differentiable:
-            raise ValueError(f"draft follows the reward's gradient, and {reward.name} has none; clip, for one, has")
         if self.config.last_steps > len(policy.schedule):
             raise ValueError(f"last_steps is {self.config.last_steps}, the sampler has {len(policy.schedule)} steps")
         self._reward = reward

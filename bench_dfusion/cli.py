@@ -110,6 +110,84 @@ def run(
         raise typer.Exit(1)
 
 
+@app.command()
+def sweep(
+    track: Annotated[str, typer.Argument(help="Track name or TOML file.")],
+    algo: Annotated[str, typer.Option(help="Training backends, comma-separated.")],
+    reward: Annotated[str, typer.Option(help="Training rewards, comma-separated.")],
+    builder: Annotated[str, typer.Option(help="Builders, comma-separated.")] = "dfusion,vanilla",
+    seeds: Annotated[int | None, typer.Option(help="Run seeds 0 to this minus 1 (default: the track's).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers pipeline directory or Hub id instead of the track's.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Training prompts instead of the track's, one a line.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="SECTION.OPTION=VALUE, for every cell: track. above all.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with sections algo, builder, reward, track.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where run directories go.")] = Path("runs"),
+    device: Annotated[
+        str | None, typer.Option(help="torch devices, comma-separated (default: every GPU, else the CPU).")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time on each device.")] = 1,
+    keep_pairs: Annotated[
+        Literal["all", "last", "none"] | None,
+        typer.Option(help="Rounds whose pairs stay, for pairs export (default: all; over 128 px the last)."),
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Run every algorithm × builder × reward × seed, and print the leaderboard.
+
+    All cells are registered before the first runs. Finished ones are skipped, killed ones go on where they were, and a
+    failing one is reported and stops nothing; the same command again runs what is still missing.
+    """
+    _load_files(plugin)
+    from bench_dfusion import sweeps
+
+    if seeds is not None and seeds < 1:
+        raise UsageError(f"--seeds must be 1 or more, not {seeds}")
+    words = ["--track", track, "--out", str(folder)]
+    given = [("--model", model), ("--prompts", prompts), ("--config", config), ("--keep-pairs", keep_pairs)]
+    given += [("--set", s) for s in settings or []] + [("--plugin", p) for p in plugin or []]
+    for option, value in given:
+        words += [option, str(value)] if value is not None else []
+    jobs, left_out = sweeps.plan(
+        track,
+        _names(algo, "--algo"),
+        _names(builder, "--builder"),
+        _names(reward, "--reward"),
+        seeds,
+        folder,
+        words,
+        model=model,
+        prompts=prompts,
+        settings=settings,
+        config=config,
+    )
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    sweeps.register(jobs)
+    try:
+        whole = sweeps.Sweep(jobs, sweeps.devices_of(device), workers).run()
+    except KeyboardInterrupt:
+        out.print("\nstopped; the same command goes on where it was")
+        raise typer.Exit(130) from None
+    from bench_dfusion import display
+
+    for board in _boards(str(folder / jobs[0].cell.track.id), folder):
+        display.board(board, out)
+    if not whole:
+        raise typer.Exit(1)
+
+
+def _names(text: str, option: str) -> list[str]:
+    """Comma-separated names. Raises UsageError where one is empty or there twice."""
+    names = [n.strip() for n in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"{option} {text!r}: write different names with commas between, for example a,b")
+    return names
+
+
 @app.command("list")
 def list_plugins(
     kind: Annotated[str | None, typer.Argument(help="algorithms, rewards, builders, models or tracks.")] = None,

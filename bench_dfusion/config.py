@@ -51,6 +51,11 @@ class Cell:
         return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()
 
     @property
+    def description(self) -> dict[str, Any]:
+        """What `cell.json` says of the cell before anything has run."""
+        return {"given": self.given, "resolved": self.resolved, "hash": self.hash}
+
+    @property
     def folder(self) -> str:
         """The cell's directory below the output directory."""
         name = f"{self.algorithm.name}-{self.builder.name}-{self.reward.name}-s{self.seed}-{self.hash[:8]}"
@@ -125,7 +130,7 @@ def resolve(
             defaults = {**defaults, **resolved_track.tuned.get(algo, {}).get(builder, {})}
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
-    _fit(classes["algo"], classes["builder"])
+    _fit(classes["algo"], classes["builder"], classes["reward"])
     configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts.heldout)
     sources = {section: registry.plugins(SECTIONS[section])[name].source for section, name in names.items()}
     if seed < 0:
@@ -154,18 +159,31 @@ def _scored_by(source: str, builder: str | None, reward: str | None) -> str:
     return reward or found or "given"
 
 
-def _fit(algorithm: type[Algorithm], builder: type[Builder]) -> None:
-    """Raise UsageError if the algorithm needs more than the builder has."""
-    if builder.draws or algorithm.offline:
-        return
+class Misfit(UsageError):
+    """An algorithm that cannot train on what the builder or the reward gives it."""
+
+
+def _fit(algorithm: type[Algorithm], builder: type[Builder], reward: type[Reward]) -> None:
+    """Raise Misfit if the algorithm needs more than the builder or the reward has."""
+    if algorithm.needs_gradient and not reward.differentiable:
+        raise Misfit(
+            f"{algorithm.name} follows the reward's gradient, and {reward.name} has none; "
+            f"these have: {', '.join(_able('rewards', 'differentiable'))}"
+        )
+    if not builder.draws and not algorithm.offline:
+        raise Misfit(
+            f"{algorithm.name} learns from samples that the policy draws, and {builder.name} pairs are only pictures; "
+            f"these learn from them: {', '.join(_able('algorithms', 'offline'))}"
+        )
+
+
+def _able(kind: str, ability: str) -> list[str]:
+    """The plugins that have an ability, those that cannot be imported left out."""
     able = []
-    for name, plugin in registry.plugins("algorithms").items():
+    for name, plugin in registry.plugins(kind).items():
         with suppress(PluginError):
-            able += [name] if plugin.load().offline else []
-    raise UsageError(
-        f"{algorithm.name} learns from samples that the policy draws, and {builder.name} pairs are only pictures; "
-        f"these learn from them: {', '.join(able)}"
-    )
+            able += [name] if getattr(plugin.load(), ability) else []
+    return able
 
 
 def _own_prompts(path: Path, track_prompts: dict[str, Any], given: list[str], name: str) -> dict[str, Any]:

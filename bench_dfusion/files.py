@@ -35,6 +35,10 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None) -> None:
     """Write tensors and a JSON-able `meta` as one safetensors file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)

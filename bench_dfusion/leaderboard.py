@@ -61,6 +61,7 @@ class Board:
                         f"the judge {v.judge} of {record.name} has other weights or rules than that of other records "
                         f"({v.fingerprint[:12]}…, not {judges[v.judge][:12]}…): their verdicts cannot be compared"
                     )
+        rows(self)
 
     @property
     def cells(self) -> list[Record | Unfinished]:
@@ -191,6 +192,9 @@ def rows(board: Board) -> list[Row]:
     for key, configurations in sorted(groups.items()):
         labels = _variants([json.loads(text) for text in configurations])
         for label, cells in sorted(zip(labels, configurations.values(), strict=True), key=lambda pair: pair[0]):
+            seeds = [c.seed for c in cells]
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{'/'.join(key)} has seed {next(s for s in seeds if seeds.count(s) > 1)} twice")
             own = tuple(c for c in cells if isinstance(c, Record))
             result.append(Row(*key, label, own, tuple(c for c in cells if isinstance(c, Unfinished))))
     return result

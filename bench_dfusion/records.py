@@ -347,7 +347,7 @@ def find_unfinished(folder: Path) -> list[Unfinished]:
         if path.with_name("record.json").exists():
             continue
         try:
-            content = json.loads(path.read_bytes())
+            content = files.read_json(path)
             resolved = content["resolved"]
             track = Track.model_validate(resolved["track"])
             error = path.with_name("error.json")
@@ -362,7 +362,7 @@ def find_unfinished(folder: Path) -> list[Unfinished]:
                     reward=resolved["reward"]["name"],
                     seed=resolved["seed"],
                     resolved=resolved,
-                    error=json.loads(error.read_bytes())["error"] if error.exists() else None,
+                    error=files.read_json(error)["error"] if error.exists() else None,
                 )
             )
         except (ValueError, KeyError, TypeError, OSError) as problem:

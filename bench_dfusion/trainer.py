@@ -74,7 +74,7 @@ def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs
         raise UsageError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        files.write_json(folder / "cell.json", {"given": cell.given, "resolved": cell.resolved, "hash": cell.hash})
+        files.write_json(folder / "cell.json", cell.description)
         run.restore()
         run.train()
         return run.finish()

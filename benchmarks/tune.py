@@ -129,13 +129,9 @@ def line(algorithm: str, builder: str, options: dict[str, Any], record: Record) 
 
 
 def _short(value: object) -> str:
-    return (
-        f"{value:g}"
-        if isinstance(value, float | int)
-        else "–".join(f"{v:g}" for v in value)
-        if isinstance(value, list)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return "–".join(f"{v:g}" for v in value)
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 def finished(runs: Path) -> dict[str, Record]:
@@ -159,11 +155,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of finished trials, run nothing")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    done = finished(args.runs)
     for algorithm in args.algorithms or TRIALS:
         for builder, options in TRIALS[algorithm].items():
             assert len(options) <= MOST
             for own in options:
-                record = finished(args.runs).get(key(algorithm, builder, own))
+                record = done.get(key(algorithm, builder, own))
                 if record is None and not args.table:
                     try:
                         record = bench_dfusion.run(**trial(algorithm, builder, own), out=args.runs, keep_pairs="none")

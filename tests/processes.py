@@ -7,16 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-TINY = [
-    "--set=track.budget.reward_queries=48",
-    "--set=track.budget.prompts_per_round=2",
-    "--set=track.budget.samples_per_prompt=4",
-    "--set=track.evaluation.images_per_prompt=2",
-    '--set=track.prompts.heldout=["a red circle", "two blue rings", "a red ring above a blue cross"]',
-    '--set=track.prompts.train=["three green rings", "a cyan square", "a red square and a blue ring"]',
-    "--set=track.prompts.validation=[]",
-    "--set=track.prompts.templates=null",
+SETTINGS = [
+    "track.budget.reward_queries=48",
+    "track.budget.prompts_per_round=2",
+    "track.budget.samples_per_prompt=4",
+    "track.evaluation.images_per_prompt=2",
+    'track.prompts.heldout=["a red circle", "two blue rings", "a red ring above a blue cross"]',
+    'track.prompts.train=["three green rings", "a cyan square", "a red square and a blue ring"]',
+    "track.prompts.validation=[]",
+    "track.prompts.templates=null",
 ]
+TINY = [f"--set={setting}" for setting in SETTINGS]
 
 
 def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

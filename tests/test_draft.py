@@ -11,6 +11,7 @@ from fakes import draw, fake_policy, shake
 from torch import Tensor
 
 from bench_dfusion.builders.vanilla import Vanilla
+from bench_dfusion.config import Misfit, resolve
 from bench_dfusion.consistent import ConsistentSamples, PairConfig
 from bench_dfusion.reward import Reward, RewardConfig
 
@@ -31,11 +32,6 @@ class Red(Reward):
 
     def fingerprint(self) -> str:
         return "red"
-
-
-class Blind(Red):
-    name = "blind"
-    differentiable = False
 
 
 def round_of(**options) -> tuple:
@@ -103,11 +99,10 @@ def test_training_raises_the_reward():
 
 
 def test_a_reward_without_gradient_and_too_many_steps_are_refused():
-    policy = fake_policy()
-    with pytest.raises(ValueError, match="blind has none"):
-        DRaFT(DRaFTConfig()).setup(policy, Blind(RewardConfig()))
+    with pytest.raises(Misfit, match="oracle has none; these have: clip"):
+        resolve(algo="draft", reward="oracle")
     with pytest.raises(ValueError, match="5, the sampler has 4"):
-        DRaFT(DRaFTConfig(last_steps=5)).setup(policy, Red(RewardConfig()))
+        DRaFT(DRaFTConfig(last_steps=5)).setup(fake_policy(), Red(RewardConfig()))
 
 
 def test_its_evaluations_are_counted_as_queries():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
-from processes import TINY
+from processes import SETTINGS
 
 import bench_dfusion
 from bench_dfusion import registry, track
@@ -33,7 +34,7 @@ def test_the_algorithms_are_those_a_researcher_looks_for() -> None:
 @pytest.mark.parametrize("builder", ["dfusion", "vanilla"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_it_runs_with_clip_on_consistent_and_on_drawn_samples(name: str, builder: str, tmp_path: Path) -> None:
-    settings = [word.removeprefix("--set=") for word in TINY] + ["track.budget.reward_queries=24"]
+    settings = [*SETTINGS, "track.budget.reward_queries=24"]
     record = bench_dfusion.run(algo=name, builder=builder, reward="clip", settings=settings, out=tmp_path)
     assert record.status == "finished" and record.cost.updates > 0 and record.drift is not None
     assert 0 < record.drift.kl < 1
@@ -56,8 +57,8 @@ def test_the_training_reward_of_the_last_quarter_is_above_the_firsts(name: str, 
     samples = PROMPTS * EACH
     queries = samples * (2 if name == "draft" else 1)  # its differentiated pictures count too
     settings = [
-        f"track.prompts.train={_json(content['prompts']['train'][:PROMPTS])}",
-        f"track.prompts.heldout={_json(content['prompts']['heldout'][:2])}",
+        f"track.prompts.train={json.dumps(content['prompts']['train'][:PROMPTS])}",
+        f"track.prompts.heldout={json.dumps(content['prompts']['heldout'][:2])}",
         "track.prompts.templates=null",
         f"track.budget.reward_queries={ROUNDS * queries}",
         f"track.budget.prompts_per_round={PROMPTS}",
@@ -75,9 +76,9 @@ def test_the_training_reward_of_the_last_quarter_is_above_the_firsts(name: str, 
             out=tmp_path,
             keep_pairs="none",
         )
-        assert record.status == "finished", record.evidence
+        if record.status != "finished" or len(record.rounds) != ROUNDS:
+            pytest.fail(f"{len(record.rounds)} rounds, {record.status}: {record.evidence}")
         rounds = [(r.reward or 0.0, r.reward_sd or 0.0) for r in record.rounds]
-        assert len(rounds) == ROUNDS
         quarters[0] += rounds[: ROUNDS // 4]
         quarters[1] += rounds[-ROUNDS // 4 :]
     means = [sum(m for m, _ in q) / len(q) for q in quarters]
@@ -85,7 +86,3 @@ def test_the_training_reward_of_the_last_quarter_is_above_the_firsts(name: str, 
     z = (means[1] - means[0]) / math.sqrt(sum(errors))
     print(f"{name}: {means[0]:.3f} to {means[1]:.3f}, z {z:.2f}")
     assert z > 1.645
-
-
-def _json(prompts: list[str]) -> str:
-    return "[" + ", ".join(f'"{p}"' for p in prompts) + "]"

@@ -259,6 +259,25 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch)
     assert not files_of(tmp_path / "into") and not list((tmp_path / "into").iterdir())
 
 
+def test_two_cells_of_one_directory_name_are_refused(tmp_path: Path) -> None:
+    """As their hashes may begin alike."""
+    known = merge._Known(tmp_path)
+    known.places[place(tmp_path, record())] = Path("theirs/record.json")
+    with pytest.raises(UsageError, match="theirs/record.json is another cell of the same directory name"):
+        known.take(Path("ours"), record())
+    assert known.take(Path("ours"), record(seed=1)) == place(tmp_path, record(seed=1))
+
+
+def test_what_a_killed_merge_left_is_removed_and_links_are_not_followed(tmp_path: Path) -> None:
+    source, into, outside = leave(tmp_path / "theirs", record()), tmp_path / "into", tmp_path / "outside"
+    for folder in (into / ".merge-left", outside):
+        folder.mkdir(parents=True)
+        (folder / "0.json").write_text("{}")
+    (into / ".merge-link").symlink_to(outside)
+    assert merge.merge([source], into).written
+    assert sorted(files_of(outside)) == ["0.json"] and not (into / ".merge-left").exists()
+
+
 def test_two_merges_at_once_are_refused(tmp_path: Path) -> None:
     source, into = leave(tmp_path / "theirs", record()), tmp_path / "into"
     into.mkdir()
@@ -288,6 +307,7 @@ def test_the_first_difference_is_found_wherever_it_is() -> None:
     assert merge.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) == ""
     assert merge.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b is 2 there and 3 here"
     assert merge.difference({"a": 1}, {"a": 1, "c": "x"}) == "c is None there and 'x' here"
+    assert merge.difference({"a": {"b": 1}}, {"a": None}) == "a is {'b': 1} there and None here"
     assert merge.difference({"a": [1]}, {"a": [1, 2]}) == "a is a list of 1 there and a list of 2 here"
     text = merge.difference({"a": json.dumps([0] * 99)}, {"a": 0})
     assert len(text) < 100 and "…" in text

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from fakes import draw, fake_policy, shake, with_targets
 from PIL import Image as Picture
-from processes import TINY, command
+from processes import SETTINGS, TINY, command
 from rounds import PROMPTS, generator, loss_and_gradient
 from tiny import policy_of, tiny_sd
 
@@ -370,8 +370,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ABLE)
 def test_a_run_trains_on_what_pairs_export_wrote(name: str, exported: Path, tmp_path: Path) -> None:
-    settings = [word.removeprefix("--set=") for word in TINY]
-    record = bench_dfusion.run(algo=name, pairs=str(exported), settings=settings, out=tmp_path)
+    record = bench_dfusion.run(algo=name, pairs=str(exported), settings=SETTINGS, out=tmp_path)
     ((path, _),) = records.find(tmp_path)
     assert (record.algorithm, record.builder, record.reward) == (name, "offline", "clip")
     assert record.cost.reward_queries == 0 and len(record.rounds) == 6 and record.cost.updates == 12

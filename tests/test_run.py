@@ -120,7 +120,7 @@ def test_a_non_finite_reward_fails_with_evidence_and_counts_as_a_miss(tmp_path: 
     _, record = only_record(tmp_path)
     assert record.status == "failed" and "bad returned" in (record.evidence or "")
     table = command("leaderboard", "--csv", cwd=tmp_path).stdout
-    assert "miss: 1 failed" in table
+    assert "miss: 1 of 1 runs collapsed" in table
 
 
 def test_seeds_give_a_table_and_the_leaderboard_reads_the_same_runs(tmp_path: Path) -> None:

@@ -1,0 +1,345 @@
+"""Many cells, one command: every cell is registered before the first runs, none is lost, a failing one stops nothing.
+
+Each cell runs in a process of its own (`bench-dfusion run`), one at a time on each device unless told otherwise, so a
+crash takes one cell with it. What a cell says goes to `log.txt` in its directory; if it ends without a record,
+`error.json` says why until a later sweep tries again. Cells that another process is running (a second sweep, or what
+a killed sweep left running) are waited for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from bench_dfusion import files, records
+from bench_dfusion.config import Cell, Misfit, resolve
+from bench_dfusion.leaderboard import signed
+from bench_dfusion.progress import duration
+from bench_dfusion.registry import UsageError
+
+POLL = 0.2  # s between looks at the running cells
+GRACE = 30.0  # s that a stopped cell has to end by itself
+
+State = Literal["waiting", "running", "elsewhere", "finished", "miss", "error"]
+
+
+@dataclass
+class Job:
+    """One cell of a sweep."""
+
+    cell: Cell
+    folder: Path
+    words: list[str]  # arguments of `bench-dfusion run` beside algorithm, builder, reward and seed
+    state: State = "waiting"
+    started: float = 0.0  # s, time.monotonic
+    seconds: float | None = None  # wall time of the try that ended with a record
+    device: str = ""
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        return self.cell.algorithm.name, self.cell.builder.name, self.cell.reward.name
+
+    @property
+    def name(self) -> str:
+        return f"{'/'.join(self.row)}, seed {self.cell.seed}"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "record.json"
+
+    @property
+    def error(self) -> str:
+        with suppress(OSError, ValueError, KeyError):
+            return str(files.read_json(self.folder / "error.json")["error"])
+        return ""
+
+    def locked(self) -> bool:
+        """Whether another process is running the cell."""
+        try:
+            with open(self.folder / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def last_line(self) -> str:
+        """The last thing the cell said, its control characters removed."""
+        try:
+            with open(self.folder / "log.txt", "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        text = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return "".join(c for c in text if c.isprintable())
+
+    def share(self) -> float:
+        """The share of the training that a running cell has said is done."""
+        line = self.last_line()
+        found = re.match(r"train .* (\d+)/(\d+), ", line)
+        return int(found[1]) / int(found[2]) if found else float(line.startswith("evaluate "))
+
+
+def plan(
+    track: str,
+    algorithms: Sequence[str],
+    builders: Sequence[str],
+    rewards: Sequence[str],
+    seeds: int | None,
+    out: Path,
+    words: Sequence[str] = (),
+    **options: Any,
+) -> tuple[list[Job], list[str]]:
+    """Every cell of algorithms × builders × rewards × seeds, seed by seed, and why combinations were left out.
+
+    seeds     0 to this minus 1; None: as many as the track has
+    words     the command's arguments that `options` (those of `config.resolve`) were read from
+    Raises UsageError on any mistake, and where no combination fits.
+    """
+    jobs: list[list[Job]] = []
+    left_out: list[str] = []
+    for algorithm in algorithms:
+        for builder in builders:
+            for reward in rewards:
+                given = {"track_source": track, "algo": algorithm, "builder": builder, "reward": reward, **options}
+                try:
+                    first = resolve(seed=0, **given)
+                except Misfit as misfit:
+                    left_out.append(f"{algorithm}/{builder}/{reward}: {misfit}")
+                    continue
+                count = first.track.seeds if seeds is None else seeds
+                cells = [first, *(resolve(seed=n, **given) for n in range(1, count))]
+                jobs.append([Job(cell, out / cell.folder, list(words)) for cell in cells])
+    if not jobs:
+        raise UsageError(left_out[0] if left_out else "nothing to run: name at least one algorithm")
+    by_seed = [own[n] for n in range(max(map(len, jobs))) for own in jobs if n < len(own)]
+    return by_seed, left_out
+
+
+def register(jobs: Sequence[Job]) -> None:
+    """Write every cell's `cell.json`: from here on a table shows it, with or without a record."""
+    for job in jobs:
+        if job.record.exists():
+            job.state = "miss" if records.read(job.record).status == "failed" else "finished"
+        else:
+            files.write_json(job.folder / "cell.json", job.cell.description)
+
+
+def devices_of(named: str | None) -> list[str]:
+    """The devices a sweep runs on: those named (comma-separated), or every GPU, or the CPU."""
+    if named:
+        return [d.strip() for d in named.split(",") if d.strip()]
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+@dataclass
+class Sweep:
+    """Runs registered jobs, `workers` at a time on each device."""
+
+    jobs: list[Job]
+    devices: list[str]
+    workers: int = 1
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def run(self) -> bool:
+        """Run what has no record yet; whether every cell ended with a record of a finished run.
+
+        KeyboardInterrupt (also from SIGTERM) first stops the running cells, which go on from their last round later.
+        """
+        self.begun = time.monotonic()
+        self.free = deque(d for _ in range(self.workers) for d in self.devices)
+        self.queue = deque(j for j in self.jobs if j.state == "waiting")
+        with _terminating(), self._shown() as show:
+            try:
+                while self.queue or any(j.state in ("running", "elsewhere") for j in self.jobs):
+                    self._start()
+                    self._collect()
+                    show()
+                    time.sleep(POLL)
+            except BaseException:
+                self._stop()
+                raise
+        return all(j.state == "finished" for j in self.jobs)
+
+    def _start(self) -> None:
+        """Start waiting cells on free devices."""
+        for _ in range(len(self.queue)):
+            if not self.free:
+                return
+            job = self.queue.popleft()
+            if job.record.exists():  # a sweep beside this one was faster
+                self._ended(job)
+            elif job.locked():
+                job.state = "elsewhere"
+            else:
+                self._launch(job, self.free.popleft())
+
+    def _launch(self, job: Job, device: str) -> None:
+        algorithm, builder, reward = job.row
+        command = [sys.executable, "-m", "bench_dfusion.cli", "run", "--algo", algorithm, "--builder", builder]
+        command += ["--reward", reward, "--seed", str(job.cell.seed), "--device", device, *job.words]
+        environment = dict(os.environ)
+        if device == "cpu":  # processes that share the cores' threads stall each other
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "error.json").unlink(missing_ok=True)
+        with open(job.folder / "log.txt", "wb") as log:
+            job.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+        job.state, job.started, job.device = "running", time.monotonic(), device
+
+    def _collect(self) -> None:
+        """Take note of what ended."""
+        for job in self.jobs:
+            if job.state == "elsewhere" and not job.locked():
+                if job.record.exists():
+                    self._ended(job)
+                else:
+                    job.state = "waiting"
+                    self.queue.append(job)
+            if job.state == "running" and job.process is not None and job.process.poll() is not None:
+                self.free.append(job.device)
+                self._ended(job, job.process.returncode)
+
+    def _ended(self, job: Job, code: int = 0) -> None:
+        job.seconds = time.monotonic() - job.started if job.state == "running" else None
+        if job.record.exists():
+            job.state = "miss" if records.read(job.record).status == "failed" else "finished"
+        elif "another process is running" in job.last_line():  # it took the lock between the look and the start
+            job.state = "elsewhere"
+            return
+        else:
+            ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            text = job.last_line() or "it said nothing"
+            files.write_json(job.folder / "error.json", {"error": f"{text} ({ended})", "log": "log.txt"})
+            job.state = "error"
+        self._say(job)
+
+    def _say(self, job: Job) -> None:
+        """One line for a cell that ended, where there is no live table."""
+        if self.console.is_terminal:
+            return
+        done = sum(j.state in ("finished", "miss", "error") for j in self.jobs)
+        took = f" in {duration(job.seconds)}" if job.seconds is not None else ""
+        text = _gain(job) if job.state == "finished" else f"{job.state}: {job.error or 'the run collapsed'}"
+        left = f"; {duration(self.time_left())} left" if done < len(self.jobs) else ""
+        print(f"[{done}/{len(self.jobs)}] {job.name}: {text}{took}{left}", file=sys.stderr, flush=True)
+
+    def time_left(self) -> float:
+        """Seconds until the last cell ends, from cells of the same kind that ended, else from all, else from how far
+        the running ones are."""
+        now = time.monotonic()
+        ended = [j for j in self.jobs if j.seconds is not None and j.state in ("finished", "miss")]
+        ahead = [(now - j.started) / share for j in self.jobs if j.state == "running" and (share := j.share()) > 0]
+        known = [j.seconds or 0.0 for j in ended] or ahead
+
+        def expected(job: Job) -> float:
+            same = [j.seconds or 0.0 for j in ended if j.row == job.row]
+            return _mean(same or known)
+
+        if not known:
+            return float("inf")
+        total = 0.0
+        for job in self.jobs:
+            if job.state in ("waiting", "elsewhere"):
+                total += expected(job)
+            elif job.state == "running":
+                total += max(0.0, expected(job) - (now - job.started))
+        return total / (len(self.devices) * self.workers)
+
+    def _stop(self) -> None:
+        running = [j for j in self.jobs if j.state == "running" and j.process is not None]
+        for job in running:
+            if job.process is not None and job.process.poll() is None:
+                job.process.send_signal(signal.SIGINT)
+        until = time.monotonic() + GRACE
+        for job in running:
+            if job.process is not None:
+                try:
+                    job.process.wait(max(0.1, until - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    job.process.kill()
+                    job.process.wait()
+
+    @contextmanager
+    def _shown(self) -> Iterator[Any]:
+        if not self.console.is_terminal:
+            yield lambda: None
+            return
+        with Live(self.picture(), console=self.console, refresh_per_second=4, transient=True) as live:
+            yield lambda: live.update(self.picture())
+
+    def picture(self) -> Table:
+        """The live table: a line for each row of the leaderboard, a sign for each seed, what is running now."""
+        signs = {
+            "waiting": Text("·", "dim"),
+            "running": Text("▶", "cyan"),
+            "elsewhere": Text("◌", "cyan"),
+            "finished": Text("✓", "green"),
+            "miss": Text("✗", "red"),
+            "error": Text("!", "bold red"),
+        }
+        done = sum(j.state in ("finished", "miss", "error") for j in self.jobs)
+        grid = Table(box=None, pad_edge=False, title_justify="left", caption_justify="left")
+        grid.title = (
+            f"{done} of {len(self.jobs)} cells, {duration(time.monotonic() - self.begun)} gone, "
+            f"{duration(self.time_left())} left"
+        )
+        grid.caption = "✓ finished  ✗ collapsed  ! error  ▶ running  ◌ run by another process  · waiting"
+        grid.add_column("algorithm/builder/reward", overflow="fold")
+        grid.add_column("seeds", no_wrap=True)
+        grid.add_column("now", overflow="ellipsis", no_wrap=True)
+        for row in dict.fromkeys(j.row for j in self.jobs):
+            own = sorted((j for j in self.jobs if j.row == row), key=lambda j: j.cell.seed)
+            now = next((j.last_line() for j in own if j.state == "running"), "")
+            now = now.removeprefix(f"train {'/'.join(row)} ")
+            now = now or next((j.error for j in own if j.state == "error"), "")
+            grid.add_row(escape("/".join(row)), Text(" ").join(signs[j.state] for j in own), escape(now))
+        return grid
+
+
+def _gain(job: Job) -> str:
+    verdicts = records.read(job.record).verdicts
+    return f"finished, {verdicts[0].judge} {signed(verdicts[0].gain.mean)}" if verdicts else "finished"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
