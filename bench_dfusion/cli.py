@@ -357,7 +357,10 @@ def _boards(source: str, folder: Path) -> list[Board]:
     where = Path(source)
     if not where.is_dir():
         if where != Path("runs"):
-            content = track.read(source)
+            try:
+                content = track.read(source)
+            except UsageError as error:
+                raise UsageError(f"no directory {source}; {error}") from None
             where = folder / f"{content['name']}-v{content['version']}"
         if not where.is_dir():
             raise UsageError(f"no directory {where}; bench-dfusion run leaves its runs in runs/")
