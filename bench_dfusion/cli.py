@@ -324,6 +324,36 @@ def report(
     out.print(f"{escape(f'{to}: {runs} runs of {tracks}, {size:.1f} MB')}", soft_wrap=True, highlight=False)
 
 
+@app.command()
+def merge(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="Record files, or directories with record.json files below them."),
+    ],
+    into: Annotated[Path, typer.Option(metavar="DIR", help="The leaderboard directory, new or with records.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and say, write nothing.")] = False,
+    skip_refused: Annotated[
+        bool,
+        typer.Option("--skip-refused", help="Add the others where records are refused (the first of two that differ)."),
+    ] = False,
+) -> None:
+    """Add records from other machines or people to a leaderboard directory.
+
+    Only records are copied, to DIR/TRACK/CELL/record.json: no LoRA, no pictures.
+
+    Refused: a damaged record, one that contradicts itself, another version of DIR's track, model or judges, and another result for a cell that DIR has.
+
+    Exit status: 0; 2 if any record is refused, and nothing is written; 1 if so with --skip-refused, and the others are written.
+    """
+    from bench_dfusion import display
+    from bench_dfusion import merge as merging
+
+    done = merging.merge(sources, into, dry_run, skip_refused)
+    display.merged(done, into, out)
+    if done.refused:
+        raise typer.Exit(1 if skip_refused else 2)
+
+
 @pairs_app.command("export")
 def pairs_export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
@@ -407,7 +437,10 @@ def _boards(source: str, folder: Path) -> list[Board]:
     where = Path(source)
     if not where.is_dir():
         if where != Path("runs"):
-            content = track.read(source)
+            try:
+                content = track.read(source)
+            except UsageError as error:
+                raise UsageError(f"no directory {source}; {error}") from None
             where = folder / f"{content['name']}-v{content['version']}"
         if not where.is_dir():
             raise UsageError(f"no directory {where}; bench-dfusion run leaves its runs in runs/")
@@ -426,7 +459,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)  # typer.Exit comes back as its status
     except UsageError as error:
-        print(f"bench-dfusion: {error}", file=sys.stderr)
+        print(f"bench-dfusion: {registry.plain(error)}", file=sys.stderr)
         sys.exit(2)
     except PluginError as error:
         import traceback

@@ -14,8 +14,10 @@ from rich.table import Table
 from bench_dfusion import leaderboard
 from bench_dfusion.leaderboard import Board, signed
 from bench_dfusion.records import Drift, Record, Verdict
+from bench_dfusion.registry import plain
 
 if TYPE_CHECKING:
+    from bench_dfusion.merge import Merged
     from bench_dfusion.rescore import Evaluation, Rescored
 
 
@@ -23,7 +25,7 @@ def record(record: Record, folder: Path, out: Console) -> None:
     """What one run says: base against trained, before every judge."""
     title = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     if record.status == "failed":
-        out.print(f"[red]{escape(title)}: failed. {escape(record.evidence or '')}[/red]\n{escape(str(folder))}")
+        out.print(f"[red]{_text(title)}: failed. {_text(record.evidence or '')}[/red]\n{_text(folder)}")
         return
     _verdicts(title, record.verdicts, out)
     c = record.cost
@@ -32,7 +34,7 @@ def record(record: Record, folder: Path, out: Console) -> None:
     out.print(f"{drift}{queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB")
     out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
     names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
-    out.print(f"{escape(str(folder))}/: {', '.join(n for n in names if (folder / n).exists())}")
+    out.print(f"{_text(folder)}/: {', '.join(n for n in names if (folder / n).exists())}")
 
 
 def evaluation(found: Evaluation, folder: Path, out: Console) -> None:
@@ -42,22 +44,22 @@ def evaluation(found: Evaluation, folder: Path, out: Console) -> None:
     out.print(f"{_drift(found.drift)}; {found.seconds:.0f} s, {found.peak_memory_mb:.0f} MB")
     note = "a checkpoint result, never ranked; a judge that it was trained on, which is not known here, is a ceiling"
     out.print(note, style="dim")
-    out.print(f"{escape(str(folder))}/: evaluation.json, base_trained.png", soft_wrap=True)
+    out.print(f"{_text(folder)}/: evaluation.json, base_trained.png", soft_wrap=True)
 
 
 def rescored(found: Rescored, folder: Path, out: Console, most: int = 12) -> None:
     """Whether a run, scored again, matches its record, and what does not, the largest first."""
     if found.provenance:
-        out.print(escape(f"{folder} is not what its record says; nothing was drawn:"), style="red", soft_wrap=True)
+        out.print(_text(f"{folder} is not what its record says; nothing was drawn:"), style="red", soft_wrap=True)
         for line in found.provenance:
-            out.print(escape(f"- {line}"), soft_wrap=True, highlight=False)
+            out.print(_text(f"- {line}"), soft_wrap=True, highlight=False)
         return
     prompts = len(found.verdicts[0].per_prompt)
     what = f"{len(found.verdicts)} judges, {prompts} prompts, base and trained"
     size = "every figure to the last bit"
     if not found.exact:
         size = "largest difference of a prompt's score: " + ", ".join(f"{j} {v:.2g}" for j, v in found.largest.items())
-    out.print(escape(f"{folder} {found.status}: {what}; {size}"), soft_wrap=True, highlight=False)
+    out.print(_text(f"{folder} {found.status}: {what}; {size}"), soft_wrap=True, highlight=False)
     if found.differences:
         grid = Table(box=None, pad_edge=False)
         for column in ("judge", "figure", "record", "now", "difference", "tolerance"):
@@ -65,27 +67,27 @@ def rescored(found: Rescored, folder: Path, out: Console, most: int = 12) -> Non
         ordered = sorted(found.differences, key=lambda d: -d.size / d.tolerance if d.tolerance else -np.inf)
         for d in ordered[:most]:
             numbers = (f"{v:.6g}" for v in (d.recorded, d.found, d.found - d.recorded, d.tolerance))
-            grid.add_row(escape(d.judge), escape(d.what), *numbers)
+            grid.add_row(_text(d.judge), _text(d.what), *numbers)
         out.print(grid)
         if len(ordered) > most:
             out.print(f"and {len(ordered) - most} more", style="dim")
         for old, new in zip(found.record.verdicts, found.verdicts, strict=True):
             interval = f"{signed(new.gain.low)} to {signed(new.gain.high)}"
             gains = f"{signed(old.gain.mean)} in the record, {signed(new.gain.mean)} ({interval}) now"
-            out.print(escape(f"{new.judge} gain: {gains}"), highlight=False)
+            out.print(_text(f"{new.judge} gain: {gains}"), highlight=False)
     if not found.exact:
         for line in found.elsewhere:
-            out.print(escape(line), style="dim", soft_wrap=True)
+            out.print(_text(line), style="dim", soft_wrap=True)
 
 
 def _verdicts(title: str, verdicts: Sequence[Verdict], out: Console) -> None:
-    grid = Table(title=escape(f"{title}: {len(verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
+    grid = Table(title=_text(f"{title}: {len(verdicts[0].per_prompt)} held-out prompts"), title_justify="left")
     for column in ("judge", "base", "trained", "gain", "95 % (prompts)", ""):
         grid.add_column(column, justify="left" if column in ("judge", "") else "right")
     for v in verdicts:
         note = "training reward" if v.trained_on else ""
         grid.add_row(
-            escape(v.judge),
+            _text(v.judge),
             f"{v.base:.3f}",
             f"{v.trained:.3f}",
             signed(v.gain.mean),
@@ -95,7 +97,7 @@ def _verdicts(title: str, verdicts: Sequence[Verdict], out: Console) -> None:
         for template, (base, trained) in v.templates.items():
             if len(v.templates) > 1:
                 grid.add_row(
-                    f"  {escape(template)}", f"{base:.3f}", f"{trained:.3f}", signed(trained - base), "", style="dim"
+                    f"  {_text(template)}", f"{base:.3f}", f"{trained:.3f}", signed(trained - base), "", style="dim"
                 )
     out.print(grid)
 
@@ -110,13 +112,13 @@ def wins(board: Board, out: Console) -> None:
     frame = leaderboard.win_rates(board)
     judge = board.judges[0] if board.judges else "no judge yet"
     title = f"{board.track}: wins of a row over a column before {judge}, % of prompts and shared seeds, ties half"
-    grid = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    grid = Table(title=_text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("", justify="right", no_wrap=True)
     grid.add_column("", overflow="fold")
     for number in range(1, len(frame) + 1):
         grid.add_column(str(number), justify="right", no_wrap=True)
     for number, (name, values) in enumerate(zip(frame.index, frame.to_numpy(), strict=True), 1):
-        grid.add_row(str(number), escape(str(name)), *("–" if np.isnan(v) else f"{100 * v:.0f}" for v in values))
+        grid.add_row(str(number), _text(name), *("–" if np.isnan(v) else f"{100 * v:.0f}" for v in values))
     out.print(grid)
 
 
@@ -124,36 +126,33 @@ def board(board: Board, out: Console) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
     frame, judges = leaderboard.table(board), board.judges
     grid = Table(
-        title=f"{escape(board.track)}  ({board.track_hash[:12]})", title_justify="left", box=None, pad_edge=False
+        title=f"{_text(board.track)}  ({board.track_hash[:12]})", title_justify="left", box=None, pad_edge=False
     )
     grid.add_column("rank", no_wrap=True)
     grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
-    for column in ("seeds", *(f"{j}\ngain" for j in judges), "queries"):
-        grid.add_column(escape(column), justify="right", no_wrap=True)
+    for column in ("seeds", *(f"{_text(j)}\ngain" for j in judges), "queries"):
+        grid.add_column(column, justify="right", no_wrap=True)
     for line in frame.to_dict("records"):
         gains = [signed(line[f"{j} gain"]) for j in judges]
         if gains:  # the judge that ranks shows its interval
-            gains[0] = leaderboard.gain_text(line, judges[0]).replace(" [", "\n[")
-        name = f"{line['algorithm']}\n{line['builder']}, {line['reward']}"
-        if line["variant"]:
-            name += f"\n{line['variant']}"
+            gains[0] = escape(leaderboard.gain_text(line, judges[0]).replace(" [", "\n["))
+        name = [line["algorithm"], f"{line['builder']}, {line['reward']}", *filter(None, [line["variant"]])]
         place = line["rank"] or line["note"].partition(":")[0]  # miss, incomplete, ceiling or checkpoint
         seeds = f"{line['seeds']}/{line['seeds'] + line['missing']}" if line["missing"] else line["seeds"]
-        queries = line["queries"] or ("offline" if line["seeds"] else "")
-        grid.add_row(*(escape(str(c)) for c in (place, name, seeds, *gains, queries)))
+        grid.add_row(place, "\n".join(map(_text, name)), str(seeds), *gains, leaderboard.queries_text(line))
     out.print(grid)
     for note in dict.fromkeys(frame["note"]):
         if note:
-            out.print(escape(note), style="dim")
+            out.print(_text(note), style="dim")
     for row in leaderboard.rows(board):
         for cell in row.unfinished:
             if cell.error:
-                out.print(f"{escape(row.name)}, seed {cell.seed}: {escape(cell.error)}", style="red")
+                out.print(f"{_text(row.name)}, seed {cell.seed}: {_text(cell.error)}", style="red")
     effect = leaderboard.contrasts(board)
     if len(effect):
         out.print()
         grid = Table(
-            title=f"D-Fusion's effect on {escape(judges[0])}: dfusion − vanilla, paired; p after Holm",
+            title=f"D-Fusion's effect on {_text(judges[0])}: dfusion − vanilla, paired; p after Holm",
             title_justify="left",
             box=None,
             pad_edge=False,
@@ -163,5 +162,22 @@ def board(board: Board, out: Console) -> None:
         for e in effect.to_dict("records"):
             difference = f"{signed(e['difference'])} [{signed(e['low'])}, {signed(e['high'])}]"
             words = (e["algorithm"], e["reward"], e["seeds"], difference, f"{e['holm']:.3f}")
-            grid.add_row(*(escape(str(w)) for w in words))
+            grid.add_row(*(_text(w) for w in words))
         out.print(grid)
+
+
+def merged(done: Merged, into: Path, out: Console) -> None:
+    """What a merge added, and why it refused what it did not."""
+    for _, place in done.added:
+        out.print(f"{'added' if done.written else 'new'}  {_text(place)}", soft_wrap=True, highlight=False)
+    for source, reason in done.refused:
+        out.print(f"[red]refused[/red]  {_text(f'{source}: {reason}')}", soft_wrap=True, highlight=False)
+    verb = "added" if done.written else "to add"
+    counts = f"{len(done.added)} {verb}, {len(done.present)} there already, {len(done.refused)} refused"
+    ending = "" if done.written or not done.added else "; nothing written"
+    out.print(f"{_text(into)}: {counts}{ending}", soft_wrap=True, highlight=False)
+
+
+def _text(value: object) -> str:
+    """What records and paths say, as text alone: no markup, no control characters."""
+    return escape(plain(value))

@@ -95,7 +95,8 @@ def judge(
     verdicts = []
     for name, judge_reward in judges.items():
         scores = [
-            judge_reward.score(d.images, d.trajectory.prompts).view(-1, k).mean(1).numpy() for d in (base, trained)
+            judge_reward.score(d.images, d.trajectory.prompts).float().view(-1, k).mean(1).numpy()
+            for d in (base, trained)
         ]
         gains = (scores[1] - scores[0]).astype(float)
         interval = statistics.paired_gain(gains[None])

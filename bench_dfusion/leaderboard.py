@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ import pandas as pd
 
 from bench_dfusion import records, statistics
 from bench_dfusion.records import Record, Unfinished
+from bench_dfusion.registry import plain
 
 
 @dataclass(frozen=True)
 class Board:
     """The records of one track, and the cells that were registered and have none. Raises ValueError where two
-    records are of one cell, where a judge is not the same everywhere, or where tracks are mixed."""
+    records are of one cell, where judges are not the same everywhere, or where tracks are mixed."""
 
     records: tuple[Record, ...]
     unfinished: tuple[Unfinished, ...] = ()
@@ -37,13 +39,22 @@ class Board:
             )
         seen: dict[str, int] = {}
         for number, record in enumerate(self.records):
-            if record.cell_hash in seen:
-                first = seen[record.cell_hash]
+            cell = identity(record)
+            if cell in seen:
+                first = seen[cell]
                 where = f": {self.paths[first]} and {self.paths[number]}" if self.paths else ""
                 raise ValueError(f"the cell {record.name} has two records{where}; keep one")
-            seen[record.cell_hash] = number
+            seen[cell] = number
+        judged: list[tuple[str, int]] | None = None
         judges: dict[str, str] = {}
         for record in self.records:
+            if record.status == "finished":
+                own = [(v.judge, len(v.per_prompt)) for v in record.verdicts]
+                if not own or own != (judged := judged or own):
+                    raise ValueError(
+                        f"{record.name} was judged by {_judged(own)}, other records by {_judged(judged or [])}: "
+                        "their verdicts cannot be compared"
+                    )
             for v in record.verdicts:
                 if judges.setdefault(v.judge, v.fingerprint) != v.fingerprint:
                     raise ValueError(
@@ -70,11 +81,16 @@ class Board:
         return next(([v.judge for v in r.verdicts] for r in self.records if r.verdicts), [])
 
 
+def _judged(judges: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{judge} on {prompts} prompts" for judge, prompts in judges) or "no judge"
+
+
 def boards(folder: Path) -> list[Board]:
     """One board for each track below a folder, by the track's name. Raises UsageError for what is no record."""
     found = records.find(folder)
-    finished = {r.cell_hash for _, r in found}
-    waiting = [u for u in records.find_unfinished(folder) if u.cell_hash not in finished]
+    finished = {identity(r) for _, r in found}
+    registered = {identity(u): u for u in records.find_unfinished(folder)}
+    waiting = [u for cell, u in registered.items() if cell not in finished]
     tracks = sorted({(r.track, r.track_hash) for _, r in found} | {(u.track, u.track_hash) for u in waiting})
     result = []
     for _, track in tracks:
@@ -120,7 +136,8 @@ class Row:
 
     @property
     def offline(self) -> bool:
-        return bool(self.records) and not any(r.cost.reward_queries for r in self.records)
+        # A run whose very first score was not finite has no round and no query, and says nothing about it.
+        return any(r.rounds for r in self.records) and not any(r.cost.reward_queries for r in self.records)
 
     def gains(self, judge: int = 0) -> dict[int, np.ndarray]:
         """Trained − base of each held-out prompt [P], by seed, before the judge of that number."""
@@ -157,6 +174,12 @@ def options_of(cell: Record | Unfinished) -> dict[str, Any]:
     """What the runs of a row share: every option but the seed and the batch, on which no number depends."""
     track = {k: v for k, v in cell.resolved.get("track", {}).items() if k != "batch"}
     return {k: v for k, v in cell.resolved.items() if k != "seed"} | {"track": track}
+
+
+def identity(cell: Record | Unfinished) -> str:
+    """What makes two cells one: names, options and seed, with whatever batch they ran."""
+    names = [cell.track_hash, cell.algorithm, cell.builder, cell.reward, cell.seed]
+    return json.dumps([*names, options_of(cell)], sort_keys=True)
 
 
 def rows(board: Board) -> list[Row]:
@@ -240,6 +263,9 @@ def table(board: Board) -> pd.DataFrame:
         line["seconds"] = _mean(sum(r.cost.seconds.values()) for r in row.records)
         line["memory"] = _mean(r.cost.peak_memory_mb for r in row.records)
         line["note"] = row.note
+        if not row.state and not line["rank"]:
+            unranked = f"unranked: fewer than {statistics.MIN_SEEDS} seeds that all rows share"
+            line["note"] = "; ".join(n for n in (unranked, row.note) if n)
         lines.append(line)
     frame = pd.DataFrame(lines)
     if not board.judges:
@@ -331,12 +357,15 @@ def win_rates(board: Board) -> pd.DataFrame:
 
 def csv(board: Board) -> str:
     """The table as comma-separated values, six significant digits; text that a spreadsheet would run is quoted by '."""
+
+    def safe(value: object) -> str:
+        return "'" * str(value).startswith(("=", "+", "-", "@", "\t", "\r", "\n")) + plain(value)
+
     frame = table(board)
     for column in frame.columns:
         if not pd.api.types.is_numeric_dtype(frame[column]):
-            frame[column] = [
-                f"'{v}" if str(v).startswith(("=", "+", "-", "@", "\t", "\r")) else v for v in frame[column]
-            ]
+            frame[column] = [safe(v) for v in frame[column]]
+    frame.columns = pd.Index([safe(c) for c in frame.columns])  # judges' names are in them
     return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
@@ -357,7 +386,7 @@ def markdown(board: Board) -> str:
                 signed(line["reward rise"]),
                 _number(line["diversity"], ".2f"),
                 _number(line["kl"], ".4f"),
-                line["queries"] or "offline",
+                queries_text(line),
                 line["evaluations"],
                 _number(line["seconds"], ".0f"),
             ]
@@ -367,7 +396,11 @@ def markdown(board: Board) -> str:
     )
     effect = contrasts(board)
     if len(effect):
-        lines += ["", f"D-Fusion's effect, dfusion − vanilla ({board.judges[0]} gain, paired; p after Holm):", ""]
+        lines += [
+            "",
+            f"D-Fusion's effect, dfusion − vanilla ({_escaped(board.judges[0])} gain, paired; p after Holm):",
+            "",
+        ]
         lines += _grid(
             ["algorithm", "reward", "seeds", "difference", "p"],
             [
@@ -393,6 +426,13 @@ def gain_text(line: dict[Any, Any], judge: str) -> str:
     return f"{signed(gain)} [{signed(line[f'{judge} low'])}, {signed(line[f'{judge} high'])}]"
 
 
+def queries_text(line: dict[Any, Any]) -> str:
+    """The reward queries of a row's runs, `offline` where they need none, a dash where there is no record."""
+    if not line["seeds"]:
+        return "–"
+    return "offline" if "offline: " in line["note"] else str(line["queries"])
+
+
 def signed(value: float) -> str:
     """A difference with its sign (a true minus) and three digits; a dash where there is none, −∞ for a miss."""
     if np.isnan(value):
@@ -408,13 +448,14 @@ def _number(value: float, form: str) -> str:
 
 def _grid(header: Sequence[str], lines: Sequence[Sequence[object]], left: int) -> list[str]:
     """A Markdown table whose first `left` columns are set left, the others right; what cells hold is only text."""
-
-    def cell(value: object) -> str:
-        text = html.escape(" ".join(str(value).split()), quote=False)
-        return "".join(f"\\{c}" if c in "\\`*_[]|~" and not text.startswith(("+", "−")) else c for c in text)
-
     rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return [f"| {' | '.join(map(cell, line))} |" for line in (header, *lines)][:1] + [
-        f"| {' | '.join(rule)} |",
-        *(f"| {' | '.join(map(cell, line))} |" for line in lines),
-    ]
+    texts = [f"| {' | '.join(map(_escaped, line))} |" for line in (header, *lines)]
+    return [texts[0], f"| {' | '.join(rule)} |", *texts[1:]]
+
+
+def _escaped(value: object) -> str:
+    """What Markdown shows as this text, in one line, whatever it holds; figures as they are."""
+    text = plain(" ".join(str(value).split()))
+    if re.fullmatch(r"[-+−–∞\d.,\[\] ]*", text):
+        return text
+    return "".join(f"\\{c}" if c in "\\`*_[]|~$" else c for c in html.escape(text, quote=False))

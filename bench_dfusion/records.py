@@ -1,10 +1,16 @@
-"""The record a finished cell leaves: what ran, what it cost, what every judge said. JSON, typed, one schema."""
+"""The record a finished cell leaves: what ran, what it cost, what every judge said. JSON, typed, one schema.
+
+`python -m bench_dfusion.records` prints that schema as JSON Schema; leaderboards/record.schema.json is its output.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,10 +20,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench_dfusion import files
-from bench_dfusion.registry import UsageError
+from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.track import Track
 
 SCHEMA = 1
+# From a schema version the function that turns its content into the next version's; `read` applies them in order.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+TOLERANCE = 1e-5  # of a judge's largest score: its means are taken in float32
 
 
 class Part(BaseModel):
@@ -134,15 +143,176 @@ class Record(Part):
 
 
 def read(path: Path) -> Record:
-    """Read a record. Raises UsageError naming the file and the first thing wrong with it."""
+    """Read a record, of an older schema too where `MIGRATIONS` leads from it to this one.
+
+    Raises UsageError, in one line that names the file, for what is no JSON, has NaN or infinite numbers, is of a newer
+    schema or of an older one that nothing migrates, or does not fit the schema.
+    """
     try:
-        return Record.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        text = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UsageError(f"{path} is no record of schema {SCHEMA}: {text}") from None
+        content = json.loads(path.read_bytes())
+        json.dumps(content, allow_nan=False, ensure_ascii=False).encode()  # refuses NaN, 1e999 and half characters
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(plain(f"{path} is no record, or only a part of one: {error}")) from None
+    try:
+        record = Record.model_validate(_migrated(content))
+        for section in _missing_sections(record):
+            raise UsageError(f"resolved has no options of the {section}")
+        return record
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, message = ".".join(map(str, first["loc"])), f"{first['msg']}"
+        if first["type"] == "extra_forbidden":
+            message = "no field of this schema; another program or another bench-dfusion may have written it"
+        raise UsageError(plain(f"{path} is no record of schema {SCHEMA}: {where}: {message}")) from None
+    except UsageError as error:
+        raise UsageError(plain(f"{path}: {error}")) from None
+
+
+def _migrated(content: Any) -> dict[str, Any]:
+    """A record's content in this schema. Raises UsageError where it cannot be."""
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise UsageError(
+            "no schema_version: no record of bench-dfusion, or older than its first schema; "
+            "nothing migrates it, run its cell again"
+        )
+    version = content["schema_version"]
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise UsageError(f"schema_version must be a whole number, not {json.dumps(version)}")
+    if version > SCHEMA:
+        raise UsageError(f"a record of schema {version}, this bench-dfusion reads {SCHEMA}: update bench-dfusion")
+    while version < SCHEMA:
+        if version not in MIGRATIONS:
+            raise UsageError(
+                f"a record of schema {version}, older than {SCHEMA}, and this bench-dfusion has no migration from it: "
+                "run its cell again"
+            )
+        try:
+            content = MIGRATIONS[version](content)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"damaged: no migration from schema {version} ({type(error).__name__}: {error})") from None
+        version += 1
+        content = {**content, "schema_version": version}
+    return content
+
+
+def check(record: Record) -> list[str]:
+    """What a record says that its own numbers contradict, one line each; none of a sound record.
+
+    Compared exactly: hashes, names, seed, judges, prompts and queries with the resolved configuration. Means over
+    prompts may differ by TOLERANCE (1e-5) of the judge's largest score.
+    """
+    return [plain(problem) for problem in _problems(record)]
+
+
+def _problems(record: Record) -> Iterator[str]:
+    resolved, cost = record.resolved, record.cost
+    missing = _missing_sections(record)
+    if missing:
+        yield f"resolved has no options of the {missing[0]}"
+        return
+    try:
+        track = Track.model_validate(resolved["track"])
+    except (ValidationError, KeyError) as error:
+        yield f"resolved.track is no track: {str(error).splitlines()[0]}"
+        return
+    if record.track != track.id:
+        yield f"track {record.track!r}, but the resolved track is {track.id!r}"
+    if record.track_hash != _hash({k: v for k, v in resolved["track"].items() if k != "batch"}):
+        yield "track_hash is not the hash of the resolved track"
+    if record.cell_hash != _hash(resolved):
+        yield "cell_hash is not the hash of the resolved configuration"
+    for section in ("algorithm", "builder", "reward"):
+        name = resolved[section].get("name")
+        if getattr(record, section) != name:
+            yield f"{section} {getattr(record, section)!r}, but the resolved {section} is {name!r}"
+    if record.seed != resolved.get("seed") or record.seed < 0:
+        yield f"seed {record.seed}, but the resolved seed is {resolved.get('seed')!r}"
+    if track.model.sha256 not in (None, record.provenance.model_sha256):
+        yield "provenance.model_sha256 is not the hash of the track's model"
+
+    counts = {
+        "reward_queries": cost.reward_queries,
+        "network_evaluations": cost.network_evaluations,
+        "updates": cost.updates,
+        "peak_memory_mb": cost.peak_memory_mb,
+    }
+    for name, value in {**counts, **{f"seconds.{k}": v for k, v in cost.seconds.items()}}.items():
+        if value < 0:
+            yield f"cost.{name} is negative"
+    if cost.reward_queries > track.budget.reward_queries:
+        yield f"cost.reward_queries {cost.reward_queries} is more than the budget of {track.budget.reward_queries}"
+    if [r.round for r in record.rounds] != list(range(len(record.rounds))):
+        yield "rounds are not numbered from 0 on"
+    spent = [r.queries for r in record.rounds]
+    if spent != sorted(spent) or (spent and spent[-1] > cost.reward_queries):
+        yield "rounds count more reward queries than cost.reward_queries, or ever fewer"
+    elif record.status == "finished" and spent and spent[-1] != cost.reward_queries:
+        yield f"cost.reward_queries {cost.reward_queries}, but the last round ends at {spent[-1]}"
+
+    if record.status == "failed":
+        if record.verdicts:
+            yield "status failed, but judges gave verdicts"
+        return
+    judges = [v.judge for v in record.verdicts]
+    if judges != list(track.evaluation.judges):
+        yield f"verdicts of {judges}, but the track's judges are {list(track.evaluation.judges)}"
+    for verdict in record.verdicts:
+        yield from (f"verdict of {verdict.judge}: {p}" for p in _verdict_problems(verdict, track))
+        if verdict.fingerprint == record.provenance.reward_fingerprint and not verdict.trained_on:
+            yield f"verdict of {verdict.judge}: it is the training reward (one fingerprint), but trained_on is false"
+
+
+def _missing_sections(record: Record) -> list[str]:
+    found = {"track": {}, **record.resolved}
+    return [s for s in ("algorithm", "builder", "reward", "track") if not isinstance(found.get(s), dict)]
+
+
+def _verdict_problems(verdict: Verdict, track: Track) -> Iterator[str]:
+    prompts, pairs = track.prompts.heldout, verdict.per_prompt
+    if len(pairs) != len(prompts):
+        yield f"{len(pairs)} prompts, but the track holds out {len(prompts)}"
+        return
+    limit = TOLERANCE * max(abs(score) for pair in pairs for score in pair)
+
+    def means(rows: list[int]) -> tuple[float, float]:
+        return sum(pairs[i][0] for i in rows) / len(rows), sum(pairs[i][1] for i in rows) / len(rows)
+
+    base, trained = means(list(range(len(pairs))))
+    stated = {
+        "base": (verdict.base, base),
+        "trained": (verdict.trained, trained),
+        "gain.mean": (verdict.gain.mean, trained - base),
+    }
+    names = [(track.prompts.templates or {}).get(p, "all") for p in prompts]
+    if set(verdict.templates) != set(names):
+        yield f"templates {sorted(verdict.templates)}, but the track's are {sorted(set(names))}"
+    for template in set(verdict.templates) & set(names):
+        expected = means([i for i, name in enumerate(names) if name == template])
+        for what, says, is_ in zip(("base", "trained"), verdict.templates[template], expected, strict=True):
+            stated[f"templates.{template} {what}"] = (says, is_)
+    for what, (says, is_) in sorted(stated.items()):
+        if not abs(says - is_) <= limit:
+            yield f"{what} is {says:.6g}, but per_prompt gives {is_:.6g}"
+    if not verdict.gain.low <= verdict.gain.high:
+        yield "gain.low is above gain.high"
+
+
+def _hash(content: Any) -> str:
+    """As `config.Cell.hash` and `track.Track.hash`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a record of version SCHEMA."""
+    content = Record.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:bench-dfusion:record:{SCHEMA}",
+        "title": "bench-dfusion record",
+        "description": "One cell's result: a track, an algorithm, a builder, a reward and a seed. Numbers are finite.",
+        **{k: v for k, v in content.items() if k not in ("title", "description", "required")},
+        "required": ["schema_version", *content["required"]],  # pydantic would take it for given
+    }
 
 
 def write(path: Path, record: Record) -> None:
@@ -245,3 +415,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1, ensure_ascii=False))

@@ -89,6 +89,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}; {hint}"
 
 
+def plain(text: object) -> str:
+    """Text from records, plugins and paths as one line a terminal can be shown: control characters are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def load_file(path: Path) -> list[Plugin]:
     """Register the algorithms, rewards and builders that one Python file defines."""
     from bench_dfusion.algorithm import Algorithm

@@ -1,0 +1,225 @@
+"""Records from other machines or people into one leaderboard directory, checked first.
+
+A record's place follows from its own names, never from the path it was found at:
+DIR/<track>/<algorithm>-<builder>-<reward>-s<seed>-<hash>/record.json.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench_dfusion import leaderboard, records
+from bench_dfusion.progress import bar
+from bench_dfusion.records import Record
+from bench_dfusion.registry import UsageError, plain
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+STAGING = ".merge-"  # begins the name of the directory that holds what is not in place yet
+
+
+@dataclass
+class Merged:
+    """What a merge did, or with `dry_run` would do."""
+
+    added: list[tuple[Path, Path]] = field(default_factory=list)  # (source, its place in the leaderboard)
+    present: list[Path] = field(default_factory=list)  # sources whose result is there already
+    refused: list[tuple[Path, str]] = field(default_factory=list)  # (source, why)
+    written: bool = False
+
+
+def merge(sources: Sequence[Path], into: Path, dry_run: bool = False, skip_refused: bool = False) -> Merged:
+    """Add the records of the sources (files, or directories searched below) to the leaderboard directory `into`.
+
+    Everything is checked before anything is written. If a record is refused nothing is written, or with `skip_refused`
+    only the others. Raises UsageError for a source without records and for a leaderboard that is itself unsound.
+    """
+    paths = _find(sources)
+    if into.exists() and not into.is_dir():
+        raise UsageError(f"{into} is no directory")
+    done = Merged()
+    with bar("read records", len(paths)) as progress:
+        known = _Known(into)
+        accepted: list[tuple[Path, Path, Record]] = []
+        for path in paths:
+            progress.advance()
+            try:
+                record = records.read(path)
+                place = known.take(path, record)
+            except UsageError as error:
+                reason = plain(error).removeprefix(plain(path)).lstrip(": ")
+                done.refused.append((path, reason))
+                continue
+            if place is None:
+                done.present.append(path)
+            else:
+                accepted.append((path, place, record))
+    done.added = [(path, place) for path, place, _ in accepted]
+    if accepted and not dry_run and (skip_refused or not done.refused):
+        _write([(place, record) for _, place, record in accepted], into)
+        done.written = True
+    return done
+
+
+def _find(sources: Sequence[Path]) -> list[Path]:
+    """The record files of the sources, in the order given, each once."""
+    found: dict[Path, None] = {}
+    for source in sources:
+        if not source.exists():
+            raise UsageError(f"no file or directory {source}")
+        below = sorted(source.rglob("record.json")) if source.is_dir() else [source]
+        if not below:
+            raise UsageError(f"no record.json below {source}")
+        found |= dict.fromkeys(below)
+    return list(found)
+
+
+class _Known:
+    """The records of the leaderboard and those accepted so far: what the next one is held against."""
+
+    def __init__(self, into: Path):
+        self.into = into
+        self.cells: dict[str, tuple[Path, Record]] = {}  # by leaderboard.identity
+        self.tracks: dict[str, tuple[Path, Record]] = {}  # the first record of each track
+        self.judges: dict[tuple[str, str], tuple[Path, str]] = {}  # (track, judge) to its fingerprint
+        self.places: dict[Path, Path] = {}
+        for path, record in records.find(into):
+            try:
+                if self.take(path, record) is None:
+                    raise UsageError(f"{self.cells[leaderboard.identity(record)][0]} is the same result")
+            except UsageError as error:
+                raise UsageError(
+                    plain(f"{path}, in the leaderboard already: {error}; remove it, or merge elsewhere")
+                ) from None
+
+    def take(self, path: Path, record: Record) -> Path | None:
+        """The place of a record that is new and sound, None where this very result is known.
+
+        Raises UsageError where it contradicts itself or cannot stand beside those before it.
+        """
+        problems = records.check(record)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise UsageError(f"it contradicts itself: {problems[0]}{more}")
+        place = self._place(record)
+        cell = leaderboard.identity(record)
+        if cell in self.cells:
+            other, known = self.cells[cell]
+            found = difference(_results(known), _results(record))
+            if found:
+                raise UsageError(f"another result of the same cell is {other}: {found}")
+            return None
+        other, known = self.tracks.get(record.track, (path, record))
+        if record.track_hash != known.track_hash:
+            raise UsageError(
+                f"its {record.track} is not that of {other} ({record.track_hash[:12]}…, not {known.track_hash[:12]}…): "
+                "results of different track versions never merge"
+            )
+        if record.provenance.model_sha256 != known.provenance.model_sha256:
+            raise UsageError(f"its base model is not that of {other}: the hashes differ")
+        judges = {(record.track, v.judge): (path, v.fingerprint) for v in record.verdicts}
+        for judge, (_, fingerprint) in judges.items():
+            other, expected = self.judges.get(judge, (path, fingerprint))
+            if fingerprint != expected:
+                raise UsageError(
+                    f"its judge {judge[1]} has other weights or rules than that of {other}: the fingerprints differ"
+                )
+        if place in self.places:
+            raise UsageError(f"{self.places[place]} is another cell of the same directory name")
+        self.cells[cell] = path, record
+        self.tracks.setdefault(record.track, (path, record))
+        self.judges = judges | self.judges
+        self.places[place] = path
+        return place
+
+    def _place(self, record: Record) -> Path:
+        """Where a record belongs. Raises UsageError for names that are no plain file names, and for a link there."""
+        names = {"track": record.track, "algorithm": record.algorithm, "builder": record.builder}
+        for what, name in {**names, "reward": record.reward}.items():
+            if not NAME.fullmatch(name):
+                raise UsageError(f"{what} {name!r} cannot name a directory: lower-case letters, digits and . _ - only")
+        cell = f"{record.algorithm}-{record.builder}-{record.reward}-s{record.seed}-{record.cell_hash[:8]}"
+        if max(len(record.track), len(cell)) > 200:
+            raise UsageError("its names are too long for a directory's")
+        place = self.into / record.track / cell / "record.json"
+        for part in (place.parent.parent, place.parent, place):
+            if part.is_symlink():
+                raise UsageError(f"{part} is a symbolic link, and a merge writes below {self.into} only")
+            if part.exists() and part.is_dir() == (part == place):
+                raise UsageError(f"{part} is in the way")
+        return place
+
+
+def _results(record: Record) -> dict[str, Any]:
+    """What two runs of one cell must agree in: not how its options were written, nor which release ran it."""
+    content = record.comparable()
+    for key in ("given", "tuning", "cell_hash"):  # of one cell the hash tells no more than the resolved batch
+        del content[key]
+    del content["provenance"]["plugins"]
+    return content
+
+
+def difference(known: Any, new: Any, where: str = "") -> str:
+    """The first place where two JSON values are not equal, with both values; empty where there is none."""
+    if isinstance(known, dict) and isinstance(new, dict):
+        pairs = [(str(k), known.get(k), new.get(k)) for k in [*known, *(k for k in new if k not in known)]]
+    elif isinstance(known, list) and isinstance(new, list) and len(known) == len(new):
+        pairs = [(str(i), *both) for i, both in enumerate(zip(known, new, strict=True))]
+    else:
+        return "" if known == new else f"{where} is {_short(known)} there and {_short(new)} here"
+    found = (difference(a, b, f"{where}.{key}".lstrip(".")) for key, a, b in pairs)
+    return next((f for f in found if f), "")
+
+
+def _short(value: Any) -> str:
+    text = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _write(accepted: Sequence[tuple[Path, Record]], into: Path) -> None:
+    """Stage every record, then move each into its place: a full disk stops it before, a kill between two moves
+    leaves whole records only, and the same merge adds the rest."""
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        with _locked(into):
+            for left in into.glob(f"{STAGING}*"):  # by a merge that was killed
+                if not left.is_symlink():
+                    shutil.rmtree(left)
+            staging = Path(tempfile.mkdtemp(dir=into, prefix=STAGING))
+            try:
+                with bar("write records", 2 * len(accepted)) as progress:
+                    for number, (_, record) in enumerate(accepted):
+                        records.write(staging / f"{number}.json", record)
+                        progress.advance()
+                    for place, _ in accepted:
+                        if place.exists():
+                            raise UsageError(f"{place} was written meanwhile: merge again")
+                    for number, (place, _) in enumerate(accepted):
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        os.replace(staging / f"{number}.json", place)
+                        progress.advance()
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(f"cannot write below {into} ({error}); what is written is whole, merge again") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another merge is writing to {folder}") from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,313 @@
+"""Merging: what comes in, what is refused and why, and that nothing is ever written elsewhere or in part."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from synthetic import changed, digest, leave, place, record, track
+
+from bench_dfusion import cli, leaderboard, merge, records
+from bench_dfusion.registry import UsageError
+
+LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
+
+
+def command(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["bench-dfusion", "merge", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def only_refusal(done: merge.Merged) -> str:
+    ((_, reason),) = done.refused
+    return reason
+
+
+def test_published_records_come_in_byte_for_byte_and_only_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    into = tmp_path / "board"
+    published = LEADERBOARDS / "micro-v1"
+    code, out, _ = command(monkeypatch, capsys, published, "--into", into, "--dry-run")
+    assert code == 0 and "60 to add, 0 there already, 0 refused; nothing written" in out and not into.exists()
+    code, out, _ = command(monkeypatch, capsys, published, "--into", into)
+    assert code == 0 and "60 added, 0 there already, 0 refused" in out
+    expected = {f"micro-v1/{name}": data for name, data in files_of(published).items()}
+    assert files_of(into) == expected
+    stamps = {p: p.stat().st_mtime_ns for p in into.rglob("*")}
+    code, out, _ = command(monkeypatch, capsys, published, into, "--into", into)
+    assert code == 0 and "0 to add, 120 there already, 0 refused" in out
+    assert {p: p.stat().st_mtime_ns for p in into.rglob("*")} == stamps
+
+
+def test_files_run_directories_and_leaderboards_are_sources(tmp_path: Path) -> None:
+    runs = leave(tmp_path / "runs", record(seed=0), record(seed=1))
+    (place(runs, record(seed=0)).parent / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    one = tmp_path / "sent by mail.json"
+    records.write(one, record(seed=2))
+    other = leave(tmp_path / "board", record(seed=3, of=track(name="other")))
+    done = merge.merge([runs, one, other, runs], tmp_path / "into")
+    assert done.written and [source for source, _ in done.added][2] == one
+    expected = [record(seed=s) for s in range(3)] + [record(seed=3, of=track(name="other"))]
+    assert sorted(p for _, p in done.added) == sorted(place(tmp_path / "into", r) for r in expected)
+    assert {r.cell_hash for _, r in records.find(tmp_path / "into")} == {r.cell_hash for r in expected}
+    assert len(files_of(tmp_path / "into")) == 4, "records only"
+    assert [len(b.records) for b in leaderboard.boards(tmp_path / "into")] == [1, 3]
+
+
+def test_the_same_result_is_there_already_whatever_ran_it(tmp_path: Path) -> None:
+    into = leave(tmp_path / "into", record())
+    before = files_of(into)
+    again = record()
+    for path, value in {
+        "cost.seconds": {"sample": 9.0},
+        "cost.device": "H100",
+        "provenance.hardware": "another computer",
+        "provenance.plugins": {"algo": "bench-dfusion 0.2.0"},
+        "given.set": ["algo.beta=1"],
+    }.items():
+        again = changed(again, path, value)
+    done = merge.merge([leave(tmp_path / "theirs", again)], into)
+    assert len(done.present) == 1 and not done.added and not done.refused
+    assert files_of(into) == before
+
+
+def refusals() -> dict[str, tuple[records.Record, str]]:
+    """Against a leaderboard that holds record((0.25,) * 4)."""
+    other_version = record(seed=1, of=track(sampler={"steps": 5}))
+    judge = changed(record(seed=1), "verdicts.0.fingerprint", digest("another oracle"))
+    unpinned = track(model={"id": "toy"})
+    return {
+        "track": (other_version, "results of different track versions never merge"),
+        "judge": (judge, "its judge oracle has other weights or rules than that of "),
+        "check": (changed(record(seed=1), "verdicts.0.gain.mean", 0.9), "it contradicts itself: verdict of oracle"),
+        "result": (record((0.25, 0.25, 0.25, 0.75)), "verdicts.0.trained is 0.75 there and 0.875 here"),
+        "batch": (record(of=track(batch=7)), "resolved.track.batch is 64 there and 7 here"),
+        "unpinned": (record(seed=1, of=unpinned), "results of different track versions never merge"),
+    }
+
+
+@pytest.mark.parametrize("case", refusals())
+def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(
+    case: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    bad, expected = refusals()[case]
+    into = leave(tmp_path / "into", record((0.25,) * 4))
+    before = files_of(into)
+    source = leave(tmp_path / "theirs", bad, record(seed=2))
+    code, out, err = command(monkeypatch, capsys, source, "--into", into)
+    assert code == 2 and "1 to add, 0 there already, 1 refused; nothing written" in out and not err
+    assert files_of(into) == before
+    (line,) = [line for line in out.splitlines() if line.startswith("refused")]
+    assert str(place(source, bad)) in line and expected in line
+    if case != "check":
+        assert str(place(into, record())) in line, "the file it does not fit is named"
+
+    code, out, err = command(monkeypatch, capsys, source, "--into", into, "--skip-refused")
+    assert code == 1 and "1 added, 0 there already, 1 refused" in out and "nothing written" not in out
+    assert files_of(into).keys() - before.keys() == {str(place(Path(), record(seed=2)))}
+
+
+def test_base_models_must_be_one_where_the_track_does_not_fix_it(tmp_path: Path) -> None:
+    free = track(model={"id": "toy"})
+    other = changed(record(seed=1, of=free), "provenance.model_sha256", digest("another model"))
+    done = merge.merge([leave(tmp_path / "theirs", record(of=free), other)], tmp_path / "into")
+    assert "its base model is not that of" in only_refusal(done) and not done.written
+
+
+def test_sources_that_contradict_each_other_are_refused_and_the_first_counts(tmp_path: Path) -> None:
+    first = leave(tmp_path / "a", record())
+    second = leave(tmp_path / "b", record((0.1, 0.2, 0.3, 0.5)))
+    done = merge.merge([second, first], tmp_path / "into")
+    assert not done.written and not (tmp_path / "into").exists()
+    assert str(second) in only_refusal(done)
+    merge.merge([second, first], tmp_path / "into", skip_refused=True)
+    ((_, kept),) = records.find(tmp_path / "into")
+    assert kept == record((0.1, 0.2, 0.3, 0.5))
+
+
+def test_a_refused_record_does_not_decide_about_others(tmp_path: Path) -> None:
+    """Not its track, and not its judges."""
+    bad = changed(record(seed=1, of=track(sampler={"steps": 5})), "verdicts.0.gain.mean", 0.9)
+    source = leave(tmp_path / "theirs", bad)
+    done = merge.merge([source, leave(tmp_path / "good", record())], tmp_path / "into", skip_refused=True)
+    assert len(done.added) == 1 and "contradicts itself" in only_refusal(done)
+
+
+@pytest.mark.parametrize("part", ["algorithm", "builder", "reward"])
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc/x", "..", ".hidden", "a/b", "A", "a\n", "a\x1b[31m", "", "x" * 300]
+)
+def test_hostile_names_never_become_paths(part: str, name: str, tmp_path: Path) -> None:
+    hostile = record(**{part: name})
+    assert records.check(hostile) == []
+    records.write(tmp_path / "theirs" / "record.json", hostile)
+    done = merge.merge([tmp_path / "theirs"], tmp_path / "board" / "into", skip_refused=True)
+    reason = only_refusal(done)
+    assert "cannot name a directory" in reason or "too long" in reason
+    assert reason.isprintable()
+    assert not (tmp_path / "board").exists() and len(files_of(tmp_path)) == 1
+
+
+def test_a_hostile_track_or_seed_never_becomes_a_path(tmp_path: Path) -> None:
+    for path, value in {"track": "../outside", "seed": -1, "cell_hash": "../../../x"}.items():
+        records.write(tmp_path / "theirs" / "record.json", changed(record(), path, value))
+        done = merge.merge([tmp_path / "theirs"], tmp_path / "into", skip_refused=True)
+        assert "it contradicts itself" in only_refusal(done)
+    assert not (tmp_path / "into").exists()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_symbolic_links_in_the_leaderboard_are_never_written_through(depth: int, tmp_path: Path) -> None:
+    into, outside = tmp_path / "into", tmp_path / "outside"
+    outside.mkdir()
+    target = place(into, record())
+    link = [target.parent.parent, target.parent, target][depth]
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside / "nothing yet" if depth == 2 else outside)
+    done = merge.merge([leave(tmp_path / "theirs", record())], into, skip_refused=True)
+    assert "is a symbolic link" in only_refusal(done)
+    assert not files_of(outside) and link.is_symlink()
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    source = leave(tmp_path / "theirs", record())
+    into = tmp_path / "into"
+    target = place(into, record())
+    target.parent.parent.mkdir(parents=True)
+    target.parent.write_text("a file")
+    assert "is in the way" in only_refusal(merge.merge([source], into))
+    with pytest.raises(UsageError, match="is no directory"):
+        merge.merge([source], target.parent)
+
+
+def test_damaged_records_are_refused_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
+    source = leave(tmp_path / "theirs", record())
+    half = tmp_path / "theirs" / "half\x1b[31m" / "record.json"
+    half.parent.mkdir()
+    half.write_text(place(source, record()).read_text()[:500])
+    code, out, _ = command(monkeypatch, capsys, source, "--into", tmp_path / "into")
+    assert code == 2 and "half\\x1b[31m/record.json: is no record, or only a part of one" in out
+    assert "\x1b" not in out and not (tmp_path / "into").exists()
+
+
+def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    good = leave(tmp_path / "good", record())
+    twice = leave(tmp_path / "twice", record())
+    records.write(tmp_path / "twice" / "copy" / "record.json", record())
+    mixed = leave(tmp_path / "mixed", record(), record(seed=1, of=track(seeds=4)))
+    broken = tmp_path / "broken"
+    (broken / "toy-v1").mkdir(parents=True)
+    (broken / "toy-v1" / "record.json").write_text("{")
+    for source, into, expected in (
+        (tmp_path / "none", good, f"no file or directory {tmp_path / 'none'}"),
+        (tmp_path / "empty", good, f"no record.json below {tmp_path / 'empty'}"),
+        (good, twice, "in the leaderboard already"),
+        (good, mixed, "different track versions never merge"),
+        (good, broken, "only a part of one"),
+    ):
+        before = files_of(tmp_path)
+        code, out, err = command(monkeypatch, capsys, source, "--into", into)
+        assert code == 2 and expected in err and len(err.strip().splitlines()) == 1 and not out
+        assert files_of(tmp_path) == before
+
+
+def test_a_kill_between_two_records_leaves_whole_ones_and_the_next_merge_the_rest(tmp_path: Path, monkeypatch) -> None:
+    source = leave(tmp_path / "theirs", *(record(seed=s) for s in range(4)))
+    into = tmp_path / "into"
+    replace, placed = os.replace, []
+
+    def dying(a: Path, b: Path) -> None:
+        if Path(b).name == "record.json":
+            placed.append(b)
+            if len(placed) == 3:
+                raise KeyboardInterrupt
+        replace(a, b)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", dying)
+        killed.setattr(merge.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            merge.merge([source], into)
+    assert len(records.find(into)) == 2 and list(into.glob(".merge-*"))
+    done = merge.merge([source], into)
+    assert len(done.added) == 2 and len(done.present) == 2
+    assert files_of(into) == files_of(source)
+    assert not list(into.glob(".*"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    source = leave(tmp_path / "theirs", record(seed=0), record(seed=1))
+    write = records.write
+
+    def full(path: Path, content: records.Record) -> None:
+        if content.seed == 1:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(records, "write", full)
+    with pytest.raises(UsageError, match="cannot write below .*No space left"):
+        merge.merge([source], tmp_path / "into")
+    assert not files_of(tmp_path / "into") and not list((tmp_path / "into").iterdir())
+
+
+def test_two_cells_of_one_directory_name_are_refused(tmp_path: Path) -> None:
+    """As their hashes may begin alike."""
+    known = merge._Known(tmp_path)
+    known.places[place(tmp_path, record())] = Path("theirs/record.json")
+    with pytest.raises(UsageError, match="theirs/record.json is another cell of the same directory name"):
+        known.take(Path("ours"), record())
+    assert known.take(Path("ours"), record(seed=1)) == place(tmp_path, record(seed=1))
+
+
+def test_what_a_killed_merge_left_is_removed_and_links_are_not_followed(tmp_path: Path) -> None:
+    source, into, outside = leave(tmp_path / "theirs", record()), tmp_path / "into", tmp_path / "outside"
+    for folder in (into / ".merge-left", outside):
+        folder.mkdir(parents=True)
+        (folder / "0.json").write_text("{}")
+    (into / ".merge-link").symlink_to(outside)
+    assert merge.merge([source], into).written
+    assert sorted(files_of(outside)) == ["0.json"] and not (into / ".merge-left").exists()
+
+
+def test_two_merges_at_once_are_refused(tmp_path: Path) -> None:
+    source, into = leave(tmp_path / "theirs", record()), tmp_path / "into"
+    into.mkdir()
+    with merge._locked(into), pytest.raises(UsageError, match="another merge is writing"):
+        merge.merge([source], into)
+    assert merge.merge([source], into).written
+
+
+def test_what_came_in_between_is_never_overwritten(tmp_path: Path, monkeypatch) -> None:
+    source, into = leave(tmp_path / "theirs", record()), tmp_path / "into"
+    find = records.find
+
+    def late(folder: Path) -> list[tuple[Path, records.Record]]:
+        found = find(folder)
+        leave(into, record((0.1, 0.2, 0.3, 0.5)))
+        return found
+
+    with monkeypatch.context() as racing:
+        racing.setattr(records, "find", late)
+        with pytest.raises(UsageError, match="was written meanwhile"):
+            merge.merge([source], into)
+    ((_, kept),) = records.find(into)
+    assert kept == record((0.1, 0.2, 0.3, 0.5))
+
+
+def test_the_first_difference_is_found_wherever_it_is() -> None:
+    assert merge.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) == ""
+    assert merge.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b is 2 there and 3 here"
+    assert merge.difference({"a": 1}, {"a": 1, "c": "x"}) == "c is None there and 'x' here"
+    assert merge.difference({"a": {"b": 1}}, {"a": None}) == "a is {'b': 1} there and None here"
+    assert merge.difference({"a": [1]}, {"a": [1, 2]}) == "a is a list of 1 there and a list of 2 here"
+    text = merge.difference({"a": json.dumps([0] * 99)}, {"a": 0})
+    assert len(text) < 100 and "…" in text

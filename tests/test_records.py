@@ -1,0 +1,201 @@
+"""Records: the published schema, what reading refuses, migrations, and what a record's own numbers contradict."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from synthetic import changed, digest, record, track
+
+from bench_dfusion import records
+from bench_dfusion.registry import UsageError
+
+LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runpy: the module is imported already
+def test_the_published_schema_is_what_the_command_writes(capsys) -> None:
+    runpy.run_module("bench_dfusion.records", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out == (LEADERBOARDS / "record.schema.json").read_text(), (
+        "python -m bench_dfusion.records > leaderboards/record.schema.json"
+    )
+
+
+def test_published_records_fit_the_schema_and_do_not_contradict_themselves() -> None:
+    schema = json.loads((LEADERBOARDS / "record.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    found = records.find(LEADERBOARDS)
+    assert len(found) >= 60
+    for path, published in found:
+        validator.validate(json.loads(path.read_bytes()))
+        assert records.check(published) == [], path
+
+    content = record().model_dump(mode="json")
+    validator.validate(content)
+    for key, value in {"more": 1, "schema_version": 2, "seed": "none", "verdicts": [{}]}.items():
+        assert not validator.is_valid({**content, key: value}), key
+    del content["schema_version"]
+    assert not validator.is_valid(content)
+
+
+def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda content: {k: v for k, v in content.items() if k != key}
+
+
+def having(key: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda content: {**content, key: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (without("schema_version"), "no schema_version: no record of bench-dfusion, or older than its first schema"),
+        (having("schema_version", 0), "schema 0, older than 1, and this bench-dfusion has no migration from it"),
+        (having("schema_version", 2), "schema 2, this bench-dfusion reads 1: update bench-dfusion"),
+        (having("schema_version", "1"), 'schema_version must be a whole number, not "1"'),
+        (having("schema_version", True), "schema_version must be a whole number, not true"),
+        (having("evidnce", "x"), "evidnce: no field of this schema"),
+        (having("\x1b[31mred\n", "x"), "\\x1b[31mred\\n: no field of this schema"),
+        (having("seed", "zero"), "is no record of schema 1: seed: "),
+        (having("resolved", {"algorithm": {}, "reward": {}}), "resolved has no options of the builder"),
+        (lambda content: [content], "no schema_version"),
+    ],
+)
+def test_what_is_no_record_of_this_schema_is_one_line(change, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(change(record().model_dump(mode="json"))))
+    with pytest.raises(UsageError) as refused:
+        records.read(path)
+    message = str(refused.value)
+    assert message.startswith(str(path)) and expected in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"seed": 0', '"seed": NaN'),
+        ('"sample": 1.5', '"sample": Infinity'),
+        ('"sample": 1.5', '"sample": 1e999'),
+        ('"given": {', '"given": {"beta": -Infinity, '),  # where any JSON may stand
+        ('"given": {', '"given": {"beta": "\\ud800", '),  # half a character cannot be written again
+        ('"given": {', '"given": ' + "[" * 200_000),
+        ('"given": {', "given: {"),
+        ("}", ""),
+    ],
+)
+def test_what_is_no_json_or_not_finite_is_one_line(old: str, new: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    text = json.dumps(record().model_dump(mode="json"))
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UsageError, match=r"record\.json is no record, or only a part of one: .+") as refused:
+        records.read(path)
+    assert str(refused.value).isprintable()
+
+
+def test_half_a_record_and_no_record_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    records.write(path, record())
+    data = path.read_bytes()
+    for cut in (0, 1, len(data) // 2, len(data) - 3):
+        path.write_bytes(data[:cut])
+        with pytest.raises(UsageError, match="only a part of one"):
+            records.read(path)
+    path.write_bytes(b"\xff\xfe\x00" + data)
+    with pytest.raises(UsageError, match="only a part of one"):
+        records.read(path)
+    with pytest.raises(UsageError, match="No such file"):
+        records.read(tmp_path / "none.json")
+
+
+def test_what_is_written_reads_as_it_was(tmp_path: Path) -> None:
+    for original in (record(), record(gains=None)):
+        records.write(tmp_path / "record.json", original)
+        assert records.read(tmp_path / "record.json") == original
+
+
+def test_older_records_are_migrated_version_by_version(tmp_path: Path, monkeypatch) -> None:
+    expected = record()
+    old = without("cost")(expected.model_dump(mode="json")) | {"schema_version": -1, "spent": {}}
+    cost = expected.cost.model_dump(mode="json")
+    monkeypatch.setitem(records.MIGRATIONS, -1, lambda c: {**without("spent")(c), "bill": {**c["spent"], **cost}})
+    monkeypatch.setitem(records.MIGRATIONS, 0, lambda c: {**without("bill")(c), "cost": c["bill"]})
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(old))
+    assert records.read(path) == expected
+    path.write_text(json.dumps(without("spent")(old)))
+    with pytest.raises(UsageError, match=r"damaged: no migration from schema -1 \(KeyError: 'spent'\)"):
+        records.read(path)
+
+
+def test_sound_records_have_no_problem() -> None:
+    for sound in (
+        record(),
+        record(reward="oracle"),
+        record(gains=None),
+        record(gains=None, queries=0, rounds=0),
+        record(queries=0, builder="offline"),
+        record(of=track(batch=7)),
+    ):
+        assert records.check(sound) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("track", "toy-v2", "track 'toy-v2', but the resolved track is 'toy-v1'"),
+        ("track_hash", digest("other"), "track_hash is not the hash of the resolved track"),
+        ("cell_hash", digest("other"), "cell_hash is not the hash of the resolved configuration"),
+        ("resolved.algorithm.beta", 3, "cell_hash is not the hash"),
+        ("resolved.track.sampler.steps", 5, "track_hash is not the hash"),
+        ("resolved.track", {"name": "toy"}, "resolved.track is no track"),
+        ("algorithm", "kto", "algorithm 'kto', but the resolved algorithm is 'dpo'"),
+        ("builder", "vanilla", "builder 'vanilla', but the resolved builder is 'dfusion'"),
+        ("reward", "oracle", "reward 'oracle', but the resolved reward is 'clip'"),
+        ("seed", 1, "seed 1, but the resolved seed is 0"),
+        ("provenance.model_sha256", digest("other"), "not the hash of the track's model"),
+        ("cost.reward_queries", 97, "more than the budget of 96"),
+        ("cost.reward_queries", 95, "rounds count more reward queries"),
+        ("cost.updates", -1, "cost.updates is negative"),
+        ("cost.seconds.train", -0.5, "cost.seconds.train is negative"),
+        ("rounds.0.queries", 97, "rounds count more reward queries"),
+        ("rounds.1.queries", 95, "but the last round ends at 95"),
+        ("rounds.1.round", 2, "rounds are not numbered from 0 on"),
+        ("status", "failed", "status failed, but judges gave verdicts"),
+        ("verdicts", [], "verdicts of [], but the track's judges are ['oracle', 'clip']"),
+        ("verdicts.1.judge", "oracle", "verdicts of ['oracle', 'oracle']"),
+        ("verdicts.0.per_prompt", [(0.5, 0.75)] * 3, "verdict of oracle: 3 prompts, but the track holds out 4"),
+        ("verdicts.0.per_prompt.2.1", 0.9, "verdict of oracle: gain.mean is 0.25, but per_prompt gives 0.275"),
+        ("verdicts.0.base", 0.5001, "verdict of oracle: base is 0.5001, but per_prompt gives 0.5"),
+        ("verdicts.1.trained", 0.9, "verdict of clip: trained is 0.9, but per_prompt gives 0.625"),
+        ("verdicts.0.gain.mean", 0.2501, "verdict of oracle: gain.mean is 0.2501, but per_prompt gives 0.25"),
+        ("verdicts.0.gain.low", 0.5, "verdict of oracle: gain.low is above gain.high"),
+        ("verdicts.0.templates.count", (0.5, 0.9), "templates.count trained is 0.9, but per_prompt gives 0.85"),
+        ("verdicts.0.templates", {"count": (0.5, 0.85)}, "templates ['count'], but the track's are"),
+        ("verdicts.1.trained_on", False, "verdict of clip: it is the training reward"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_found(path: str, value: Any, expected: str) -> None:
+    problems = records.check(changed(record(), path, value))
+    assert any(expected in p for p in problems), problems
+
+
+def test_means_may_differ_by_float32_rounding_at_any_scale() -> None:
+    for scale in (1e-3, 1.0, 1e3):
+        content = record().model_dump(mode="json")
+        verdict = content["verdicts"][0]
+        for key in ("base", "trained"):
+            verdict[key] *= scale
+        verdict["gain"] = {k: v * scale if k != "kind" else v for k, v in verdict["gain"].items()}
+        verdict["templates"] = {t: [v * scale for v in pair] for t, pair in verdict["templates"].items()}
+        verdict["per_prompt"] = [[v * scale for v in pair] for pair in verdict["per_prompt"]]
+        scaled = records.Record.model_validate(content)
+        assert records.check(changed(scaled, "verdicts.0.trained", 0.75 * scale * (1 + 1e-6))) == []
+        assert len(records.check(changed(scaled, "verdicts.0.trained", 0.75 * scale * (1 + 1e-4)))) == 1
