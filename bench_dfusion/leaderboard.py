@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import pandas as pd
 
 from bench_dfusion import records, statistics
 from bench_dfusion.records import Record, Unfinished
+
+NUMBER = re.compile(r"[+−–\d.∞, \[\]]*")  # what a figure of a table is written with
 
 
 @dataclass(frozen=True)
@@ -386,7 +389,9 @@ def _grid(header: Sequence[str], lines: Sequence[Sequence[object]], left: int) -
 
     def cell(value: object) -> str:
         text = html.escape(" ".join(str(value).split()), quote=False)
-        return "".join(f"\\{c}" if c in "\\`*_[]|~" and not text.startswith(("+", "−")) else c for c in text)
+        if NUMBER.fullmatch(text):
+            return text
+        return "".join(f"\\{c}" if c in "\\`*_[]|~" else c for c in text)
 
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     return [f"| {' | '.join(map(cell, line))} |" for line in (header, *lines)][:1] + [
