@@ -388,7 +388,8 @@ def _grid(header: Sequence[str], lines: Sequence[Sequence[object]], left: int) -
     """A Markdown table whose first `left` columns are set left, the others right; what cells hold is only text."""
 
     def cell(value: object) -> str:
-        text = html.escape(" ".join(str(value).split()), quote=False)
+        line = "".join(c for c in " ".join(str(value).split()) if c.isprintable())
+        text = html.escape(line, quote=False)
         if NUMBER.fullmatch(text):
             return text
         return "".join(f"\\{c}" if c in "\\`*_[]|~" else c for c in text)

@@ -177,10 +177,25 @@ def to_hub(
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError("the Hugging Face token holds signs that no token has: run `hf auth login` again")
     api = HfApi(endpoint, token=token, library_name="bench-dfusion", library_version=__version__)
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, _bars_on_a_terminal():
         return _persist(
             lambda: _commit(api, own, boards, repo, pr, message, private, replace, Path(work)), repo, token, pr
         )
+
+
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """The Hub's client draws its bars into logs too: not while this runs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def _commit(
@@ -203,7 +218,7 @@ def _commit(
     except RepositoryNotFoundError:
         if pr:
             raise UsageError(f"there is no dataset {repo} to propose to (or the token may not see it)") from None
-        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
         info = api.dataset_info(repo)
     if private and not info.private:
         raise UsageError(f"{repo} exists and is public: leave --private out, or change it on its settings page")
@@ -347,13 +362,13 @@ def _tree(
     needed = {h: f for h, f in folders.items() if h[:16] not in merged.samples}
     samples, written = dict(merged.samples), {}
     with bar("read pictures", max(1, len(needed))) as progress:
-        for number, (cell_hash, folder) in enumerate(sorted(needed.items())):
+        for cell_hash, folder in sorted(needed.items()):
             pictures = {k: _picture(folder / f"{k}.png") for k in dataset.PICTURES if (folder / f"{k}.png").is_file()}
             if pictures:
                 data = dataset.sample_rows(own.records[cell_hash], pictures)
                 path = dataset.sample_path(cell_hash, data)
                 samples[cell_hash[:16]] = path
-                written[path] = work / f"sample-{number}"
+                written[path] = work / Path(path).name
                 written[path].write_bytes(data)
             progress.advance(1)
     content = Content(merged.records, merged.unfinished, samples)

@@ -79,6 +79,8 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one packet
+    disable_nagle_algorithm = True
     server: Hub
 
     def log_message(self, *_: object) -> None:
@@ -144,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{wanted['organization']}/{wanted['name']}"
         known = name in self.server.repos
         if not known:
-            self.server.create(name, private=wanted.get("private") or False)
+            self.server.create(name, private=wanted.get("visibility") == "private" or wanted.get("private") is True)
         self.answer(409 if known else 200, {"url": f"{self.server.url}/datasets/{name}"})
 
     def validate_yaml(self) -> None:
