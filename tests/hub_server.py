@@ -48,7 +48,8 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Callable[[Handler], Any] | None] = []
-        self.down = 0  # requests of any kind that are answered 503 before the next is served
+        self.down = 0  # requests that are answered 503 before the next is served,
+        self.down_for = ""  # of those whose path has this
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self.numbers = itertools.count()
@@ -109,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
             data = self.body()
             hub.blobs[hashlib.sha256(data).hexdigest()] = data
             return self.answer(200)
-        if hub.down:
+        if hub.down and hub.down_for in path:
             hub.down -= 1
             return self.error(503, "overloaded")
         given = self.headers.get("Authorization")

@@ -106,6 +106,9 @@ publish("--to", "out", "--from", "more")
 again, changed = ({c: load(where, c) for c in ("leaderboard", "samples")} for where in ("somebody/table", "out"))
 assert again == changed
 json.dump([hub, changed], open("found.json", "w"))
+card = open("out/README.md").read()
+snippet = card.split("## Make the tables anew")[1].split("```python\\n")[1].split("```")[0]
+exec(snippet.replace("OWNER/NAME", "out"))
 """
 
 
@@ -153,9 +156,14 @@ def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> Non
     assert {tuple(r["image"]) for r in first["samples"][0]} == {(4, 3)} and len(first["samples"][0]) == 5
     assert first["samples"][0][0]["prompts"].splitlines() == list(boards.HELDOUT)
 
-    # The directory has other content now, and load_dataset has read it before.
+    # The directory has other content now, and load_dataset had read it before.
     assert len(second["samples"][0]) == 6
     assert len(second["leaderboard"][0]) == len(first["leaderboard"][0]) + 1
+    # What the card says makes the tables anew does.
+    made = leaderboard.boards(tmp_path / "records")
+    assert [leaderboard.csv(b) for b in made] == [
+        leaderboard.csv(b) for b in (board(elsewhere), board(*good, missed, record("grpo", seed=7)))
+    ]
 
 
 # ---------------------------------------------------------------- merging
@@ -353,6 +361,13 @@ def test_a_failing_server_is_tried_again_and_given_up_in_one_line(
     assert hashes(hub.repos[REPO].files) == cells(*OURS)
 
 
+def test_rows_survive_a_server_that_fails_while_they_are_read(hub: Hub) -> None:
+    put(hub, THEIRS)
+    hub.down, hub.down_for = 2, "/resolve/"
+    put(hub, OURS)
+    assert not hub.down and hashes(hub.repos[REPO].files) == cells(*OURS, *THEIRS)
+
+
 def test_no_network_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "ATTEMPTS", 2)
     address = hub.url
@@ -436,7 +451,7 @@ def test_hostile_text_is_only_text() -> None:
     for markup in ("<script", "<img", "<a ", "<strong>", "<h1>h"):
         assert markup not in shown
     assert shown.count("<h1>") == 1 and "&lt;script&gt;alert(1)&lt;/script&gt; | [x](http://evil)" in shown
-    assert {line.count("<t") for line in shown.splitlines() if line.startswith("<td") or line == "<tr>"} == {1}
+    assert {row.count("<td") for row in shown.split("</table>")[0].split("<tr>")[2:]} == {13}
 
 
 def test_the_card_declares_only_what_can_be_loaded_and_cites_as_the_project_does(tmp_path: Path) -> None:
@@ -452,6 +467,13 @@ def test_the_card_declares_only_what_can_be_loaded_and_cites_as_the_project_does
     for text in (citation["title"], citation["version"], citation["authors"][0]["name"], paper["title"]):
         assert text in dataset.BIBTEX
     assert " and ".join(a["family-names"] for a in paper["authors"]) in dataset.BIBTEX and dataset.BIBTEX in card
+
+
+def test_one_collapsed_run_makes_its_row_a_miss_without_an_interval() -> None:
+    made = dataset.tables(dataset.content_of([board(*OURS[:2], record(seed=2, failed=True))]))
+    (row,) = made["leaderboard"].to_pylist()
+    assert (row["state"], row["gain"], row["low"], row["high"], row["failed"]) == ("miss", -math.inf, None, None, 1)
+    assert row["base"] == pytest.approx(sum(r.verdicts[0].base for r in OURS[:2]) / 2)
 
 
 def test_the_same_records_give_the_same_bytes_in_any_order() -> None:
