@@ -33,7 +33,7 @@ from bench_dfusion.registry import UsageError
 
 ATTEMPTS = 6
 WAIT = 1.0  # s before the second attempt, doubled before each further one
-TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 Result = TypeVar("Result")
 
 

@@ -100,7 +100,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def error(self, status: int, text: str, code: str = "") -> None:
         self.close_connection = True  # the request's body may not have been read
-        self.answer(status, {"error": text}, X_Error_Code=code, X_Error_Message=text, Connection="close")
+        self.answer(
+            status, {"error": text}, X_Error_Code=code, X_Error_Message=" ".join(text.split()), Connection="close"
+        )
 
     def route(self) -> None:
         hub, parts = self.server, urlsplit(self.path)

@@ -242,6 +242,9 @@ def test_a_dataset_of_something_else_is_refused(hub: Hub, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match=f"{REPO} has a README.md that bench-dfusion did not write"):
         put(hub, OURS)
     assert set(hub.repos[REPO].files) == {".gitattributes", "README.md", "cats.csv"}
+    hub.create("somebody/data", {"data.csv": b"a"})
+    with pytest.raises(UsageError, match="holds files and no leaderboard"):
+        publish.to_hub([board(*OURS)], "somebody/data", endpoint=hub.url)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty and no leaderboard"):
         publish.to_directory([board(*OURS)], tmp_path)
@@ -359,6 +362,14 @@ def test_a_failing_server_is_tried_again_and_given_up_in_one_line(
         put(hub, THEIRS)
     assert "\n" not in str(stopped.value) and not hub.faults
     assert hashes(hub.repos[REPO].files) == cells(*OURS)
+
+
+def test_a_refusal_is_told_in_one_line_without_the_token(hub: Hub) -> None:
+    for status, fix in ((400, "refused to publish"), (403, "propose the rows with --pr")):
+        hub.faults = [lambda request, s=status: request.error(s, f"not\nwith {TOKEN}") or True]
+        with pytest.raises(UsageError, match=fix) as stopped:
+            put(hub, OURS)
+        assert TOKEN not in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_rows_survive_a_server_that_fails_while_they_are_read(hub: Hub) -> None:
