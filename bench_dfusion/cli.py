@@ -197,7 +197,7 @@ def publish(
         done = publish.to_directory(found, to, replace)
     else:
         done = publish.to_hub(found, str(repo), pr=pr, message=message, private=private, replace=replace)
-    out.print(escape(publish.summary(done, pr)), soft_wrap=True, highlight=False)
+    out.print(escape(publish.summary(done)), soft_wrap=True, highlight=False)
 
 
 @pairs_app.command("export")

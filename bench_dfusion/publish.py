@@ -65,14 +65,16 @@ class _Tree:
     superseded: set[str]
 
 
-def summary(done: Published, proposed: bool = False) -> str:
+def summary(done: Published) -> str:
     """What to tell the user: where it is, and how to read it."""
-    what = f"{dataset.counted(done.added, 'run')} of {done.records} new"
-    if not done.changed:
-        what = "nothing new, it is there already"
-    verb = "proposed" if proposed else "published"
-    lines = [f"{verb}: {done.url or done.where} ({what})"]
-    return "\n".join([*lines, f'datasets.load_dataset("{done.where}", "leaderboard", split="train") reads it'])
+    proposal = re.search(r"/discussions/(\d+)$", done.url)
+    verb = "proposed" if proposal else "published"
+    what = f"{dataset.counted(done.added, 'run')} of {done.records} new" if done.changed else "it was there already"
+    revision = f', revision="refs/pr/{proposal[1]}"' if proposal else ""
+    return (
+        f"{verb}: {done.url or done.where} ({what})\n"
+        f'datasets.load_dataset("{done.where}", "leaderboard", split="train"{revision}) reads it'
+    )
 
 
 # ---------------------------------------------------------------- a directory
@@ -296,7 +298,7 @@ def _persist(attempt: Callable[[], Result], repo: str, token: str, pr: bool) -> 
             if not passes:
                 raise UsageError(problem) from None
             if number == ATTEMPTS:
-                raise UsageError(f"{problem}; nothing more was tried after {ATTEMPTS} attempts: try later") from None
+                raise UsageError(f"{problem}; given up after {ATTEMPTS} attempts: try again later") from None
         print(f"{problem}; attempt {number + 1} of {ATTEMPTS}", file=sys.stderr, flush=True)
         time.sleep(wait * random.uniform(0.5, 1.5))  # two publishers must not meet again
         wait *= 2

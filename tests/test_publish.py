@@ -346,6 +346,11 @@ def test_a_proposal_leaves_main_alone_and_is_made_once(hub: Hub) -> None:
     proposed = repo.refs["refs/pr/1"]
     assert repo.titles[proposed] == "my rows" and hashes(repo.commits[proposed]) == cells(*OURS, *THEIRS)
     again = put(hub, OURS, pr=True, message="my rows")
+    assert publish.summary(done).splitlines() == [
+        f"proposed: {done.url} (3 runs of 6 new)",
+        f'datasets.load_dataset("{REPO}", "leaderboard", split="train", revision="refs/pr/1") reads it',
+    ]
+    assert "it was there already" in publish.summary(again)
     assert again.url == done.url and not again.changed and len(repo.refs) == 2
 
 
