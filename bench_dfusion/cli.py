@@ -169,7 +169,7 @@ def leaderboard(
 @app.command()
 def publish(
     repo: Annotated[
-        str | None, typer.Argument(metavar="[OWNER/NAME]", help="A dataset of the Hub, made where there is none.")
+        str | None, typer.Argument(metavar="OWNER/NAME", help="A dataset of the Hub, made where there is none.")
     ] = None,
     to: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a directory instead.")] = None,
     source: Annotated[
