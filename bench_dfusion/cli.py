@@ -354,6 +354,40 @@ def merge(
         raise typer.Exit(1 if skip_refused else 2)
 
 
+@app.command()
+def publish(
+    repo: Annotated[
+        str | None, typer.Argument(metavar="OWNER/NAME", help="A dataset of the Hub, made where there is none.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a directory instead.")] = None,
+    source: Annotated[
+        str, typer.Option("--from", metavar="TRACK_OR_FOLDER", help="A track's name, or a folder with run directories.")
+    ] = "runs",
+    folder: Annotated[Path, typer.Option("--out", help="Where the run directories of a named track are.")] = Path(
+        "runs"
+    ),
+    pr: Annotated[bool, typer.Option("--pr", help="Propose as a pull request, for somebody else's dataset.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Title of the commit.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new dataset private.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Your record takes the place of another result of its cell.")
+    ] = False,
+) -> None:
+    """Publish the runs found as a dataset, merged with what it holds: tables, records, pictures, a card."""
+    from bench_dfusion import publish
+
+    if (repo is None) == (to is None):
+        raise UsageError("give one of OWNER/NAME (a dataset of the Hub) and --to DIR")
+    if to is not None and (pr or private or message is not None):
+        raise UsageError("--pr, --private and --message are of the Hub: leave them out with --to")
+    found = _boards(source, folder)
+    if to is not None:
+        done = publish.to_directory(found, to, replace)
+    else:
+        done = publish.to_hub(found, str(repo), pr=pr, message=message, private=private, replace=replace)
+    out.print(escape(publish.summary(done)), soft_wrap=True, highlight=False)
+
+
 @pairs_app.command("export")
 def pairs_export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],

@@ -61,7 +61,6 @@ class Board:
                         f"the judge {v.judge} of {record.name} has other weights or rules than that of other records "
                         f"({v.fingerprint[:12]}…, not {judges[v.judge][:12]}…): their verdicts cannot be compared"
                     )
-        rows(self)
 
     @property
     def cells(self) -> list[Record | Unfinished]:

@@ -23,12 +23,16 @@ TEXT = 15  # px of a caption line
 def base_and_trained(path: Path, base: Drawn, trained: Drawn, track: Track, most: int = 24) -> None:
     """For up to `most` held-out prompts, evenly taken, base (left) and trained (right) on the same noise."""
     prompts = track.prompts.heldout
-    chosen = np.unique(np.linspace(0, len(prompts) - 1, min(most, len(prompts))).round().astype(int))
     cells = []
-    for i in chosen.tolist():
+    for i in evenly(len(prompts), most):
         row = i * track.evaluation.images_per_prompt
         cells.append((prompts[i], ["base", "trained"], [base.images[row].numpy(), trained.images[row].numpy()]))
     _grid(path, cells, columns=3)
+
+
+def evenly(count: int, most: int = 24) -> list[int]:
+    """Up to `most` of the numbers below `count`, evenly taken."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
 
 
 def triples(path: Path, samples: ConsistentSamples, most: int = 18) -> None:

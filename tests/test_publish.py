@@ -1,0 +1,516 @@
+"""Boards as a dataset: what is put in comes back, and nothing that others published is lost, whatever the Hub does."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import boards
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from boards import board, record
+from hub_server import TOKEN, Handler, Hub
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from bench_dfusion import dataset, leaderboard, publish
+from bench_dfusion.records import Record
+from bench_dfusion.registry import UsageError
+
+REPO = "somebody/table"
+OURS = [record(seed=s) for s in range(3)]
+THEIRS = [record("ddpo", "vanilla", seed=s) for s in range(3)]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(publish, "WAIT", 0.02)
+    with Hub() as server:
+        yield server
+
+
+def put(hub: Hub, cells: list[Record], **options: object) -> publish.Published:
+    return publish.to_hub([board(*cells)], REPO, endpoint=hub.url, **options)
+
+
+def hashes(files: dict[str, bytes]) -> set[str]:
+    """The cells whose records are in a published tree; its card has to agree with every table."""
+    names = [config["config_name"] for config in header(files)["configs"]]
+    found = {c: pq.read_table(io.BytesIO(files[dataset.path_of(c)])).to_pylist() for c in names if c != "samples"}
+    stored = [row["cell_hash"] for row in found["records"]]
+    assert len(stored) == len(set(stored)), "a cell twice"
+    scored = {row["cell_hash"] for row in found["scores"]}
+    assert scored == set(stored) and sum(r["seeds"] for r in found["leaderboard"]) == len(stored)
+    return set(stored)
+
+
+def header(files: dict[str, bytes]) -> dict:
+    return yaml.safe_load(files["README.md"].decode().split("\n---", 1)[0])
+
+
+def cells(*records: Record) -> set[str]:
+    return {r.cell_hash for r in records}
+
+
+def run_folder(folder: Path, *records: Record, color: str = "red") -> Path:
+    """Run directories with pictures."""
+    boards.write(folder, *records)
+    for path in folder.rglob("record.json"):
+        Image.new("RGB", (4, 3), color).save(path.with_name("base_trained.png"))
+    return folder
+
+
+# ---------------------------------------------------------------- through datasets, as a user would
+
+CHILD = """
+import json, sys
+import datasets
+from bench_dfusion import cli
+
+datasets.disable_progress_bars()
+
+def publish(*words):
+    sys.argv = ["bench-dfusion", "publish", *words]
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        assert not stopped.code, stopped.code
+
+def load(where, config):
+    table = datasets.load_dataset(where, config, split="train")
+    rows = [{k: list(v.size) if k == "image" else v for k, v in row.items()} for row in table]
+    kinds = {k: "image" if isinstance(f, datasets.Image) else f.dtype for k, f in table.features.items()}
+    return rows, kinds
+
+configs = ("leaderboard", "scores", "curves", "samples", "records")
+publish("somebody/table", "--from", "runs")
+publish("--to", "out", "--from", "runs")
+hub, directory = ({c: load(where, c) for c in configs} for where in ("somebody/table", "out"))
+assert directory == hub
+assert datasets.load_dataset("out", split="train").column_names == list(hub["leaderboard"][1])
+publish("somebody/table", "--from", "more")
+publish("--to", "out", "--from", "more")
+again, changed = ({c: load(where, c) for c in ("leaderboard", "samples")} for where in ("somebody/table", "out"))
+assert again == changed
+json.dump([hub, changed], open("found.json", "w"))
+card = open("out/README.md").read()
+snippet = card.split("## Make the tables anew")[1].split("```python\\n")[1].split("```")[0]
+exec(snippet.replace("OWNER/NAME", "out"))
+"""
+
+
+def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> None:
+    good = [record(seed=s) for s in range(3)]
+    missed = record("ddpo", seed=0, failed=True)
+    elsewhere = record("kto", "vanilla", "oracle", of=boards.track("other", judges=["clip"]))
+    run_folder(tmp_path / "runs", *good, missed, elsewhere)
+    run_folder(tmp_path / "more", record("grpo", seed=7))
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "load_dataset(" in done.stdout and TOKEN not in done.stdout + done.stderr
+    first, second = json.loads((tmp_path / "found.json").read_text())
+
+    for config, (rows, kinds) in first.items():
+        assert kinds == {name: kind for name, (kind, _) in dataset.COLUMNS[config].items()}
+        assert rows and all(list(row) == list(kinds) for row in rows)
+    ranked, miss = [r for r in first["leaderboard"][0] if r["track"] == "tiny-v1"]
+    (other,) = [r for r in first["leaderboard"][0] if r["track"] == "other-v1"]
+    frame = leaderboard.table(board(*good, missed))
+    assert ranked["gain"] == frame["oracle gain"][0] and ranked["low"] == frame["oracle low"][0]
+    assert (ranked["rank_low"], ranked["rank_high"], ranked["rank"]) == (1, 1, "1") and ranked["state"] == "complete"
+    assert miss["gain"] == -math.inf and miss["state"] == "miss"
+    empty = ("rank_low", "rank_high", "rank", "base", "trained", "low", "high", "interval", "diversity", "kl")
+    assert all(miss[name] is None for name in empty)
+    assert (other["judge"], other["state"], other["rank"]) == ("clip", "checkpoint", None)
+
+    stored = {r["cell_hash"]: Record.model_validate_json(r["record"]) for r in first["records"][0]}
+    assert stored == {r.cell_hash: r for r in (*good, missed, elsewhere)}
+    of = [r for r in first["scores"][0] if r["cell_hash"] == good[0].cell_hash and r["judge"] == "oracle"]
+    whole, verdict = of[0], good[0].verdicts[0]
+    assert (whole["template"], whole["prompt"], whole["n"]) == (None, None, 3)
+    assert (whole["gain"], whole["low"], whole["high"]) == (verdict.gain.mean, verdict.gain.low, verdict.gain.high)
+    parts = {r["template"]: (r["base"], r["trained"], r["n"]) for r in of if r["prompt"] is None and r["template"]}
+    assert parts == {"single": (*verdict.templates["single"], 2), "count": (*verdict.templates["count"], 1)}
+    each = {r["prompt"]: (r["base"], r["trained"]) for r in of if r["prompt"]}
+    assert each == dict(zip(boards.HELDOUT, verdict.per_prompt, strict=True))
+    assert [r["gain"] for r in first["scores"][0] if r["cell_hash"] == missed.cell_hash] == [-math.inf] * 2
+    curve = [r for r in first["curves"][0] if r["cell_hash"] == good[0].cell_hash]
+    assert [r["value"] for r in curve if r["metric"] == "train/loss"] == [r.metrics["loss"] for r in good[0].rounds]
+    assert not [r for r in curve if r["metric"] == "winner_reward"]
+    assert {tuple(r["image"]) for r in first["samples"][0]} == {(4, 3)} and len(first["samples"][0]) == 5
+    assert first["samples"][0][0]["prompts"].splitlines() == list(boards.HELDOUT)
+
+    # The directory has other content now, and load_dataset had read it before.
+    assert len(second["samples"][0]) == 6
+    assert len(second["leaderboard"][0]) == len(first["leaderboard"][0]) + 1
+    # What the card says makes the tables anew does.
+    made = leaderboard.boards(tmp_path / "records")
+    assert [leaderboard.csv(b) for b in made] == [
+        leaderboard.csv(b) for b in (board(elsewhere), board(*good, missed, record("grpo", seed=7)))
+    ]
+
+
+# ---------------------------------------------------------------- merging
+
+
+@pytest.fixture(params=["hub", "directory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path):
+    """Publishes to either place; returns the published files."""
+    if request.param == "hub":
+        server = request.getfixturevalue("hub")
+
+        def to_hub(found: list[leaderboard.Board], replace: bool = False) -> dict[str, bytes]:
+            publish.to_hub(found, REPO, replace=replace, endpoint=server.url)
+            return server.repos[REPO].files
+
+        return to_hub
+
+    def to_directory(found: list[leaderboard.Board], replace: bool = False) -> dict[str, bytes]:
+        folder = tmp_path / "out"
+        publish.to_directory(found, folder, replace)
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    return to_directory
+
+
+def test_others_rows_and_pictures_survive(place, tmp_path: Path) -> None:
+    theirs = leaderboard.boards(run_folder(tmp_path / "theirs", *THEIRS))
+    before = place(theirs)
+    ours = leaderboard.boards(run_folder(tmp_path / "ours", *OURS, color="blue"))
+    after = place(ours)
+    assert hashes(before) == cells(*THEIRS) and hashes(after) == cells(*THEIRS, *OURS)
+    kept = {p: d for p, d in before.items() if p.startswith("samples/")}
+    assert len(kept) == 3 and kept.items() <= after.items()
+    assert len([p for p in after if p.startswith("samples/")]) == 6
+    assert place(theirs) == after  # theirs again: nothing changes
+    alone = place([board(record("nft", of=boards.track("other")))])
+    assert {r["track"] for r in pq.read_table(io.BytesIO(alone[dataset.path_of("leaderboard")])).to_pylist()} == {
+        "tiny-v1",
+        "other-v1",
+    }
+
+
+def test_another_result_of_a_cell_is_refused_and_replaced_on_demand(place, tmp_path: Path) -> None:
+    def with_verdicts(gain: float) -> Record:
+        return OURS[0].model_copy(update={"verdicts": record(gain=gain).verdicts})
+
+    before = place(leaderboard.boards(run_folder(tmp_path / "a", OURS[0])))
+    slower = OURS[0].model_copy(update={"cost": OURS[0].cost.model_copy(update={"seconds": {"train": 99.0}})})
+    assert place([board(slower)]) == before  # timings apart they agree: the published one stays
+    changed = leaderboard.boards(run_folder(tmp_path / "b", with_verdicts(0.3), color="blue"))
+    with pytest.raises(UsageError, match=r"verdicts\.0\.trained is 0\.\d+ there and 0\.\d+ here.*--replace"):
+        place(changed)
+    after = place(changed, replace=True)
+    (row,) = pq.read_table(io.BytesIO(after[dataset.path_of("leaderboard")])).to_pylist()
+    assert row["gain"] == pytest.approx(0.3, abs=0.05)
+    old, new = ([p for p in files if p.startswith("samples/")] for files in (before, after))
+    assert len(new) == 1 and new != old, "the old picture shows another run"
+
+
+def test_an_unfinished_cell_counts_as_missing_until_it_has_a_record(place, tmp_path: Path) -> None:
+    folder = boards.write(tmp_path / "runs", *OURS[:2])
+    cell = folder / "tiny-v1" / "dpo-later"
+    cell.mkdir()
+    (cell / "cell.json").write_text(json.dumps({"resolved": OURS[2].resolved, "hash": OURS[2].cell_hash}))
+    table = dataset.path_of("leaderboard")
+    (row,) = pq.read_table(io.BytesIO(place(leaderboard.boards(folder))[table])).to_pylist()
+    assert (row["state"], row["seeds"], row["missing"]) == ("incomplete", 2, 1)
+    assert row["low"] is not None and row["rank"] is None
+    (row,) = pq.read_table(io.BytesIO(place([board(OURS[2])])[table])).to_pylist()
+    assert (row["state"], row["seeds"], row["missing"]) == ("complete", 3, 0)
+
+
+def test_a_dataset_of_something_else_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.create(REPO, {"README.md": b"---\nlicense: mit\n---\n# Cats\n- bench-dfusion-leaderboard\n", "cats.csv": b"a"})
+    with pytest.raises(UsageError, match=f"{REPO} has a README.md that bench-dfusion did not write"):
+        put(hub, OURS)
+    assert set(hub.repos[REPO].files) == {".gitattributes", "README.md", "cats.csv"}
+    hub.create("somebody/data", {"data.csv": b"a"})
+    with pytest.raises(UsageError, match="holds files and no leaderboard"):
+        publish.to_hub([board(*OURS)], "somebody/data", endpoint=hub.url)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty and no leaderboard"):
+        publish.to_directory([board(*OURS)], tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "forged"])
+def test_records_that_cannot_be_read_are_never_written_over(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    publish.to_directory([board(*THEIRS)], folder)
+    stored = folder / dataset.path_of("records")
+    data = stored.read_bytes()
+    stored.unlink()
+    if damage == "cut":
+        stored.write_bytes(data[:-20])
+    if damage == "forged":
+        table = pq.read_table(io.BytesIO(data))
+        stored.write_bytes(dataset.parquet(table.set_column(2, "cell_hash", [["0" * 64] * 3])))
+    readme = (folder / "README.md").read_bytes()
+    with pytest.raises(UsageError, match="records/train"):
+        publish.to_directory([board(*OURS)], folder)
+    assert (folder / "README.md").read_bytes() == readme
+
+
+def test_a_directory_is_whole_after_a_kill_and_keeps_foreign_files(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    publish.to_directory([board(*THEIRS)], folder)
+    (folder / "notes.txt").write_text("mine")
+    folder.rename(tmp_path / ".out.replaced")  # as a kill between the two renames leaves it
+    done = publish.to_directory([board(*OURS)], folder)
+    assert (done.records, done.added) == (6, 3) and (folder / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# ---------------------------------------------------------------- the Hub at its worst
+
+
+def test_two_publishers_at_once_both_get_in(hub: Hub) -> None:
+    hub.create(REPO)
+    together = threading.Barrier(2)
+    hub.faults = [lambda _: together.wait(20) and None, lambda _: together.wait(20) and None]
+    failed: list[BaseException] = []
+
+    def publisher(own: list[Record]) -> None:
+        try:
+            put(hub, own)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=publisher, args=(own,)) for own in (OURS, THEIRS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed
+    assert hashes(hub.repos[REPO].files) == cells(*OURS, *THEIRS)
+    assert len(hub.repos[REPO].log) == 3 and sum("/commit/" in r for r in hub.requests) == 3
+
+
+def test_a_commit_cut_in_the_middle_changes_nothing_and_is_tried_again(hub: Hub) -> None:
+    hub.create(REPO)
+    seen: list[set[str]] = []
+
+    def cut(request: Handler) -> bool:
+        request.rfile.read(int(request.headers["Content-Length"]) // 2)
+        seen.append(set(hub.repos[REPO].files))
+        request.cut()
+        return True
+
+    hub.faults = [cut]
+    put(hub, OURS)
+    assert seen == [{".gitattributes"}] and len(hub.repos[REPO].log) == 2
+    assert hashes(hub.repos[REPO].files) == cells(*OURS)
+
+
+@pytest.mark.parametrize("pr", [False, True])
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(pr: bool, hub: Hub) -> None:
+    put(hub, THEIRS)
+    before = hub.repos[REPO].refs["main"]
+    hub.faults = [lambda request: request.cut]
+    done = put(hub, OURS, pr=pr)
+    repo = hub.repos[REPO]
+    assert len(repo.commits) == 3 and len(repo.refs) == 1 + pr
+    assert (repo.refs["main"] == before) == pr
+    assert done.url.endswith("/discussions/1" if pr else REPO) and done.records == 6
+    assert hashes(repo.commits[repo.refs["refs/pr/1" if pr else "main"]]) == cells(*OURS, *THEIRS)
+
+
+def test_a_proposal_leaves_main_alone_and_is_made_once(hub: Hub) -> None:
+    with pytest.raises(UsageError, match=f"no dataset {REPO} to propose to"):
+        put(hub, OURS, pr=True)
+    assert not hub.repos
+    put(hub, THEIRS)
+    repo = hub.repos[REPO]
+    main = repo.refs["main"]
+    done = put(hub, OURS, pr=True, message="my rows")
+    assert done.url == f"{hub.url}/datasets/{REPO}/discussions/1" and done.changed
+    assert repo.refs["main"] == main and hashes(repo.files) == cells(*THEIRS)
+    proposed = repo.refs["refs/pr/1"]
+    assert repo.titles[proposed] == "my rows" and hashes(repo.commits[proposed]) == cells(*OURS, *THEIRS)
+    again = put(hub, OURS, pr=True, message="my rows")
+    assert publish.summary(done).splitlines() == [
+        f"proposed: {done.url} (3 runs of 6 new)",
+        f'datasets.load_dataset("{REPO}", "leaderboard", split="train", revision="refs/pr/1") reads it',
+    ]
+    assert "it was there already" in publish.summary(again)
+    assert again.url == done.url and not again.changed and len(repo.refs) == 2
+
+
+def test_a_failing_server_is_tried_again_and_given_up_in_one_line(
+    hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.down = 2
+    put(hub, OURS)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"the Hub failed for the moment (status 503); attempt {n} of 6" for n in (2, 3)]
+    hub.faults = [lambda request: request.error(500, "boom") or True] * 3
+    monkeypatch.setattr(publish, "ATTEMPTS", 3)
+    with pytest.raises(UsageError, match=r"status 500.*after 3 attempts") as stopped:
+        put(hub, THEIRS)
+    assert "\n" not in str(stopped.value) and not hub.faults
+    assert hashes(hub.repos[REPO].files) == cells(*OURS)
+
+
+def test_a_refusal_is_told_in_one_line_without_the_token(hub: Hub) -> None:
+    for status, fix in ((400, "refused to publish"), (403, "propose the rows with --pr")):
+        hub.faults = [lambda request, s=status: request.error(s, f"not\nwith {TOKEN}") or True]
+        with pytest.raises(UsageError, match=fix) as stopped:
+            put(hub, OURS)
+        assert TOKEN not in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_rows_survive_a_server_that_fails_while_they_are_read(hub: Hub) -> None:
+    put(hub, THEIRS)
+    hub.down, hub.down_for = 2, "/resolve/"
+    put(hub, OURS)
+    assert not hub.down and hashes(hub.repos[REPO].files) == cells(*OURS, *THEIRS)
+
+
+def test_no_network_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "ATTEMPTS", 2)
+    address = hub.url
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(UsageError, match="the Hub cannot be reached .*check the network"):
+        publish.to_hub([board(*OURS)], REPO, endpoint=address)
+
+
+def test_a_new_dataset_is_private_on_demand_and_a_public_one_stays(hub: Hub) -> None:
+    put(hub, OURS, private=True)
+    assert hub.repos[REPO].private
+    hub.repos[REPO].private = False
+    with pytest.raises(UsageError, match="exists and is public"):
+        put(hub, THEIRS, private=True)
+    assert hashes(hub.repos[REPO].files) == cells(*OURS)
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [("", "hf auth login"), ("hf_wrong", "does not accept the token"), ("hf_sécret", "holds signs that no token has")],
+)
+def test_a_bad_token_is_named_and_never_shown(
+    token: str, expected: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    from huggingface_hub import constants
+
+    from bench_dfusion import cli
+
+    monkeypatch.chdir(boards.write(tmp_path, *OURS))
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr("sys.argv", ["bench-dfusion", "publish", REPO, "--from", "."])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and expected in said.err and len(said.err.splitlines()) == 1
+    assert not token or token not in said.err + said.out
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "give one of OWNER/NAME"),
+        ((REPO, "--to", "d"), "give one of OWNER/NAME"),
+        (("--to", "d", "--pr"), "are of the Hub"),
+        (("table",), "write OWNER/NAME"),
+        ((REPO, "--from", "nowhere"), "unknown track 'nowhere'"),
+    ],
+)
+def test_wrong_words_are_one_line(words, expected, tmp_path, monkeypatch, capsys) -> None:
+    from bench_dfusion import cli
+
+    monkeypatch.chdir(boards.write(tmp_path, *OURS))
+    (tmp_path / "runs").symlink_to(tmp_path / "tiny-v1")
+    monkeypatch.setattr("sys.argv", ["bench-dfusion", "publish", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "d").exists()
+
+
+# ---------------------------------------------------------------- the card
+
+
+def test_hostile_text_is_only_text() -> None:
+    evil = (
+        "<script>alert(1)</script> | [x](http://evil) ![y](http://evil/i.png) `` ` ``\n---\n# h\x1b[31m @all **b** &lt;"
+    )
+    of = boards.track(heldout={evil.replace("\n", " "): "single", "a red ring": "count"})
+    options = {"window": evil}
+    rows = [
+        record("+[a](http://evil)", builder=evil, reward=evil, of=of, options=o, tuning=evil) for o in (options, {})
+    ]
+    card = dataset.files(dataset.content_of([board(*rows)]))["README.md"].decode()
+    assert header({"README.md": card.encode()})["tags"][0] == dataset.MARK and "\x1b" not in card
+    shown = MarkdownIt("commonmark").enable("table").render(card.split("\n---\n", 1)[1])
+    for markup in ("<script", "<img", "<a ", "<strong>", "<h1>h"):
+        assert markup not in shown
+    assert shown.count("<h1>") == 1 and "&lt;script&gt;alert(1)&lt;/script&gt; | [x](http://evil)" in shown
+    assert {row.count("<td") for row in shown.split("</table>")[0].split("<tr>")[2:]} == {13}
+
+
+def test_the_card_declares_only_what_can_be_loaded_and_cites_as_the_project_does(tmp_path: Path) -> None:
+    published = dataset.files(dataset.content_of([board(record(failed=True, rounds=[]))]))
+    head = header(published)
+    names = ["leaderboard", "scores", "records"]
+    assert [c["config_name"] for c in head["configs"]] == names == [c["config_name"] for c in head["dataset_info"]]
+    assert [c["config_name"] for c in head["configs"] if c.get("default")] == ["leaderboard"]
+    card = published["README.md"].decode()
+    assert "not declared: `curves`, `samples`" in card and dataset.path_of("curves") not in published
+    citation = yaml.safe_load((Path(__file__).parent.parent / "CITATION.cff").read_text())
+    paper = citation["references"][0]
+    for text in (citation["title"], citation["version"], citation["authors"][0]["name"], paper["title"]):
+        assert text in dataset.BIBTEX
+    assert " and ".join(a["family-names"] for a in paper["authors"]) in dataset.BIBTEX and dataset.BIBTEX in card
+
+
+def test_one_collapsed_run_makes_its_row_a_miss_without_an_interval() -> None:
+    made = dataset.tables(dataset.content_of([board(*OURS[:2], record(seed=2, failed=True))]))
+    (row,) = made["leaderboard"].to_pylist()
+    assert (row["state"], row["gain"], row["low"], row["high"], row["failed"]) == ("miss", -math.inf, None, None, 1)
+    assert row["base"] == pytest.approx(sum(r.verdicts[0].base for r in OURS[:2]) / 2)
+
+
+def test_the_same_records_give_the_same_bytes_in_any_order() -> None:
+    everything = [*OURS, *THEIRS, record(of=boards.track("other"))]
+    first, second = (
+        dataset.files(dataset.Content({r.cell_hash: r for r in order})) for order in (everything, everything[::-1])
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"cell_hash": "../../etc"}, "no SHA-256"),
+        ({"verdicts": OURS[0].verdicts[:1]}, "it was judged by"),
+        ({"resolved": {**OURS[0].resolved, "track": {}}}, "track.name"),
+        ({"seed": 2**70}, "64 bits"),
+        ({"drift": OURS[0].drift.model_copy(update={"kl": math.nan})}, "not finite"),  # type: ignore[union-attr]
+    ],
+)
+def test_a_record_that_contradicts_itself_is_not_published(changes: dict, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=expected):
+        publish.to_directory([board(OURS[0].model_copy(update=changes))], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
