@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_dfusion import evaluation, files, pairs, pictures, records, registry
-from bench_dfusion import track as tracks
+from bench_dfusion import evaluation, files, pairs, pictures, records
 from bench_dfusion.algorithm import Algorithm
-from bench_dfusion.config import Cell
+from bench_dfusion.config import Cell, judges
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
 from bench_dfusion.models.loading import dtype, load_adapter
 from bench_dfusion.policy import Policy
@@ -333,14 +332,8 @@ def make_policy(track: Track, adapter: Any, seed: int, device: torch.device) -> 
 
 
 def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
-    """The track's judges by name; a name may carry an option, as in `oracle:full`."""
-    judges = {}
-    for text in track.evaluation.judges:
-        name, _, option = text.partition(":")
-        cls = registry.load("rewards", name)
-        values = {**track.rewards.get(name, {}), **({"score": option} if option else {})}
-        judges[text] = cls(tracks.validate(cls.Config, values, f"judge {text}"), device)
-    return judges
+    """The track's judges by name."""
+    return {text: cls(options, device) for text, (cls, options) in judges(track).items()}
 
 
 def round_prompts(track: Track, seed: int, number: int) -> list[str]:
