@@ -112,8 +112,8 @@ def resolve(
         given["prompts"] = str(prompts)
     if "source" in content.get("prompts", {}):
         asked, lists = prompt_sources.split_changes(changes.pop("prompts", {}))
-        section = track.merge(content["prompts"], asked)
-        content["prompts"] = track.merge(prompt_sources.resolve(section, prompts, track_source), lists)
+        found = prompt_sources.resolve(track.merge(content["prompts"], asked), prompts, track_source)
+        content["prompts"] = track.merge(found, lists)
     elif prompts is not None:
         custom = True
         held = changes.get("prompts", {}).get("heldout")

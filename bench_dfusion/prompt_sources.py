@@ -30,7 +30,9 @@ from bench_dfusion.track import PromptsSection, Section
 class SourceSection(Section):
     """`[prompts]` of a track whose prompts come from the user's copy. A size is a count, or a share in (0, 1)."""
 
-    source: str = Field(description="prompt set: geneval, t2i-compbench, partiprompts, dsg or lines (one prompt a line)")
+    source: str = Field(
+        description="prompt set: geneval, t2i-compbench, partiprompts, dsg or lines (one prompt a line)"
+    )
     sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
@@ -38,10 +40,14 @@ class SourceSection(Section):
     )
     heldout: int | float = Field(description="size of the held-out set (count, or share of the prompts)")
     validation: int | float = Field(0, description="size of the validation set (count or share)")
-    train: int | float | None = Field(None, description="size of the train set (count or share); None: all that is left")
+    train: int | float | None = Field(
+        None, description="size of the train set (count or share); None: all that is left"
+    )
     categories: tuple[str, ...] | None = Field(None, min_length=1, description="categories to take; None: all")
     max_words: int | None = Field(
-        None, ge=1, description="longer prompts are left out (count); None: none is. CLIP's text encoders read 77 tokens"
+        None,
+        ge=1,
+        description="longer prompts are left out (count); None: none is. CLIP's text encoders read 77 tokens",
     )
     items: bool = Field(False, description="leave out prompts in which D-Fusion's rule finds no item")
 
@@ -90,6 +96,10 @@ class Source:
         patterns = " and ".join(self.places[0])
         return f"the directory with {patterns}" if "*" in patterns else f"the directory or its {patterns}"
 
+    @property
+    def hint(self) -> str:
+        return f"get {self.home} and give --prompts COPY, {self.what}"
+
 
 def split_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A user's changes of a source's section: those of the section, and whole lists of prompts that replace its own."""
@@ -104,20 +114,22 @@ def resolve(section: Mapping[str, Any], copy: Path | str | None, name: str) -> d
     name   the track's, for messages
     Raises UsageError in one line.
     """
-    if section.get("source") not in SOURCES:
-        raise UsageError(f"track {name}: {registry.unknown('prompts.source', str(section.get('source')), SOURCES)}")
-    asked: SourceSection = track.validate(SourceSection, dict(section), "track.prompts")
+    asked = check(section, name)
     source = SOURCES[asked.source]
     if copy is None:
-        raise UsageError(
-            f"track {name} takes its prompts from your copy of {source.title}: get {source.home} and give "
-            f"--prompts COPY, {source.what}"
-        )
+        raise UsageError(f"track {name} takes its prompts from your copy of {source.title}: {source.hint}")
     rows = _rows(asked, str(copy))
     kept = _kept(rows, asked)
     if not kept:
         raise UsageError(f"{copy}: none of its {len(rows)} prompts is left by categories, max_words and items")
     return _split(kept, asked, f"track {name} on {copy}")
+
+
+def check(section: Mapping[str, Any], name: str) -> SourceSection:
+    """The section, validated. Raises UsageError."""
+    if section.get("source") not in SOURCES:
+        raise UsageError(f"track {name}: {registry.unknown('prompts.source', str(section.get('source')), SOURCES)}")
+    return track.validate(SourceSection, dict(section), "track.prompts")
 
 
 def _rows(asked: SourceSection, copy: str) -> list[Row]:
@@ -128,7 +140,7 @@ def _rows(asked: SourceSection, copy: str) -> list[Row]:
         return _from_dataset(copy.removeprefix("hf:"), asked.source)
     path = Path(copy)
     if not path.exists():
-        raise UsageError(f"no prompts at {copy}: get {source.home}, or give hf:REPO")
+        raise UsageError(f"no prompts at {copy}: {source.hint}")
     found = _find(path, source)
     if asked.sha256:
         digest = files.sha256(found[0]) if len(found) == 1 else _tree(found)
@@ -157,8 +169,8 @@ def _find(path: Path, source: Source) -> list[Path]:
     for place in source.places:
         found = [sorted(path.glob(pattern)) for pattern in place]
         if all(found):
-            return sum(found, [])
-    raise UsageError(f"{path} is no copy of {source.title}: get {source.home} and give --prompts COPY, {source.what}")
+            return [file for part in found for file in part]
+    raise UsageError(f"{path} is no copy of {source.title}: {source.hint}")
 
 
 def _tree(paths: list[Path]) -> str:

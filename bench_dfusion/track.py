@@ -238,7 +238,9 @@ def validate(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
             raise UsageError(registry.unknown(f"option {where}", str(first["loc"][-1]), fields)) from None
         if first["type"] == "missing":
             meaning = getattr(fields.get(str(first["loc"][-1])), "description", None)
-            raise UsageError(f"{where}{'.' * bool(where)}{name} is missing{f': {meaning}' if meaning else ''}") from None
+            raise UsageError(
+                f"{where}{'.' * bool(where)}{name} is missing{f': {meaning}' if meaning else ''}"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         given = f", not {first['input']!r}" if name and not isinstance(first["input"], dict) else ""
         raise UsageError(f"{where}{'.' if where and name else ''}{name}: {message}{given}") from None

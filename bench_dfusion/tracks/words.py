@@ -13,28 +13,34 @@ from typing import TypeVar
 from bench_dfusion import files
 from bench_dfusion.seeds import passes
 
-ANIMALS = """
-badger beaver camel crow donkey frog giraffe goose hamster hedgehog kangaroo koala lobster octopus otter owl panda
-penguin squirrel turtle
-""".split()
-ACTIVITIES = """
-baking a cake|beating a drum|carrying an umbrella|climbing a ladder|drinking tea|driving a tractor|flying a kite
-folding a towel|hammering a nail|ironing a shirt|knitting a scarf|lifting a dumbbell|mopping the floor
-peeling a potato|pitching a tent|playing the violin|reading a newspaper|rowing a canoe|typing on a laptop
-watering a plant
-""".strip().replace("\n", "|").split("|")  # fmt: skip
-MATERIALS = """
-bamboo brass bronze cardboard ceramic concrete copper crystal glass golden knitted leather marble paper plastic
-porcelain rubber silver velvet wooden
-""".split()
-OBJECTS = """
-airplane basket bathtub bench bicycle boot bridge candlestick chair crown drum guitar helmet kettle lantern piano
-ship teapot train wardrobe
-""".split()
-THINGS = """
-apple backpack ball barrel bucket cactus candle clock cup globe hat lamp melon mushroom pumpkin shoe suitcase
-telephone umbrella vase
-""".split()
+
+def _words(text: str, separator: str = " ") -> list[str]:
+    return text.split(separator)
+
+
+ANIMALS = _words(
+    "badger beaver camel crow donkey frog giraffe goose hamster hedgehog kangaroo koala lobster octopus otter owl panda "
+    "penguin squirrel turtle"
+)
+ACTIVITIES = _words(
+    "baking a cake,beating a drum,carrying an umbrella,climbing a ladder,drinking tea,driving a tractor,flying a kite,"
+    "folding a towel,hammering a nail,ironing a shirt,knitting a scarf,lifting a dumbbell,mopping the floor,"
+    "peeling a potato,pitching a tent,playing the violin,reading a newspaper,rowing a canoe,typing on a laptop,"
+    "watering a plant",
+    ",",
+)
+MATERIALS = _words(
+    "bamboo brass bronze cardboard ceramic concrete copper crystal glass golden knitted leather marble paper plastic "
+    "porcelain rubber silver velvet wooden"
+)
+OBJECTS = _words(
+    "airplane basket bathtub bench bicycle boot bridge candlestick chair crown drum guitar helmet kettle lantern piano "
+    "ship teapot train wardrobe"
+)
+THINGS = _words(
+    "apple backpack ball barrel bucket cactus candle clock cup globe hat lamp melon mushroom pumpkin shoe suitcase "
+    "telephone umbrella vase"
+)
 RELATIONS = ("on the left of", "on the right of", "above", "below")
 
 T = TypeVar("T")
