@@ -185,7 +185,7 @@ def _kept(rows: list[Row], asked: SourceSection) -> list[Row]:
         if category not in known:
             raise UsageError(registry.unknown("prompts.categories", category, known))
     unique: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda r: r.split != "heldout"):
+    for row in sorted(rows, key=lambda r: (r.split != "heldout", r.prompt, r.category)):
         unique.setdefault(row.key, row)
     return [
         row

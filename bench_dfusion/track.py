@@ -231,11 +231,13 @@ def validate(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt name explains best why another is missing.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         name = ".".join(str(x) for x in first["loc"])
         fields = _fields(model, first["loc"][:-1])
         if first["type"] == "extra_forbidden":
-            raise UsageError(registry.unknown(f"option {where}", str(first["loc"][-1]), fields)) from None
+            section = ".".join(str(x) for x in (where, *first["loc"][:-1]) if x)
+            raise UsageError(registry.unknown(f"option {section}", str(first["loc"][-1]), fields)) from None
         if first["type"] == "missing":
             meaning = getattr(fields.get(str(first["loc"][-1])), "description", None)
             raise UsageError(
