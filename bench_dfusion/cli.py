@@ -235,7 +235,9 @@ def _describe_track(source: str) -> None:
     prompts = content.get("prompts", {})
     if "source" in prompts:
         origin = prompt_sources.SOURCES[prompt_sources.check(prompts, source).source]
-        out.print(escape(f"prompts: from your copy of {origin.title}; {origin.hint}"), soft_wrap=True, highlight=False)
+        out.print(
+            escape(f"prompts: from {origin.title}, not in this package; {origin.hint}"), soft_wrap=True, highlight=False
+        )
     elif "model" in content and prompts:
         settings = tracks.validate(tracks.Track, content, "track")
         config.judges(settings)

@@ -91,13 +91,14 @@ class Source:
     @property
     def what(self) -> str:
         """What `--prompts` takes, in words."""
-        if not self.places:
-            return "a file"
         patterns = " and ".join(self.places[0])
         return f"the directory with {patterns}" if "*" in patterns else f"the directory or its {patterns}"
 
     @property
     def hint(self) -> str:
+        """What a user does to have the prompts."""
+        if not self.places:
+            return "give --prompts FILE, a prompt a line"
         return f"get {self.home} and give --prompts COPY, {self.what}"
 
 
@@ -117,12 +118,18 @@ def resolve(section: Mapping[str, Any], copy: Path | str | None, name: str) -> d
     asked = check(section, name)
     source = SOURCES[asked.source]
     if copy is None:
-        raise UsageError(f"track {name} takes its prompts from your copy of {source.title}: {source.hint}")
+        raise UsageError(f"track {name} takes its prompts from {source.title}: {source.hint}")
     rows = _rows(asked, str(copy))
     kept = _kept(rows, asked)
     if not kept:
         raise UsageError(f"{copy}: none of its {len(rows)} prompts is left by categories, max_words and items")
-    return _split(kept, asked, f"track {name} on {copy}")
+    found = _split(kept, asked, f"track {name} on {copy}")
+    if not found["train"] or len(found["heldout"]) < 2:
+        raise UsageError(
+            f"track {name}: {copy} has {len(kept)} prompts, which leaves {len(found['train'])} to train on and "
+            f"{len(found['heldout'])} held out (1 and 2 at least): give the whole copy, or change the sizes"
+        )
+    return found
 
 
 def check(section: Mapping[str, Any], name: str) -> SourceSection:
@@ -346,5 +353,5 @@ SOURCES = {
         "PartiPrompts", "https://github.com/google-research/parti", (("PartiPrompts.tsv",),), _partiprompts
     ),
     "dsg": Source("DSG-1k", "https://github.com/j-min/DSG", (("dsg-1k-anns.csv",),), _dsg),
-    "lines": Source("your prompts", "a text file with a prompt a line", (), _lines),
+    "lines": Source("a file of your own", "", (), _lines),
 }

@@ -229,7 +229,7 @@ def test_the_split_depends_on_nothing_but_the_prompts(tmp_path: Path) -> None:
         sizes("lines", train=None, validation=0.2, heldout=0.4), tmp_path / "a/mine.txt", "mine"
     )
     assert more["heldout"] == first["heldout"] and more["validation"] == first["validation"]
-    assert len(more["train"]) == 8 and more["train"] == first["train"]
+    assert len(more["train"]) == 9 and more["train"][:8] == first["train"]
 
 
 def test_compbench_keeps_its_own_split(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ SOURCE = changed('train = ["a red ring", "a blue ring"]\nheldout = ["a red cross
         (SOURCE.format('source = "t2i-compbench"\nheldout = 4'), "mine.txt is no copy of T2I-CompBench: get https"),
         (SOURCE.format('source = "lines"\nheldout = 9'), "prompts.heldout asks for 9 prompts and 2 are left"),
         (SOURCE.format('source = "lines"\nheldout = 2\ncategories = ["ring"]'), "unknown prompts.categories 'ring'"),
-        (SOURCE.format('source = "lines"\nheldout = 2'), "track.prompts.train"),
+        (SOURCE.format('source = "lines"\nheldout = 2'), "has 2 prompts, which leaves 0 to train on and 2 held out"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(
@@ -421,7 +421,10 @@ def test_list_shows_every_track_and_what_is_in_one(
     _, shown, _ = said(("list", "tracks", "micro"), tmp_path, monkeypatch, capsys)
     assert HASHES["micro"] in shown and '"reward_queries": 4608' in shown
     _, shown, _ = said(("list", "tracks", "dsg"), tmp_path, monkeypatch, capsys)
-    assert "prompts: from your copy of DSG-1k; get https://github.com/j-min/DSG" in shown and '"heldout": 200' in shown
+    assert (
+        "prompts: from DSG-1k, not in this package; get https://github.com/j-min/DSG" in shown
+        and '"heldout": 200' in shown
+    )
     status, shown, _ = said(("list", "tracks", "mine.toml"), tmp_path, monkeypatch, capsys)
     assert status == 0 and f"mine-v1, hash {load('mine.toml').hash}" in shown
 
