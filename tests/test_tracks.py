@@ -194,9 +194,9 @@ def lines(folder: Path, prompts: list[tuple[str, str]]) -> Path:
 
 
 FORMATS = {"geneval": geneval, "partiprompts": partiprompts, "dsg": dsg, "lines": lines}
-# Commas, an unpaired quote, a prompt again in other letters, and space around.
+# Commas, quotes, a prompt again in other letters, and space around.
 ROWS = [(p, "colour" if i < 15 else "few_things") for i, p in enumerate(SCENES)]
-ODD = [('a 5" nail, a box', "colour"), ("A Red Lamp.", "colour"), ("  a  red lamp ", "colour")]
+ODD = [('"open" on a box, a 5" nail', "colour"), ("A Red Lamp.", "colour"), ("  a  red lamp ", "colour")]
 
 
 def sizes(source: str, **options: Any) -> dict[str, Any]:
@@ -206,15 +206,15 @@ def sizes(source: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("source", FORMATS)
 def test_every_format_gives_the_same_sets(source: str, tmp_path: Path) -> None:
     path = FORMATS[source](tmp_path, [*ROWS, *ODD])
-    found = prompt_sources.resolve(sizes(source), path, "mine")
-    assert found == prompt_sources.resolve(sizes("lines"), lines(tmp_path / "plain", [*ROWS, *ODD]), "mine")
+    found = prompt_sources.resolve(sizes(source, train=None), path, "mine")
+    assert found == prompt_sources.resolve(sizes("lines", train=None), lines(tmp_path / "plain", [*ROWS, *ODD]), "mine")
     every = [*found["train"], *found["validation"], *found["heldout"]]
-    assert [len(found[k]) for k in track.SETS] == [8, 4, 8] and len(set(every)) == 20
-    assert {p.lower().rstrip(".") for p in every} < {*SCENES, ODD[0][0]}
+    assert [len(found[k]) for k in track.SETS] == [9, 4, 8]
+    assert {p.lower().rstrip(".") for p in every} == {*SCENES, ODD[0][0]}
     # Every set has the categories in their proportions, 16 to 5.
     assert Counter(found["templates"].values()) == {"colour": 6, "few_things": 2}
     if source != "lines":
-        assert prompt_sources.resolve(sizes(source), tmp_path, "mine") == found  # the directory around it
+        assert prompt_sources.resolve(sizes(source, train=None), tmp_path, "mine") == found  # the directory around it
 
 
 def test_the_split_depends_on_nothing_but_the_prompts(tmp_path: Path) -> None:
@@ -263,7 +263,9 @@ def test_prompts_are_left_out_by_category_length_and_items(tmp_path: Path) -> No
 def test_a_dataset_directory_is_a_copy_too(tmp_path: Path) -> None:
     path = partiprompts(tmp_path / "data", [*ROWS, *ODD])
     write(
-        tmp_path, "hub/all.csv", path.read_text().replace('a 5" nail, a box', '"a 5"" nail, a box"').replace("\t", ",")
+        tmp_path,
+        "hub/all.csv",
+        path.read_text().replace(ODD[0][0], '"""open"" on a box, a 5"" nail"').replace("\t", ","),
     )
     found = prompt_sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'hub'}", "mine")
     assert found == prompt_sources.resolve(sizes("partiprompts"), path, "mine")
@@ -392,7 +394,10 @@ def test_a_mistake_is_one_line_that_names_it(
     write(tmp_path, "loop.toml", 'name = "loop"\nversion = 1\nextends = "mine.toml"')
     write(tmp_path, "mine.txt", "a red ring\na red cross\n")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    monkeypatch.chdir(tmp_path)
     copy = ("--prompts", "mine.txt") if "source =" in text else ()
+    with pytest.raises(UsageError):  # already before a reward or a model is loaded
+        resolve(track_source="mine.toml", algo="dpo", reward="oracle", prompts=Path(copy[1]) if copy else None)
     status, _, message = said(
         ("run", "--algo", "dpo", "--reward", "oracle", "--track", "mine.toml", *copy), tmp_path, monkeypatch, capsys
     )
