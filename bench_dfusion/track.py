@@ -144,14 +144,14 @@ def _read(source: str, folder: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             raise UsageError(f"{path}: {part} is a section: write [{part}] and its options below")
     if "prompts" in content:
         content["prompts"] = _with_files(content["prompts"], path.parent)
+    for key in ("name", "version"):
+        if key not in content:
+            raise UsageError(f"{path}: a track needs its own {key}: {Track.model_fields[key].description}")
     if "extends" not in content:
         return content
     base = content.pop("extends")
     if not isinstance(base, str) or not base:
         raise UsageError(f"{path}: extends takes a track's name or a TOML file, not {base!r}")
-    for key in ("name", "version"):
-        if key not in content:
-            raise UsageError(f"{path}: a track that extends another needs its own {key}")
     try:
         under = _read(base, path.parent, (*above, path.resolve()))
     except UsageError as error:

@@ -373,6 +373,7 @@ SOURCE = changed('train = ["a red ring", "a blue ring"]\nheldout = ["a red cross
         (EXTENDS + "5", "extends takes a track's name or a TOML file, not 5"),
         ('name = "mine"\nextends = "micro"', "needs its own version"),
         ('version = 1\nextends = "micro"', "needs its own name"),
+        (changed("version = 1", ""), "mine.toml: a track needs its own version: raised with every change"),
         ('name = "micro"\nversion = 1\nextends = "micro"', "give another name or version"),
         (SOURCE.format('source = "genevil"\nheldout = 4'), "unknown prompts.source 'genevil'; did you mean geneval"),
         (SOURCE.format('source = "geneval"\nheldout = 4\nshare = 2'), "unknown option track.prompts 'share'"),
