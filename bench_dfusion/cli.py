@@ -55,7 +55,13 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="A diffusers pipeline directory or Hub id instead of the track's.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Training prompts instead of the track's, one a line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training prompts instead of the track's, one a line; for a track of a published prompt set, your "
+            "copy of it (file or directory), or hf:REPO."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="SECTION.OPTION=VALUE: algo., builder., reward., track.")
     ] = None,
@@ -241,6 +247,9 @@ def list_plugins(
     _load_files(plugin)
     if kind is not None and kind not in registry.KINDS:
         raise UsageError(registry.unknown("kind of plugin", kind, registry.KINDS))
+    if kind == "tracks" and name and name.endswith(".toml"):
+        _describe_track(name)
+        return
     if kind and name:
         found = registry.plugins(kind)
         if name not in found:
@@ -424,9 +433,7 @@ def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
     if getattr(value, "paper", None):
         out.print(escape(f"source: {value.paper}"))
     if kind == "tracks":
-        from bench_dfusion import track as tracks
-
-        out.print_json(json.dumps(tracks.read(name)))
+        _describe_track(name)
         return
     fields = getattr(getattr(value, "Config", None), "model_fields", {})
     if fields:
@@ -441,6 +448,27 @@ def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
         _suggestions(kind, name)
 
 
+def _describe_track(source: str) -> None:
+    """A track's content, what it leaves to the user, and its hash where it leaves nothing."""
+    from bench_dfusion import config, prompt_sources
+    from bench_dfusion import track as tracks
+
+    content = tracks.read(source)
+    prompts = content.get("prompts", {})
+    if "source" in prompts:
+        origin = prompt_sources.SOURCES[prompt_sources.check(prompts, source).source]
+        out.print(
+            escape(f"prompts: from {origin.title}, not in this package; {origin.hint}"), soft_wrap=True, highlight=False
+        )
+    elif "model" in content and prompts:
+        settings = tracks.validate(tracks.Track, content, "track")
+        config.judges_of(settings)
+        out.print(f"{settings.id}, hash {settings.hash}", soft_wrap=True, highlight=False)
+    else:
+        out.print("leaves the model and the prompts to you: --model DIR_OR_HUB_ID, --prompts FILE", soft_wrap=True)
+    out.print_json(json.dumps(content, default=str))
+
+
 def _range(metadata: Sequence[Any]) -> str:
     """The limits of an option as a reader would write them."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
@@ -452,16 +480,19 @@ def _suggestions(kind: str, name: str) -> None:
     """What tracks set in the place of a plugin's defaults."""
     from bench_dfusion import track as tracks
 
+    where: dict[str, list[str]] = {}
     for track_name in registry.plugins("tracks"):
         content = tracks.read(track_name)
         found = {"": content.get(kind, {}).get(name, {})}
         if kind == "algorithms":
             tuned = content.get("tuned", {}).get(name, {})
             found |= {f" with builder {builder}": options for builder, options in tuned.items()}
-        for where, options in found.items():
+        for builder, options in found.items():
             if options:
                 values = ", ".join(f"{option} {value}" for option, value in options.items())
-                out.print(escape(f"track {track_name}{where}: {values}"), highlight=False)
+                where.setdefault(f"{builder}: {values}", []).append(track_name)
+    for what, names in where.items():
+        out.print(escape(f"track{'s' * (len(names) > 1)} {', '.join(names)}{what}"), highlight=False)
 
 
 def _boards(source: str, folder: Path) -> list[Board]:

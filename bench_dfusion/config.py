@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_dfusion import pairs as preference_data
-from bench_dfusion import registry, track
+from bench_dfusion import prompt_sources, registry, track
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig
 from bench_dfusion.consistent import Builder, BuilderConfig
 from bench_dfusion.registry import PluginError, UsageError
@@ -98,7 +98,7 @@ def resolve(
         given["set"] = list(settings)
     if pairs is not None:
         given["pairs"] = pairs
-        set_options = _merge(set_options, {"builder": {"pairs": pairs}})
+        set_options = track.merge(set_options, {"builder": {"pairs": pairs}})
     for options in (file_options, set_options):
         for key, value in options.items():
             if key not in (*SECTIONS, "track"):
@@ -109,7 +109,7 @@ def resolve(
         given["model"] = model
     if prompts is not None:
         given["prompts"] = str(prompts)
-    changes = _merge(file_options.get("track", {}), set_options.get("track", {}))
+    changes = track.merge(file_options.get("track", {}), set_options.get("track", {}))
     resolved_track = _change_track(track_source, content, changes, model, prompts)
     configs = {}
     for section, cls in classes.items():
@@ -152,22 +152,47 @@ def _change_track(
     source: str, content: dict[str, Any], changes: dict[str, Any], model: str | None, prompts: Path | None
 ) -> Track:
     """A track's content with a user's changes, model and prompts, under a name of its own where they are fixed parts."""
+    for part in ("model", "prompts"):
+        if not isinstance(changes.get(part, {}), dict):
+            raise UsageError(f"track.{part} is a section: write track.{part}.OPTION=VALUE")
+    changes = dict(changes)
     if model is not None:
-        changes = _merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
-    if prompts is not None:
+        changes = track.merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
+    custom = bool(changes.keys() - {"batch", *track.SUGGESTIONS})
+    if "source" in content.get("prompts", {}):
+        asked, lists = prompt_sources.split_changes(changes.pop("prompts", {}))
+        found = prompt_sources.resolve(track.merge(content["prompts"], asked), prompts, source)
+        content["prompts"] = track.merge(found, lists)
+    elif prompts is not None:
+        custom = True
         held = changes.get("prompts", {}).get("heldout")
         own = _own_prompts(prompts, content.get("prompts", {}), held if isinstance(held, list) else [], source)
-        changes = _merge({"prompts": own}, changes)
+        changes = track.merge({"prompts": own}, changes)
     for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
         if part not in content and part not in changes:
             raise UsageError(f"track {source} leaves the {part} to you: give {option}")
     if changes:
-        content = _merge(content, changes)
+        content = track.merge(content, changes)
     # A track whose fixed part is changed is another: its records never mix with the published one's.
-    if changes.keys() - {"batch", *track.SUGGESTIONS}:
+    if custom:
         content["name"] = f"{content.get('name', 'track')}-custom"
     resolved: Track = track.validate(Track, content, "track")
+    judges_of(resolved)
     return resolved
+
+
+def judges_of(settings: Track) -> dict[str, tuple[type[Reward], RewardConfig]]:
+    """The class and options of a track's judges by name; a name may carry an option, as in `oracle:full`."""
+    found = {}
+    known = registry.plugins("rewards")
+    for text in settings.evaluation.judges:
+        name, _, option = text.partition(":")
+        if name not in known:
+            raise UsageError(registry.unknown("judge", name, known))
+        cls: type[Reward] = known[name].load()
+        values = {**settings.rewards.get(name, {}), **({"score": option} if option else {})}
+        found[text] = (cls, track.validate(cls.Config, values, f"judge {text}"))
+    return found
 
 
 def _scored_by(source: str, builder: str | None, reward: str | None) -> str:
@@ -222,14 +247,6 @@ def _own_prompts(path: Path, track_prompts: dict[str, Any], given: list[str], na
     return {"train": own, "validation": [p for p in track_prompts.get("validation", []) if p not in own]}
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
 def _settings(settings: list[str]) -> dict[str, Any]:
     """`algo.beta=0.2` to {"algo": {"beta": 0.2}}; values are JSON where they read as JSON, else strings."""
     result: dict[str, Any] = {}
@@ -245,5 +262,5 @@ def _settings(settings: list[str]) -> dict[str, Any]:
         nested: dict[str, Any] = {parts[-1]: parsed}
         for part in reversed(parts[:-1]):
             nested = {part: nested}
-        result = _merge(result, nested)
+        result = track.merge(result, nested)
     return result

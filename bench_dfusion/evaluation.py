@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench_dfusion import registry, samplers, statistics
-from bench_dfusion import track as tracks
+from bench_dfusion import samplers, statistics
+from bench_dfusion.config import judges_of
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Drift, Gain, Verdict
@@ -55,16 +55,10 @@ def evaluate(
 
 
 def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
-    """The track's judges by name; a name may carry an option, as in `oracle:full`.
-
-    Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot score a held-out prompt.
+    """The track's judges by name. Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot
+    score a held-out prompt.
     """
-    judges: dict[str, Reward] = {}
-    for text in track.evaluation.judges:
-        name, _, option = text.partition(":")
-        cls = registry.load("rewards", name)
-        values = {**track.rewards.get(name, {}), **({"score": option} if option else {})}
-        judges[text] = cls(tracks.validate(cls.Config, values, f"judge {text}"), device)
+    judges = {text: cls(options, device) for text, (cls, options) in judges_of(track).items()}
     for loaded in judges.values():
         loaded.check(track.prompts.heldout)
     return judges

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,12 @@ class Track(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="the track's name")
     version: int = Field(ge=1, description="raised with every change; records of different versions never mix")
-    model: ModelSection
-    sampler: SamplerSection
-    lora: LoraSection = LoraSection()
-    prompts: PromptsSection
-    budget: BudgetSection
-    evaluation: EvaluationSection
+    model: ModelSection = Field(description="the base model")
+    sampler: SamplerSection = Field(description="how images are drawn, in training and evaluation")
+    lora: LoraSection = Field(LoraSection(), description="what is trained")
+    prompts: PromptsSection = Field(description="the three sets of prompts, or a source")
+    budget: BudgetSection = Field(description="what a run may spend")
+    evaluation: EvaluationSection = Field(description="how base and trained are judged")
     seeds: int = Field(5, ge=1, description="seeds a published row has: 0 to this minus 1 (count)")
     batch: int = Field(64, ge=1, description="samples in one forward (count); not part of the hash")
     algorithms: dict[str, dict[str, Any]] = Field({}, description="the track's defaults for algorithms' options")
@@ -118,21 +119,84 @@ class Track(Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+SETS = ("train", "validation", "heldout")
+
+
 def read(source: str | Path) -> dict[str, Any]:
-    """A track's content by registered name or TOML path, prompt files resolved. Raises UsageError."""
-    path = Path(source)
-    if not str(source).endswith(".toml"):
-        path = Path(registry.load("tracks", str(source))())
+    """A track's content by registered name or TOML path: what it extends merged in, prompt files resolved.
+
+    A `[prompts]` section with a `source` stays as it is: `prompt_sources.resolve` reads the user's copy.
+    Raises UsageError.
+    """
+    return _read(str(source), Path(), ())
+
+
+def _read(source: str, folder: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    path = folder / source if source.endswith(".toml") else Path(registry.load("tracks", source)())
     if not path.is_file():
         raise UsageError(f"no track file {path}")
+    if path.resolve() in above:
+        loop = " -> ".join(p.name for p in (*above[above.index(path.resolve()) :], path))
+        raise UsageError(f"{path}: tracks extend each other in a loop, {loop}: remove one extends")
     content = read_toml(path)
-    prompts = content.get("prompts", {})
-    for key, value in list(prompts.items()):
-        if isinstance(value, str):
-            prompts[key], templates = read_prompts(path.parent / value)
+    for part in ("model", "prompts"):
+        if not isinstance(content.get(part, {}), dict):
+            raise UsageError(f"{path}: {part} is a section: write [{part}] and its options below")
+    if "prompts" in content:
+        content["prompts"] = _with_files(content["prompts"], path.parent)
+    for key in ("name", "version"):
+        if key not in content:
+            raise UsageError(f"{path}: a track needs its own {key}: {Track.model_fields[key].description}")
+    if "extends" not in content:
+        return content
+    base = content.pop("extends")
+    if not isinstance(base, str) or not base:
+        raise UsageError(f"{path}: extends takes a track's name or a TOML file, not {base!r}")
+    try:
+        under = _read(base, path.parent, (*above, path.resolve()))
+    except UsageError as error:
+        raise UsageError(f"{path}: extends: {error}") from None
+    if (content["name"], content["version"]) == (under.get("name"), under.get("version")):
+        raise UsageError(
+            f"{path}: {base} is {content['name']} version {content['version']} already: give another name or version"
+        )
+    return merge(_without_replaced(under, content), content)
+
+
+def _with_files(prompts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A prompts section with the text files it names read, relative to the file that names them."""
+    found = dict(prompts)
+    for key in () if "source" in prompts else SETS:
+        if isinstance(found.get(key), str):
+            found[key], templates = read_prompts(folder / found[key])
             if key == "heldout" and templates:
-                prompts["templates"] = templates
-    return content
+                found["templates"] = templates
+    return found
+
+
+def _without_replaced(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """What is extended without what belongs to something the extending file replaces."""
+    under, prompts = dict(under), over.get("prompts", {})
+    if "id" in over.get("model", {}) and "model" in under:
+        under["model"] = {k: v for k, v in under["model"].items() if k not in ("sha256", "revision")}
+    if prompts and "prompts" in under:
+        old = under["prompts"]
+        listed = any(isinstance(prompts.get(key), list) for key in SETS)
+        if ("source" in prompts) != ("source" in old) and (listed or "source" in prompts):
+            old = {}
+        elif "heldout" in prompts:
+            old = {k: v for k, v in old.items() if k != "templates"}
+        under["prompts"] = old
+    return under
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` over it, table by table; lists and values are replaced whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -140,7 +204,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: no UTF-8 text ({error}); save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, OSError) as error:
         raise UsageError(f"{path}: {error}") from None
 
 
@@ -150,7 +216,9 @@ def read_prompts(path: Path) -> tuple[list[str], dict[str, str]]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise UsageError(f"no prompts file {path}") from None
-    except (UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"prompts file {path}: no UTF-8 text ({error}); save it as UTF-8") from None
+    except OSError as error:
         raise UsageError(f"prompts file {path}: {error}") from None
     parts = [line.partition("\t") for line in lines if line]
     if not parts:
@@ -163,14 +231,26 @@ def validate(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt name explains best why another is missing.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         name = ".".join(str(x) for x in first["loc"])
+        fields = _fields(model, first["loc"][:-1])
         if first["type"] == "extra_forbidden":
-            known = model
-            for part in first["loc"][:-1]:
-                annotation = known.model_fields[str(part)].annotation
-                known = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else known
-            raise UsageError(registry.unknown(f"option {where}", str(first["loc"][-1]), known.model_fields)) from None
+            section = ".".join(str(x) for x in (where, *first["loc"][:-1]) if x)
+            raise UsageError(registry.unknown(f"option {section}", str(first["loc"][-1]), fields)) from None
+        if first["type"] == "missing":
+            meaning = getattr(fields.get(str(first["loc"][-1])), "description", None)
+            raise UsageError(
+                f"{where}{'.' * bool(where)}{name} is missing{f': {meaning}' if meaning else ''}"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         given = f", not {first['input']!r}" if name and not isinstance(first["input"], dict) else ""
         raise UsageError(f"{where}{'.' if where and name else ''}{name}: {message}{given}") from None
+
+
+def _fields(model: type[BaseModel], path: Sequence[object]) -> dict[str, Any]:
+    """The fields of the model that lies at `path` within a model."""
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+    return dict(model.model_fields)
