@@ -30,7 +30,7 @@ RUN = ("run", "--algo", "dpo", "--reward", "clip")
         ((*RUN, "--plugin", "missing.py"), "no plugin file missing.py"),
         (("list", "algos"), "unknown kind of plugin 'algos'; did you mean algorithms"),
         (("list", "algorithms", "dpoo"), "did you mean dpo"),
-        (("leaderboard", "nowhere"), "no directory nowhere"),
+        (("leaderboard", "nowhere"), "unknown track 'nowhere'"),
         (("rum",), "No such command"),
     ],
 )
