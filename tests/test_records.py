@@ -62,7 +62,7 @@ def having(key: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (having("schema_version", True), "schema_version must be a whole number, not true"),
         (having("evidnce", "x"), "evidnce: no field of this schema"),
         (having("\x1b[31mred\n", "x"), "\\x1b[31mred\\n: no field of this schema"),
-        (having("seed", "zero"), "is no record of schema 1: seed: "),
+        (having("seed", "zero"), "is no record of schema 1: seed: Input should be a valid integer"),
         (having("resolved", {"algorithm": {}, "reward": {}}), "resolved has no options of the builder"),
         (lambda content: [content], "no schema_version"),
     ],
