@@ -163,12 +163,12 @@ class Run:
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with self.progress.phase("score"):
             rewards = self.reward.score(images, prompts).float()
+        self.progress.queries += len(images)
         if rewards.shape != (len(images),):
             raise Collapse(f"reward {self.reward.name} returned shape {tuple(rewards.shape)} for {len(images)} images")
         if not rewards.isfinite().all():
             bad = int((~rewards.isfinite()).nonzero()[0])
             raise Collapse(f"reward {self.reward.name} returned {rewards[bad].item()} for {prompts[bad]!r}")
-        self.progress.queries += len(images)
         return rewards
 
     def _improve(self, samples: ConsistentSamples, number: int) -> dict[str, float]:

@@ -29,10 +29,10 @@ HASHES = {
     "micro": "9312766d56f12554d1624c0f52f4967b1c039b215853b13a5a93960bd6f25408",
     "micro-fast": "0331e6385ecc84b76e6870ac2e083ed4119755d8f9e1faa16e56732e035f55d9",
     "sd21-animals": "2bf4e3956714f55f6684d2f80f7a459b5e5aec46631f796cca0cc5d2a4763348",
-    "sd21-materials": "214cf4f7f88900ca838bf34f3a7cf086698294086b2a1bbfc24e564036837cba",
+    "sd21-materials": "5c154ffd2490f3a2ff592725de861bed5f87ffef522afcb5c5f6419888fedec9",
     "sd21-relations": "d36fc90a9f757eb57938f2fc63ec99426151e9d77c45b581e84b3ea56fed824e",
     "sd15-animals": "4eb7e1cfbecce863b3eb61df1d3873c0ae123254e11a40e1afef0eae10582fe5",
-    "sd15-materials": "5bb7e1635a669650d5cb2748bd5f05652536c64270c7e6a6abc5f427e1a8b938",
+    "sd15-materials": "ce2b726de0d5ff8202b6a9f4011fecee8407c31415e519f120460e024446f100",
     "sd15-relations": "c59cca123fba0933ab0c6272d8f3a51cbd656f30124582480cdffdce33086955",
 }
 FROM_A_COPY = ("geneval", "t2i-compbench", "partiprompts", "dsg")
@@ -122,7 +122,7 @@ def test_the_files_are_what_the_words_give(tmp_path: Path) -> None:
 
 PARTS = {
     "animals": lambda p: (p.split()[1], " ".join(p.split()[2:])),
-    "materials": lambda p: tuple(p.split()[1:]),
+    "materials": lambda p: tuple(p.split()[2:]),
     "relations": lambda p: (p.split()[1], p.split()[-1]),
 }
 
@@ -139,6 +139,9 @@ def test_sets_share_words_and_no_composition(template: str) -> None:
         for place in (0, 1):
             counts = Counter(pair[place] for pair in pairs)
             assert set(counts.values()) == {times} and len(counts) == 20
+    if template == "materials":
+        for s, times in zip((prompts.train, prompts.validation, prompts.heldout), (4, 2, 4), strict=True):
+            assert set(Counter(p.split()[1] for p in s).values()) == {times}
     if template == "relations":
         assert Counter((prompts.templates or {}).values()) == {"left": 10, "right": 10, "above": 10, "below": 10}
 

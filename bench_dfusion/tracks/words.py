@@ -2,7 +2,8 @@
 
 A template crosses two lists of 20 words. Composition (i, i + shift) for one shift uses every word once; train and
 held-out take two shifts each, validation one. So the sets share no composition, and every word stands equally often
-in each: what is held out are combinations, not words. `python -m bench_dfusion.tracks.words` writes the files.
+in each: what is held out are combinations, not words. An object of a material has a colour too, which moves from
+shift to shift. `python -m bench_dfusion.tracks.words` writes the files.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ ACTIVITIES = _words(
     ",",
 )
 MATERIALS = _words(
-    "bamboo brass bronze cardboard ceramic concrete copper crystal glass golden knitted leather marble paper plastic "
-    "porcelain rubber silver velvet wooden"
+    "bamboo cardboard ceramic clay concrete crystal denim felt glass knitted leather marble metal paper plastic plush "
+    "rubber velvet wicker wooden"
 )
+COLOURS = _words("black blue brown green orange pink purple red white yellow")
 OBJECTS = _words(
     "airplane basket bathtub bench bicycle boot bridge candlestick chair crown drum guitar helmet kettle lantern piano "
     "ship teapot train wardrobe"
@@ -59,6 +61,7 @@ def prompts(template: str) -> dict[str, list[tuple[str, str]]]:
     n = len(first)
     a = _shuffled(first, template, "first")
     b = a if template == "relations" else _shuffled(second, template, "second")
+    colours = _shuffled(COLOURS, template, "colours")
     # Of shifts s and n - s the pairs of one list are the same but for their order: half of them are taken.
     shifts = _shuffled(list(range(1, n // 2)), template, "shifts")
     result: dict[str, list[tuple[str, str]]] = {}
@@ -75,7 +78,9 @@ def prompts(template: str) -> dict[str, list[tuple[str, str]]]:
                     for (x, y), r in zip(pairs, relations, strict=True)
                 ]
             elif template == "materials":
-                result[name] += [(_a(f"{x} {y}"), template) for x, y in pairs]
+                # The colour of material i moves by 2 and that of object i + shift by 1 from one shift to the next.
+                hues = [colours[(i + 2 * shift) % len(colours)] for i in range(n)]
+                result[name] += [(_a(f"{h} {x} {y}"), template) for h, (x, y) in zip(hues, pairs, strict=True)]
             else:
                 result[name] += [(f"{_a(x)} {y}", template) for x, y in pairs]
     return result
