@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Cell:
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()
+        return track.content_sha256(self.resolved)
 
     @property
     def description(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench_dfusion import files
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import Track
+from bench_dfusion.track import Track, content_sha256
 
 SCHEMA = 1
 # From a schema version the function that turns its content into the next version's; `read` applies them in order.
@@ -217,9 +216,9 @@ def _problems(record: Record) -> Iterator[str]:
         return
     if record.track != track.id:
         yield f"track {record.track!r}, but the resolved track is {track.id!r}"
-    if record.track_hash != _hash({k: v for k, v in resolved["track"].items() if k != "batch"}):
+    if record.track_hash != content_sha256({k: v for k, v in resolved["track"].items() if k != "batch"}):
         yield "track_hash is not the hash of the resolved track"
-    if record.cell_hash != _hash(resolved):
+    if record.cell_hash != content_sha256(resolved):
         yield "cell_hash is not the hash of the resolved configuration"
     for section in ("algorithm", "builder", "reward"):
         name = resolved[section].get("name")
@@ -295,11 +294,6 @@ def _verdict_problems(verdict: Verdict, track: Track) -> Iterator[str]:
             yield f"{what} is {says:.6g}, but per_prompt gives {is_:.6g}"
     if not verdict.gain.low <= verdict.gain.high:
         yield "gain.low is above gain.high"
-
-
-def _hash(content: Any) -> str:
-    """As `config.Cell.hash` and `track.Track.hash`."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:

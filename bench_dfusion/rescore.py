@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.records import Drift, Part, Record, Verdict
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import Track
+from bench_dfusion.track import Track, content_sha256
 from bench_dfusion.trainer import make_policy
 
 TOLERANCE = 1e-3  # of the standard deviation over prompts of a judge's scores
@@ -157,7 +156,7 @@ def _beyond(judge: str, pairs: dict[str, tuple[float, float]], tolerance: float)
 
 def _provenance(record: Record, track: Track, file: Path, model_sha256: str, judges: dict[str, str]) -> list[str]:
     """What the record's hashes say otherwise, one line each."""
-    resolved = hashlib.sha256(json.dumps(record.resolved, sort_keys=True).encode()).hexdigest()
+    resolved = content_sha256(record.resolved)
     provenance = record.provenance
     hashes = {
         "the track's hash": (track.hash, record.track_hash),

@@ -116,10 +116,15 @@ class Track(Section):
     def hash(self) -> str:
         """SHA-256 of everything the track holds equal, prompts included."""
         content = {k: v for k, v in self.fixed.items() if k != "batch"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content_sha256(content)
 
 
 SETS = ("train", "validation", "heldout")
+
+
+def content_sha256(content: Any) -> str:
+    """The hash of JSON-able content, whatever the order of its keys: of a track, of a cell's options."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(source: str | Path) -> dict[str, Any]:
