@@ -18,6 +18,7 @@ from bench_dfusion import cli, display, leaderboard, records, statistics
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
+from bench_dfusion.report import leaderboard_picture
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
 WIGGLE = np.array([0.02, -0.02, 0.01, -0.01])  # sums to nothing over prompts
@@ -410,3 +411,11 @@ def test_the_terminal_shows_names_as_text() -> None:
     cells = [record(algorithm=a, builder="[red]b") for a in HOSTILE]
     text = shown(Board(tuple(cells)))
     assert "[red]b" in text and "\x1b" not in text and "a\\x1b[2Jb" in text
+
+
+def test_the_published_table_and_picture_are_those_of_the_published_records(tmp_path: Path) -> None:
+    (board,) = leaderboard.boards(LEADERBOARDS)
+    readme = (LEADERBOARDS / "README.md").read_text(encoding="utf-8")
+    assert f"--markdown -->\n{leaderboard.markdown(board)}<!-- end of table -->" in readme
+    leaderboard_picture(board, tmp_path / "now.svg")
+    assert (tmp_path / "now.svg").read_bytes() == (LEADERBOARDS / "micro-v1.svg").read_bytes()
