@@ -18,13 +18,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
-from bench_dfusion import __version__, leaderboard
+from bench_dfusion import __version__, leaderboard, records
 from bench_dfusion.leaderboard import Board, Row
 from bench_dfusion.pictures import evenly
 from bench_dfusion.records import Record, Unfinished
-from bench_dfusion.registry import UsageError
+from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.track import Track
 
 MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
@@ -185,7 +184,7 @@ def boards_of(content: Content) -> list[Board]:
                 )
             )
         except ValueError as error:
-            raise UsageError(_plain(error)) from None
+            raise UsageError(plain(error)) from None
     return result
 
 
@@ -198,34 +197,21 @@ def merge(published: Content, own: Content, replace: bool = False) -> Content:
         old = together.get(key)
         if old is None:
             together[key] = record
-        elif old.comparable() != record.comparable():
+        elif records.differences(old, record):
             differing.append((old, record))
             together[key] = record
             samples.pop(key[:16], None)  # they show the record that is gone
     if differing and not replace:
         old, record = differing[0]
-        found = _differences(old.comparable(), record.comparable())
+        found = records.differences(old, record)
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         others = f" (and {len(differing) - 1} other cells)" if len(differing) > 1 else ""
         raise UsageError(
-            f"{_plain(record.name)}{others} is published with another result: {'; '.join(found[:SHOWN])}{more}. "
+            f"{plain(record.name)}{others} is published with another result: {'; '.join(found[:SHOWN])}{more}. "
             "Publish elsewhere, or put your record in its place with --replace"
         )
     unfinished = {k: u for k, u in {**published.unfinished, **own.unfinished}.items() if k not in together}
     return Content(together, unfinished, samples)
-
-
-def _differences(published: Any, own: Any, where: str = "") -> list[str]:
-    """Every place in which two JSON values differ, as text."""
-    if isinstance(published, dict) and isinstance(own, dict):
-        keys = [*published, *(k for k in own if k not in published)]
-        pairs = [(f"{where}.{k}" if where else str(k), published.get(k), own.get(k)) for k in keys]
-    elif isinstance(published, list) and isinstance(own, list) and len(published) == len(own):
-        pairs = [(f"{where}.{n}", a, b) for n, (a, b) in enumerate(zip(published, own, strict=True))]
-    else:
-        short = [json.dumps(v)[:60] for v in (published, own)]
-        return [] if published == own else [f"{_plain(where)} is {short[0]} there and {short[1]} here"]
-    return [text for key, a, b in pairs for text in _differences(a, b, key)]
 
 
 def _check(cell: Record | Unfinished, source: str) -> Track:
@@ -233,31 +219,19 @@ def _check(cell: Record | Unfinished, source: str) -> Track:
 
     def wrong(why: object) -> UsageError:
         name = f"{cell.algorithm}/{cell.builder}/{cell.reward}/seed {cell.seed}"
-        return UsageError(f"{source}the cell {_plain(name)} cannot be published: {_plain(why)}")
+        return UsageError(plain(f"{source}the cell {name} cannot be published: {why}"))
 
+    for problem in records.check(cell) if isinstance(cell, Record) else []:
+        raise wrong(problem)
     if not re.fullmatch(r"[0-9a-f]{64}", cell.cell_hash):
         raise wrong(f"its hash is {cell.cell_hash[:80]!r}, no SHA-256")
     if not -(2**63) <= cell.seed < 2**63:
         raise wrong("its seed has more than 64 bits")
-    for section in ("algorithm", "builder", "reward", "track"):
-        if not isinstance(cell.resolved, dict) or not isinstance(cell.resolved.get(section), dict):
-            raise wrong(f"its resolved options have no section {section}")
-    try:
-        track: Track = Track.model_validate(cell.resolved["track"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise wrong(f"track.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if isinstance(cell, Record):
-        try:
-            json.dumps(cell.model_dump(mode="json"), allow_nan=False)
-        except ValueError:
-            raise wrong("its record holds a number that is not finite") from None
-        judges = [v.judge for v in cell.verdicts]
-        if cell.status == "finished" and judges != list(track.evaluation.judges):
-            raise wrong(f"it was judged by {judges}, its track is by {list(track.evaluation.judges)}")
-        for v in cell.verdicts:
-            if len(v.per_prompt) != len(track.prompts.heldout):
-                raise wrong(f"{v.judge} scored {len(v.per_prompt)} of {len(track.prompts.heldout)} held-out prompts")
+    return _track(cell)
+
+
+def _track(cell: Record | Unfinished) -> Track:
+    track: Track = Track.model_validate(cell.resolved["track"])
     return track
 
 
@@ -285,7 +259,7 @@ def _cell(cell: Record | Unfinished) -> dict[str, Any]:
 
 def _leaderboard(board: Board, found: Sequence[Row]) -> list[dict[str, Any]]:
     rows = {(r.algorithm, r.builder, r.reward, r.variant): r for r in found}
-    judge = _check(board.cells[0], "").evaluation.judges[0]
+    judge = _track(board.cells[0]).evaluation.judges[0]
     metric = next((r.verdicts[0].metric for r in board.records if r.verdicts), None)
     lines = []
     for line in leaderboard.table(board).to_dict("records"):
@@ -319,7 +293,7 @@ def _leaderboard(board: Board, found: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _scores(record: Record, cell: dict[str, Any]) -> list[dict[str, Any]]:
     """What every judge said of all held-out prompts, of each template and of each prompt."""
-    track = _check(record, "")
+    track = _track(record)
     prompts, templates = track.prompts.heldout, track.prompts.templates or {}
     first = track.evaluation.judges[0]
     if record.status == "failed":
@@ -362,7 +336,7 @@ def _json(value: Any) -> str:
 
 def sample_rows(record: Record, pictures: Mapping[str, bytes]) -> bytes:
     """The pictures of a run, by kind, as a Parquet file of the config `samples`."""
-    heldout = _check(record, "").prompts.heldout
+    heldout = _track(record).prompts.heldout
     shown = "\n".join(" ".join(heldout[i].split()) for i in evenly(len(heldout)))
     rows = [
         {**_cell(record), "kind": kind, "image": {"bytes": data, "path": None}}
@@ -428,31 +402,28 @@ def read_records(data: bytes, source: str) -> Content:
         table = pq.read_table(io.BytesIO(data))
         rows = table.select(list(COLUMNS["records"])).to_pylist()
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise UsageError(f"{source} cannot be read ({_plain(error)[:200]}); {update}") from None
-    records: dict[str, Record] = {}
+        raise UsageError(f"{source} cannot be read ({plain(error)[:200]}); {update}") from None
+    finished: dict[str, Record] = {}
     unfinished: dict[str, Unfinished] = {}
     cell: Record | Unfinished
     for number, row in enumerate(rows):
+        where = f"{source}, row {number}"
         try:
             if row["status"] == "unfinished":
                 resolved = json.loads(row["record"])["resolved"]
                 names = {name: row[name] for name in (*_CELL, *_SEED)}
                 cell = unfinished[row["cell_hash"]] = Unfinished(Path(), **names, resolved=resolved, error=row["error"])
+                _track(cell)
             else:
-                cell = records[row["cell_hash"]] = Record.model_validate_json(row["record"])
+                cell = finished[row["cell_hash"]] = records.parse(row["record"], where)
             if cell.cell_hash != row["cell_hash"]:
                 raise ValueError("its hash is not that of its row")
+        except UsageError as error:
+            raise UsageError(f"{error}; {update}") from None
         except (ValueError, KeyError, TypeError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else None
-            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else error
-            raise UsageError(f"{source}, row {number}, is no record ({_plain(why)[:200]}); {update}") from None
+            raise UsageError(f"{where}, is no record ({plain(error)[:200]}); {update}") from None
         _check(cell, f"{source}: ")
-    return Content(records, unfinished)
-
-
-def _plain(value: object) -> str:
-    """Text of records as one line that does nothing to a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(value).split()))
+    return Content(finished, unfinished)
 
 
 # ---------------------------------------------------------------- the card
@@ -590,7 +561,7 @@ def _columns(digests: Mapping[str, str]) -> str:
 
 def _track_section(board: Board) -> str:
     cell = board.cells[0]
-    track = _check(cell, "")
+    track = _track(cell)
     metrics = {v.judge: v.metric for r in board.records for v in r.verdicts}
     weights = sorted({r.provenance.model_sha256 for r in board.records})
     judges = [f"{_text(j)} ({_text(metrics[j])})" if j in metrics else _text(j) for j in track.evaluation.judges]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from bench_dfusion import leaderboard, records
 from bench_dfusion.progress import bar
@@ -113,9 +112,9 @@ class _Known:
         cell = leaderboard.identity(record)
         if cell in self.cells:
             other, known = self.cells[cell]
-            found = difference(_results(known), _results(record))
+            found = records.differences(known, record)
             if found:
-                raise UsageError(f"another result of the same cell is {other}: {found}")
+                raise UsageError(f"another result of the same cell is {other}: {found[0]}")
             return None
         other, known = self.tracks.get(record.track, (path, record))
         if record.track_hash != known.track_hash:
@@ -156,32 +155,6 @@ class _Known:
             if part.exists() and part.is_dir() == (part == place):
                 raise UsageError(f"{part} is in the way")
         return place
-
-
-def _results(record: Record) -> dict[str, Any]:
-    """What two runs of one cell must agree in: not how its options were written, nor which release ran it."""
-    content = record.comparable()
-    for key in ("given", "tuning", "cell_hash"):  # of one cell the hash tells no more than the resolved batch
-        del content[key]
-    del content["provenance"]["plugins"]
-    return content
-
-
-def difference(known: Any, new: Any, where: str = "") -> str:
-    """The first place where two JSON values are not equal, with both values; empty where there is none."""
-    if isinstance(known, dict) and isinstance(new, dict):
-        pairs = [(str(k), known.get(k), new.get(k)) for k in [*known, *(k for k in new if k not in known)]]
-    elif isinstance(known, list) and isinstance(new, list) and len(known) == len(new):
-        pairs = [(str(i), *both) for i, both in enumerate(zip(known, new, strict=True))]
-    else:
-        return "" if known == new else f"{where} is {_short(known)} there and {_short(new)} here"
-    found = (difference(a, b, f"{where}.{key}".lstrip(".")) for key, a, b in pairs)
-    return next((f for f in found if f), "")
-
-
-def _short(value: Any) -> str:
-    text = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _write(accepted: Sequence[tuple[Path, Record]], into: Path) -> None:

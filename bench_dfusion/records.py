@@ -142,16 +142,24 @@ class Record(Part):
 
 
 def read(path: Path) -> Record:
-    """Read a record, of an older schema too where `MIGRATIONS` leads from it to this one.
+    """The record in a file: see `parse`, which raises the same UsageError."""
+    try:
+        return parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UsageError(plain(f"{path} is no record, or only a part of one: {error}")) from None
 
-    Raises UsageError, in one line that names the file, for what is no JSON, has NaN or infinite numbers, is of a newer
+
+def parse(data: bytes | str, source: str) -> Record:
+    """A record from its JSON, of an older schema too where `MIGRATIONS` leads from it to this one.
+
+    Raises UsageError, in one line that names the source, for what is no JSON, has NaN or infinite numbers, is of a newer
     schema or of an older one that nothing migrates, or does not fit the schema.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         json.dumps(content, allow_nan=False, ensure_ascii=False).encode()  # refuses NaN, 1e999 and half characters
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(plain(f"{path} is no record, or only a part of one: {error}")) from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(plain(f"{source} is no record, or only a part of one: {error}")) from None
     try:
         record = Record.model_validate(_migrated(content))
         for section in _missing_sections(record):
@@ -162,9 +170,9 @@ def read(path: Path) -> Record:
         where, message = ".".join(map(str, first["loc"])), f"{first['msg']}"
         if first["type"] == "extra_forbidden":
             message = "no field of this schema; another program or another bench-dfusion may have written it"
-        raise UsageError(plain(f"{path} is no record of schema {SCHEMA}: {where}: {message}")) from None
+        raise UsageError(plain(f"{source} is no record of schema {SCHEMA}: {where}: {message}")) from None
     except UsageError as error:
-        raise UsageError(plain(f"{path}: {error}")) from None
+        raise UsageError(plain(f"{source}: {error}")) from None
 
 
 def _migrated(content: Any) -> dict[str, Any]:
@@ -294,6 +302,41 @@ def _verdict_problems(verdict: Verdict, track: Track) -> Iterator[str]:
             yield f"{what} is {says:.6g}, but per_prompt gives {is_:.6g}"
     if not verdict.gain.low <= verdict.gain.high:
         yield "gain.low is above gain.high"
+
+
+def differences(known: Record, new: Record) -> list[str]:
+    """Every place where two records of one cell give another result, with both values; none where they agree.
+
+    What does not count is what differs from run to run (see `Record.comparable`), how the options were written, and
+    which release ran them.
+    """
+
+    def result(record: Record) -> dict[str, Any]:
+        content = record.comparable()
+        for key in ("given", "tuning", "cell_hash"):  # of one cell the hash tells no more than the resolved batch
+            del content[key]
+        del content["provenance"]["plugins"]
+        return content
+
+    return [plain(found) for found in _unequal(result(known), result(new))]
+
+
+def _unequal(known: Any, new: Any, where: str = "") -> Iterator[str]:
+    if isinstance(known, dict) and isinstance(new, dict):
+        pairs = [(str(k), known.get(k), new.get(k)) for k in [*known, *(k for k in new if k not in known)]]
+    elif isinstance(known, list) and isinstance(new, list) and len(known) == len(new):
+        pairs = [(str(i), *both) for i, both in enumerate(zip(known, new, strict=True))]
+    else:
+        if known != new:
+            yield f"{where} is {_short(known)} there and {_short(new)} here"
+        return
+    for key, a, b in pairs:
+        yield from _unequal(a, b, f"{where}.{key}".lstrip("."))
+
+
+def _short(value: Any) -> str:
+    text = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def schema() -> dict[str, Any]:
