@@ -8,11 +8,10 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+if TYPE_CHECKING:  # torch takes seconds to import, and tables of records need none
+    import torch
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -46,6 +45,8 @@ def save_tensors(
     header: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors, a JSON-able `meta` and further words of the file's header as one safetensors file, atomically."""
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -61,6 +62,8 @@ def save_tensors(
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: the tensors (on the CPU) and `meta`."""
+    from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         meta = json.loads((file.metadata() or {}).get("meta", "{}"))
@@ -69,6 +72,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimiser's state as flat tensors `optimizer.<parameter>.<name>`."""
+    import torch
+
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
 

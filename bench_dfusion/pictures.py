@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from bench_dfusion import files
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.evaluation import Drawn
-from bench_dfusion.track import Track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bench_dfusion.consistent import ConsistentSamples
+    from bench_dfusion.evaluation import Drawn
+    from bench_dfusion.track import Track
 
 SIDE = 96  # px of one picture in a grid
 TEXT = 15  # px of a caption line
@@ -58,6 +61,8 @@ def triples(path: Path, samples: ConsistentSamples, most: int = 18) -> None:
 
 def _overlay(image: np.ndarray, mask: Tensor) -> np.ndarray:
     """The picture, darkened where the mask (share of the fused steps) is low."""
+    import torch
+
     size = image.shape[:2]
     weight = torch.nn.functional.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0].numpy()
     return (image * (0.25 + 0.75 * weight[..., None])).astype(np.uint8)

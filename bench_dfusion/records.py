@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench_dfusion import files
 from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.track import Track, content_sha256
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 1
 # From a schema version the function that turns its content into the next version's; `read` applies them in order.
@@ -436,6 +438,8 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
+    import torch
+
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -447,6 +451,8 @@ def hardware() -> str:
 
 def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e6
     import resource
 
