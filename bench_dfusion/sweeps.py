@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
@@ -293,7 +293,7 @@ class Sweep:
         with Live(self.picture(), console=self.console, refresh_per_second=4, transient=True) as live:
             yield lambda: live.update(self.picture())
 
-    def picture(self) -> Table:
+    def picture(self) -> Group:
         """The live table: a line for each row of the leaderboard, a sign for each seed, what is running now."""
         signs = {
             "waiting": Text("·", "dim"),
@@ -304,12 +304,12 @@ class Sweep:
             "error": Text("!", "bold red"),
         }
         done = sum(j.state in ("finished", "miss", "error") for j in self.jobs)
-        grid = Table(box=None, pad_edge=False, title_justify="left", caption_justify="left")
-        grid.title = (
+        head = (
             f"{done} of {len(self.jobs)} cells, {duration(time.monotonic() - self.begun)} gone, "
             f"{duration(self.time_left())} left"
         )
-        grid.caption = "✓ finished  ✗ collapsed  ! error  ▶ running  ◌ run by another process  · waiting"
+        legend = "✓ finished  ✗ collapsed  ! error  ▶ running  ◌ run by another process  · waiting"
+        grid = Table(box=None, pad_edge=False)
         grid.add_column("algorithm/builder/reward", overflow="fold")
         grid.add_column("seeds", no_wrap=True)
         grid.add_column("now", overflow="ellipsis", no_wrap=True)
@@ -319,7 +319,7 @@ class Sweep:
             now = now.removeprefix(f"train {'/'.join(row)} ")
             now = now or next((j.error for j in own if j.state == "error"), "")
             grid.add_row(escape("/".join(row)), Text(" ").join(signs[j.state] for j in own), escape(now))
-        return grid
+        return Group(Text(head, "bold"), grid, Text(legend, "dim"))
 
 
 def _gain(job: Job) -> str:
