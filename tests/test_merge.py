@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from synthetic import changed, digest, leave, place, record, track
+from boards import changed, digest, leave, place, record, track
 
 from bench_dfusion import cli, leaderboard, merge, records
 from bench_dfusion.registry import UsageError
@@ -80,7 +80,7 @@ def test_the_same_result_is_there_already_whatever_ran_it(tmp_path: Path) -> Non
 
 
 def refusals() -> dict[str, tuple[records.Record, str]]:
-    """Against a leaderboard that holds record((0.25,) * 4)."""
+    """Against a leaderboard that holds record(gains=(0.25,) * 4)."""
     other_version = record(seed=1, of=track(sampler={"steps": 5}))
     judge = changed(record(seed=1), "verdicts.0.fingerprint", digest("another oracle"))
     unpinned = track(model={"id": "toy"})
@@ -88,7 +88,7 @@ def refusals() -> dict[str, tuple[records.Record, str]]:
         "track": (other_version, "results of different track versions never merge"),
         "judge": (judge, "its judge oracle has other weights or rules than that of "),
         "check": (changed(record(seed=1), "verdicts.0.gain.mean", 0.9), "it contradicts itself: verdict of oracle"),
-        "result": (record((0.25, 0.25, 0.25, 0.75)), "verdicts.0.trained is 0.75 there and 0.875 here"),
+        "result": (record(gains=(0.25, 0.25, 0.25, 0.75)), "verdicts.0.trained is 0.75 there and 0.875 here"),
         "batch": (record(of=track(batch=7)), "resolved.track.batch is 64 there and 7 here"),
         "unpinned": (record(seed=1, of=unpinned), "results of different track versions never merge"),
     }
@@ -99,7 +99,7 @@ def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(
     case: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     bad, expected = refusals()[case]
-    into = leave(tmp_path / "into", record((0.25,) * 4))
+    into = leave(tmp_path / "into", record(gains=(0.25,) * 4))
     before = files_of(into)
     source = leave(tmp_path / "theirs", bad, record(seed=2))
     code, out, err = command(monkeypatch, capsys, source, "--into", into)
@@ -124,13 +124,13 @@ def test_base_models_must_be_one_where_the_track_does_not_fix_it(tmp_path: Path)
 
 def test_sources_that_contradict_each_other_are_refused_and_the_first_counts(tmp_path: Path) -> None:
     first = leave(tmp_path / "a", record())
-    second = leave(tmp_path / "b", record((0.1, 0.2, 0.3, 0.5)))
+    second = leave(tmp_path / "b", record(gains=(0.1, 0.2, 0.3, 0.5)))
     done = merge.merge([second, first], tmp_path / "into")
     assert not done.written and not (tmp_path / "into").exists()
     assert str(second) in only_refusal(done)
     merge.merge([second, first], tmp_path / "into", skip_refused=True)
     ((_, kept),) = records.find(tmp_path / "into")
-    assert kept == record((0.1, 0.2, 0.3, 0.5))
+    assert kept == record(gains=(0.1, 0.2, 0.3, 0.5))
 
 
 def test_a_refused_record_does_not_decide_about_others(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_what_came_in_between_is_never_overwritten(tmp_path: Path, monkeypatch) 
 
     def late(folder: Path) -> list[tuple[Path, records.Record]]:
         found = find(folder)
-        leave(into, record((0.1, 0.2, 0.3, 0.5)))
+        leave(into, record(gains=(0.1, 0.2, 0.3, 0.5)))
         return found
 
     with monkeypatch.context() as racing:
@@ -300,7 +300,7 @@ def test_what_came_in_between_is_never_overwritten(tmp_path: Path, monkeypatch) 
         with pytest.raises(UsageError, match="was written meanwhile"):
             merge.merge([source], into)
     ((_, kept),) = records.find(into)
-    assert kept == record((0.1, 0.2, 0.3, 0.5))
+    assert kept == record(gains=(0.1, 0.2, 0.3, 0.5))
 
 
 def test_the_first_difference_is_found_wherever_it_is() -> None:
