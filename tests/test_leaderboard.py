@@ -14,7 +14,7 @@ import pytest
 from boards import changed, digest, leave, place, record, register, track
 from rich.console import Console
 
-from bench_dfusion import cli, display, leaderboard, records, statistics
+from bench_dfusion import display, leaderboard, records, statistics
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
@@ -84,16 +84,13 @@ def test_judges_in_another_order_are_refused() -> None:
         Board((record(), swapped))
 
 
-def test_a_refusal_is_one_line_of_the_command_without_escapes(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_refusal_is_one_line_of_the_command_without_escapes(tmp_path: Path, refused) -> None:
     hostile = record(algorithm="a\x1b[31m")
     leave(tmp_path / "runs", record())
     for name in ("x", "y"):
         records.write(tmp_path / "runs" / name / "record.json", hostile)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "leaderboard", str(tmp_path / "runs")])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    (message,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "a\\x1b[31m/dfusion/clip/seed 0 has two records" in message
+    message = refused("leaderboard", tmp_path / "runs")
+    assert "a\\x1b[31m/dfusion/clip/seed 0 has two records" in message
     assert message.isprintable()
 
 

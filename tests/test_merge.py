@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 from boards import changed, digest, leave, place, record, track
 
-from bench_dfusion import cli, leaderboard, merge, records
+from bench_dfusion import leaderboard, merge, records
 from bench_dfusion.registry import UsageError
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
-
-
-def command(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "merge", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -32,17 +24,17 @@ def only_refusal(done: merge.Merged) -> str:
     return reason
 
 
-def test_published_records_come_in_byte_for_byte_and_only_once(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_published_records_come_in_byte_for_byte_and_only_once(tmp_path: Path, said) -> None:
     into = tmp_path / "board"
     published = LEADERBOARDS / "micro-v1"
-    code, out, _ = command(monkeypatch, capsys, published, "--into", into, "--dry-run")
+    code, out, _ = said("merge", published, "--into", into, "--dry-run")
     assert code == 0 and "60 to add, 0 there already, 0 refused; nothing written" in out and not into.exists()
-    code, out, _ = command(monkeypatch, capsys, published, "--into", into)
+    code, out, _ = said("merge", published, "--into", into)
     assert code == 0 and "60 added, 0 there already, 0 refused" in out
     expected = {f"micro-v1/{name}": data for name, data in files_of(published).items()}
     assert files_of(into) == expected
     stamps = {p: p.stat().st_mtime_ns for p in into.rglob("*")}
-    code, out, _ = command(monkeypatch, capsys, published, into, "--into", into)
+    code, out, _ = said("merge", published, into, "--into", into)
     assert code == 0 and "0 to add, 120 there already, 0 refused" in out
     assert {p: p.stat().st_mtime_ns for p in into.rglob("*")} == stamps
 
@@ -95,14 +87,12 @@ def refusals() -> dict[str, tuple[records.Record, str]]:
 
 
 @pytest.mark.parametrize("case", refusals())
-def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(
-    case: str, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(case: str, tmp_path: Path, said) -> None:
     bad, expected = refusals()[case]
     into = leave(tmp_path / "into", record(gains=(0.25,) * 4))
     before = files_of(into)
     source = leave(tmp_path / "theirs", bad, record(seed=2))
-    code, out, err = command(monkeypatch, capsys, source, "--into", into)
+    code, out, err = said("merge", source, "--into", into)
     assert code == 2 and "1 to add, 0 there already, 1 refused; nothing written" in out and not err
     assert files_of(into) == before
     (line,) = [line for line in out.splitlines() if line.startswith("refused")]
@@ -110,7 +100,7 @@ def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(
     if case != "check":
         assert str(place(into, record())) in line, "the file it does not fit is named"
 
-    code, out, err = command(monkeypatch, capsys, source, "--into", into, "--skip-refused")
+    code, out, err = said("merge", source, "--into", into, "--skip-refused")
     assert code == 1 and "1 added, 0 there already, 1 refused" in out and "nothing written" not in out
     assert files_of(into).keys() - before.keys() == {str(place(Path(), record(seed=2)))}
 
@@ -188,17 +178,17 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
         merge.merge([source], target.parent)
 
 
-def test_damaged_records_are_refused_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_damaged_records_are_refused_by_name(tmp_path: Path, said) -> None:
     source = leave(tmp_path / "theirs", record())
     half = tmp_path / "theirs" / "half\x1b[31m" / "record.json"
     half.parent.mkdir()
     half.write_text(place(source, record()).read_text()[:500])
-    code, out, _ = command(monkeypatch, capsys, source, "--into", tmp_path / "into")
+    code, out, _ = said("merge", source, "--into", tmp_path / "into")
     assert code == 2 and "half\\x1b[31m/record.json: is no record, or only a part of one" in out
     assert "\x1b" not in out and not (tmp_path / "into").exists()
 
 
-def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, refused) -> None:
     (tmp_path / "empty").mkdir()
     good = leave(tmp_path / "good", record())
     twice = leave(tmp_path / "twice", record())
@@ -215,8 +205,7 @@ def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, m
         (good, broken, "only a part of one"),
     ):
         before = files_of(tmp_path)
-        code, out, err = command(monkeypatch, capsys, source, "--into", into)
-        assert code == 2 and expected in err and len(err.strip().splitlines()) == 1 and not out
+        assert expected in refused("merge", source, "--into", into)
         assert files_of(tmp_path) == before
 
 

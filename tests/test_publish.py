@@ -417,22 +417,15 @@ def test_a_new_dataset_is_private_on_demand_and_a_public_one_stays(hub: Hub) -> 
     [("", "hf auth login"), ("hf_wrong", "does not accept the token"), ("hf_sécret", "holds signs that no token has")],
 )
 def test_a_bad_token_is_named_and_never_shown(
-    token: str, expected: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    token: str, expected: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused
 ) -> None:
     from huggingface_hub import constants
 
-    from bench_dfusion import cli
-
-    monkeypatch.chdir(leave(tmp_path, *OURS))
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "publish", REPO, "--from", "."])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    said = capsys.readouterr()
-    assert stopped.value.code == 2 and expected in said.err and len(said.err.splitlines()) == 1
-    assert not token or token not in said.err + said.out
+    message = refused("publish", REPO, "--from", ".", cwd=leave(tmp_path, *OURS))
+    assert expected in message and (not token or token not in message)
     assert not hub.repos
 
 
@@ -446,16 +439,10 @@ def test_a_bad_token_is_named_and_never_shown(
         ((REPO, "--from", "nowhere"), "unknown track 'nowhere'"),
     ],
 )
-def test_wrong_words_are_one_line(words, expected, tmp_path, monkeypatch, capsys) -> None:
-    from bench_dfusion import cli
-
-    monkeypatch.chdir(leave(tmp_path, *OURS))
+def test_wrong_words_are_one_line(words, expected, tmp_path, refused) -> None:
+    leave(tmp_path, *OURS)
     (tmp_path / "runs").symlink_to(tmp_path / "tiny-v1")
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "publish", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in said and len(said.splitlines()) == 1
+    assert expected in refused("publish", *words, cwd=tmp_path)
     assert not (tmp_path / "d").exists()
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,45 +214,32 @@ def test_control_characters_are_seen_and_ticks_are_round() -> None:
 # ---- the command
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    from bench_dfusion import cli
-
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
-
-
 def test_the_command_writes_the_page_and_the_picture(
-    folder: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, page: Path, tmp_path: Path, said: Callable[..., Any]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "report", str(folder)) == 0
+    status, out, _ = said("report", folder, cwd=tmp_path)
+    assert status == 0 and "report.html: 16 runs of toy-v1" in out
     assert (tmp_path / "report.html").read_bytes() == page.read_bytes()
-    assert "report.html: 16 runs of toy-v1" in capsys.readouterr().out
-    assert call(monkeypatch, "report", str(folder), "--to", "deep/page.html") == 0
+    assert said("report", folder, "--to", "deep/page.html").status == 0
     assert (tmp_path / "deep" / "page.html").is_file()
-    assert call(monkeypatch, "leaderboard", str(folder), "--picture", "docs/board.svg") == 0
+    assert said("leaderboard", folder, "--picture", "docs/board.svg").status == 0
     assert (tmp_path / "docs" / "board.svg").read_text().startswith("<svg ")
 
 
 def test_what_the_command_refuses_it_refuses_before_writing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     leave(tmp_path / "two", record(), record(of=track(version=2)))
     (tmp_path / "empty").mkdir()
-    for words, said in (
+    for words, expected in (
         (("report", "nowhere"), "unknown track 'nowhere'"),
         (("report", "empty"), "no run below empty"),
         (("report", "two", "--to", "empty"), "empty is a directory"),
         (("leaderboard", "two", "--picture", "a.svg"), "holds 2 (toy-v1, toy-v2)"),
-        (("leaderboard", str(folder), "--picture", "a.png"), "name it a.svg"),
-        (("leaderboard", str(folder), "--picture", "a.svg", "--csv"), "exclude each other"),
+        (("leaderboard", folder, "--picture", "a.png"), "name it a.svg"),
+        (("leaderboard", folder, "--picture", "a.svg", "--csv"), "exclude each other"),
     ):
-        assert call(monkeypatch, *words) == 2
-        message = capsys.readouterr().err.strip()
-        assert said in message and len(message.splitlines()) == 1
+        assert expected in refused(*words, cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "two"]
 
 
