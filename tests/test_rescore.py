@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from processes import TINY
+from processes import SETTINGS
 from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
@@ -19,8 +19,6 @@ import bench_dfusion
 from bench_dfusion import cli, config, evaluation, files, lora, records, rescore
 from bench_dfusion.records import Record
 from bench_dfusion.track import Track
-
-SETTINGS = [t.removeprefix("--set=") for t in TINY]
 
 
 @pytest.fixture(scope="module")
