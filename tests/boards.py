@@ -1,4 +1,4 @@
-"""Small records of a small track, valid in every field, without training anything."""
+"""Records of runs that never ran, sound in themselves, and how runs leave them on the disk."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from bench_dfusion import records
-from bench_dfusion.leaderboard import Board
-from bench_dfusion.records import Cost, Drift, Gain, Provenance, Record, Round, Verdict
+from bench_dfusion import files, records
+from bench_dfusion.records import Record
 from bench_dfusion.track import Track
 
-JUDGES = {"oracle": "share of what the prompt asks for, in [0, 1]", "clip": "cosine, in [-1, 1]"}
-HELDOUT = {"a red ring": "single", "a cyan square": "single", "two blue rings": "count"}
+HELDOUT = {"a red ring": "single", "a blue ring": "single", "two red rings": "count", "two blue rings": "count"}
 
 
-def track(name: str = "tiny", heldout: dict[str, str] | None = None, judges: Sequence[str] = tuple(JUDGES)) -> Track:
-    """A track of a few prompts; `heldout`: prompts and their templates."""
-    heldout = heldout or HELDOUT
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def track(heldout: dict[str, str] = HELDOUT, **changes: Any) -> Track:
+    """A track of two judges and a few prompts, `heldout` with their templates; `changes` replace its sections."""
     content = {
-        "name": name,
+        "name": "toy",
         "version": 1,
-        "model": {"id": "micro"},
-        "sampler": {"steps": 8},
-        "prompts": {"train": ["a blue cross"], "heldout": list(heldout), "templates": heldout},
-        "budget": {"reward_queries": 48, "prompts_per_round": 2, "samples_per_prompt": 4},
-        "evaluation": {"judges": list(judges), "images_per_prompt": 2},
-        "seeds": 3,
+        "model": {"id": "toy", "sha256": digest("model")},
+        "sampler": {"steps": 4},
+        "prompts": {"train": ["a green ring"], "heldout": list(heldout), "templates": heldout},
+        "budget": {"reward_queries": 96, "prompts_per_round": 2},
+        "evaluation": {"judges": ["oracle", "clip"]},
     }
-    return Track.model_validate(content)
+    return Track.model_validate(content | changes)
 
 
 def record(
@@ -41,27 +41,35 @@ def record(
     reward: str = "clip",
     seed: int = 0,
     *,
+    gains: Sequence[float] | float | None = (0.1, 0.2, 0.3, 0.4),
     of: Track | None = None,
     options: dict[str, Any] | None = None,
-    gain: float = 0.1,
-    failed: bool = False,
+    queries: int = 96,
+    rounds: int = 2,
     **changes: Any,
 ) -> Record:
-    """A record whose figures follow from its names, seed and `gain` (of every judge, about). `options` are the
-    algorithm's; `failed` leaves what a collapse leaves; `changes` are fields of the record."""
+    """One cell's record.
+
+    `gains`: of each held-out prompt before the first judge, on a base of 0.5; a number: about that much of every prompt,
+    bases and noise being drawn for the cell; None: the run failed. The second judge sees half of it. `options` are the
+    algorithm's; `changes` replace fields, nothing else is made to fit.
+    """
     of = of or track()
-    resolved = {
-        "algorithm": {"name": algorithm, "learning_rate": 0.001, **(options or {})},
-        "builder": {"name": builder},
-        "reward": {"name": reward},
-        "track": of.fixed,
-        "seed": seed,
-    }
-    cell_hash = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
-    rng = np.random.default_rng(int(cell_hash[:8], 16))
-    values: dict[str, Any] = {
+    algorithm_options = {"name": algorithm, "beta": 20.0, **(options or {})}
+    named = {"algorithm": algorithm_options, "builder": {"name": builder}, "reward": {"name": reward}}
+    resolved = json.loads(json.dumps({**named, "track": of.fixed, "seed": seed}))
+    cell_hash = digest(json.dumps(resolved, sort_keys=True))
+    judges, failed = of.evaluation.judges, gains is None
+    shape = (len(judges), len(of.prompts.heldout))
+    if isinstance(gains, float):
+        rng = np.random.default_rng(int(cell_hash[:8], 16))
+        base, gained = rng.uniform(0.2, 0.6, shape), rng.normal(gains, 0.02, shape)
+    else:
+        base, gained = np.full(shape, 0.5), np.broadcast_to(gains or 0.0, shape)
+    trained = base + gained / np.arange(1, len(judges) + 1)[:, None]
+    content = {
         "status": "failed" if failed else "finished",
-        "evidence": "round 1: the gradient's norm is nan" if failed else None,
+        "evidence": "round 1: reward returned nan" if failed else None,
         "track": of.id,
         "track_hash": of.hash,
         "cell_hash": cell_hash,
@@ -71,74 +79,94 @@ def record(
         "seed": seed,
         "given": {"algo": algorithm, "builder": builder, "reward": reward, "seed": seed},
         "resolved": resolved,
-        "verdicts": [] if failed else [_verdict(j, of, reward, gain, rng) for j in of.evaluation.judges],
-        "drift": None if failed else _drift(),
-        "rounds": [_round(n) for n in range(2)],
-        "cost": Cost(
-            reward_queries=48,
-            network_evaluations=640,
-            updates=4,
-            seconds={"sample": 1.5, "train": 2.25},
-            peak_memory_mb=512.0,
-            device="cpu",
-        ),
-        "provenance": Provenance(
-            code=None,
-            dirty=None,
-            versions={"python": "3.11"},
-            plugins={"algo": "bench-dfusion 0.1.0"},
-            hardware="a processor",
-            model_sha256=hashlib.sha256(b"model").hexdigest(),
-            reward_fingerprint=hashlib.sha256(reward.encode()).hexdigest(),
-            lora_sha256=hashlib.sha256(cell_hash.encode()).hexdigest(),
-        ),
+        "verdicts": []
+        if failed
+        else [_verdict(j, reward, of, *s) for j, *s in zip(judges, base, trained, strict=True)],
+        "drift": None if failed else DRIFT,
+        "rounds": [_round(n, queries * (n + 1) // rounds) for n in range(rounds)],
+        "cost": {
+            "reward_queries": queries,
+            "network_evaluations": 1000,
+            "updates": 4,
+            "seconds": {"sample": 1.5, "train": 2.5},
+            "peak_memory_mb": 100.0,
+            "device": "cpu",
+        },
+        "provenance": {
+            "code": "0123456789abcdef",
+            "dirty": False,
+            "versions": {"python": "3.11"},
+            "plugins": {"algo": "bench-dfusion 0.1.0"},
+            "hardware": "a processor, 1 threads",
+            "model_sha256": of.model.sha256 or digest("model"),
+            "reward_fingerprint": digest(reward),
+            "lora_sha256": digest(f"{cell_hash} {gains}"),
+        },
     }
-    return Record(**(values | changes))
+    return Record.model_validate(content | changes)
 
 
-def _verdict(judge: str, of: Track, reward: str, gain: float, rng: np.random.Generator) -> Verdict:
-    base = rng.uniform(0.2, 0.6, len(of.prompts.heldout))
-    trained = base + gain + rng.normal(0, 0.02, len(base))
-    gains = trained - base
-    templates = of.prompts.templates or {}
-    groups = {t: [i for i, p in enumerate(of.prompts.heldout) if templates.get(p) == t] for t in templates.values()}
-    return Verdict(
-        judge=judge,
-        metric=JUDGES.get(judge, "points"),
-        trained_on=judge == reward,
-        base=float(base.mean()),
-        trained=float(trained.mean()),
-        gain=Gain(mean=float(gains.mean()), low=float(gains.min()), high=float(gains.max()), kind="BCa bootstrap"),
-        templates={t: (float(base[rows].mean()), float(trained[rows].mean())) for t, rows in groups.items()},
-        per_prompt=[(float(b), float(t)) for b, t in zip(base, trained, strict=True)],
-        fingerprint=hashlib.sha256(judge.encode()).hexdigest(),
-    )
+DRIFT = {"pixels": 2.0, "kl": 0.01, "diversity_base": 2.0, "diversity_trained": 1.5, "diversity_space": "pixels"}
 
 
-def _drift() -> Drift:
-    return Drift(pixels=5.0, kl=0.01, diversity_base=1.9, diversity_trained=1.8, diversity_space="pixels")
+def _verdict(judge: str, reward: str, of: Track, base: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+    pairs = np.stack([base, trained], 1)
+    gain = float((trained - base).mean())
+    names = [(of.prompts.templates or {}).get(p, "all") for p in of.prompts.heldout]
+    return {
+        "judge": judge,
+        "metric": f"what {judge} measures",
+        "trained_on": judge == reward,
+        "base": float(base.mean()),
+        "trained": float(trained.mean()),
+        "gain": {"mean": gain, "low": gain - 0.1, "high": gain + 0.1, "kind": "BCa bootstrap"},
+        "templates": {t: pairs[[n == t for n in names]].mean(0).tolist() for t in names},
+        "per_prompt": pairs.tolist(),
+        "fingerprint": digest(judge),
+    }
 
 
-def _round(number: int) -> Round:
-    return Round(
-        round=number,
-        queries=24 * (number + 1),
-        reward=0.5 + 0.1 * number,
-        reward_sd=0.2,
-        base_reward=0.4,
-        winner_reward=None,
-        pairs=6,
-        dropped=2,
-        metrics={"loss": 0.69 - 0.01 * number},
-    )
+def _round(number: int, queries: int) -> dict[str, Any]:
+    return {
+        "round": number,
+        "queries": queries,
+        "reward": 0.5 + 0.1 * number if queries else None,
+        "reward_sd": 0.1 if queries else None,
+        "base_reward": 0.4,
+        "winner_reward": 0.6 if number else None,
+        "pairs": 8,
+        "dropped": 1,
+        "metrics": {"loss": 0.5 - 0.01 * number},
+    }
 
 
-def write(folder: Path, *cells: Record) -> Path:
-    """Run directories below `folder` that hold nothing but their records."""
-    for cell in cells:
-        records.write(folder / cell.track / f"{cell.algorithm}-{cell.cell_hash[:8]}" / "record.json", cell)
+def changed(original: Record, path: str, value: Any) -> Record:
+    """The record with the value at a dotted path replaced, nothing else made to fit."""
+    content = original.model_dump(mode="json")
+    *parents, last = path.split(".")
+    inner: Any = content
+    for key in parents:
+        inner = inner[int(key) if isinstance(inner, list) else key]
+    inner[int(last) if isinstance(inner, list) else last] = value
+    return Record.model_validate(content)
+
+
+def place(folder: Path, of: Record) -> Path:
+    """Where a run below `folder` leaves this record."""
+    name = f"{of.algorithm}-{of.builder}-{of.reward}-s{of.seed}-{of.cell_hash[:8]}"
+    return folder / of.track / name / "record.json"
+
+
+def leave(folder: Path, *found: Record) -> Path:
+    """Run directories below a folder that hold their records; returns the folder."""
+    for each in found:
+        records.write(place(folder, each), each)
     return folder
 
 
-def board(*cells: Record) -> Board:
-    return Board(cells)
+def register(folder: Path, of: Record, error: str | None = None) -> None:
+    """Leave the cell of a record as a run that has no record: registered, and perhaps ended in an error."""
+    cell = place(folder, of).parent
+    files.write_json(cell / "cell.json", {"given": of.given, "resolved": of.resolved, "hash": of.cell_hash})
+    if error is not None:
+        files.write_json(cell / "error.json", {"error": error})

@@ -1,9 +1,11 @@
-"""Saved tiny pipelines that tests share; `tiny.policy_of` loads them."""
+"""What tests share: the command in this process, and saved tiny pipelines (`tiny.policy_of` loads them)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -32,3 +34,41 @@ def pixart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_pixart
 
     return tiny_pixart(tmp_path_factory.mktemp("tiny") / "pixart")
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """`said("list", "tracks", cwd=folder)` runs `bench-dfusion list tracks` in this process, without the Hub."""
+    from bench_dfusion import cli
+
+    def call(*words: object, cwd: Path | None = None) -> Said:
+        monkeypatch.setattr("sys.argv", ["bench-dfusion", *map(str, words)])
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()  # what the test itself has said
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return Said(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(said: Callable[..., Said]) -> Callable[..., str]:
+    """As `said`, for what ends with status 2 and one line on stderr, which it returns; `bars`: below progress bars."""
+
+    def call(*words: object, cwd: Path | None = None, bars: bool = False) -> str:
+        status, out, err = said(*words, cwd=cwd)
+        lines = err.strip().splitlines()
+        assert status == 2 and not out and (bars or len(lines) == 1), (status, out, err)
+        assert lines[-1].startswith("bench-dfusion: ")
+        return lines[-1]
+
+    return call

@@ -1,4 +1,4 @@
-"""A policy small enough to train in a test: one attention layer on latents of a few numbers, a real DDIMScheduler."""
+"""A policy small enough to train in a test: one attention layer on latents of a few numbers, a real DDIMScheduler; a reward."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bench_dfusion.consistent import ConsistentSamples, Samples
 from bench_dfusion.models.base import Adapter, Conditioning
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.reward import Reward, RewardConfig
 
 WIDTH = 8
 
@@ -113,6 +114,25 @@ def fake_policy(
     whose v is 0."""
     adapter = FakeAdapter(shape, scale, seed, scheduler or ddim())
     return Policy(adapter, steps=steps, **{"batch": 16, "seed": seed, **options})
+
+
+class Red(Reward):
+    """The mean of the first channel."""
+
+    name, summary, paper, unit = "red", "", "", ""
+    differentiable = True
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images[..., 0].float().div(255).flatten(1).mean(1)
+
+    def score_tensors(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images[:, 0].flatten(1).mean(1)
+
+    def fingerprint(self) -> str:
+        return "red"
+
+
+RED = Red(RewardConfig())
 
 
 def shake(policy: Policy, size: float = 0.1, seed: int = 1) -> None:

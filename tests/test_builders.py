@@ -10,42 +10,22 @@ from typing import Any
 import pytest
 import torch
 from bench_dfusion.algorithms.dpo import DPO, DPOConfig
-from fakes import ddim, draw, fake_policy, shake
+from fakes import RED, ddim, draw, fake_policy, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import TINY, command
 from pydantic import ValidationError
 from torch import Tensor
 
-from bench_dfusion import cli, records, registry, samplers
+from bench_dfusion import records, registry, samplers
 from bench_dfusion.algorithm import all_log_probs
 from bench_dfusion.builders.branch import Branch, BranchConfig, endings
 from bench_dfusion.builders.same_noise import SameNoise, SameNoiseConfig
 from bench_dfusion.consistent import Builder, ConsistentSamples
 from bench_dfusion.policy import Policy
-from bench_dfusion.reward import Reward, RewardConfig
 from bench_dfusion.seeds import seed_of
 
 PROMPTS = ["one"] * 4 + ["two"] * 4
-
-
-class Red(Reward):
-    """The mean of the first channel."""
-
-    name, summary, paper, unit = "red", "", "", ""
-    differentiable = True
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images[..., 0].float().div(255).flatten(1).mean(1)
-
-    def score_tensors(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images[:, 0].flatten(1).mean(1)
-
-    def fingerprint(self) -> str:
-        return "red"
-
-
-RED = Red(RewardConfig())
 
 
 def trained_policy(**options: Any) -> Policy:
@@ -301,14 +281,7 @@ def test_a_run_counts_every_ending_in_its_budget(builder: str, algorithm: str, e
     assert all(r.winner_reward >= r.base_reward for r in record.rounds)
 
 
-def test_a_branch_point_too_late_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_branch_point_too_late_is_one_line(tmp_path: Path, refused) -> None:
     words = ("run", "--algo", "dpo", "--reward", "oracle", "--builder", "branch", "--set=builder.at=0.95", *TINY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    message = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and len(message.splitlines()) == 1
-    assert "no stochastic step is left to branch at 0.95" in message and not list(tmp_path.iterdir())
+    assert "no stochastic step is left to branch at 0.95" in refused(*words, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -34,19 +34,8 @@ RUN = ("run", "--algo", "dpo", "--reward", "clip")
         (("rum",), "No such command"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(
-    words: tuple[str, ...], expected: str, capsys, monkeypatch, tmp_path
-) -> None:
-    from bench_dfusion import cli
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", *words])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    message = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2
-    assert expected in message and len(message.splitlines()) == 1
+def test_a_mistake_is_one_line_and_status_2(words: tuple[str, ...], expected: str, refused, tmp_path: Path) -> None:
+    assert expected in refused(*words, cwd=tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

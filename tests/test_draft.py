@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from bench_dfusion.algorithms.draft import DRaFT, DRaFTConfig
-from fakes import draw, fake_policy, shake
-from torch import Tensor
+from fakes import RED, draw, fake_policy, shake
 
 from bench_dfusion.builders.vanilla import Vanilla
 from bench_dfusion.config import Misfit, resolve
 from bench_dfusion.consistent import ConsistentSamples, PairConfig
-from bench_dfusion.reward import Reward, RewardConfig
 
 PROMPTS = ["one"] * 4 + ["two"] * 4
-
-
-class Red(Reward):
-    """The mean of the first channel."""
-
-    name, summary, paper, unit = "red", "", "", ""
-    differentiable = True
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images[..., 0].float().div(255).flatten(1).mean(1)
-
-    def score_tensors(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images[:, 0].flatten(1).mean(1)
-
-    def fingerprint(self) -> str:
-        return "red"
 
 
 def round_of(**options) -> tuple:
     policy = fake_policy()
     shake(policy)
     algorithm = DRaFT(DRaFTConfig(**options))
-    algorithm.setup(policy, Red(RewardConfig()))
+    algorithm.setup(policy, RED)
     drawn = draw(policy, PROMPTS)
     samples: ConsistentSamples = Vanilla(PairConfig()).build(policy, drawn, lambda images, prompts: images)
     return policy, samples, algorithm, algorithm.prepare(policy, samples, torch.Generator().manual_seed(0))
@@ -102,7 +82,7 @@ def test_a_reward_without_gradient_and_too_many_steps_are_refused():
     with pytest.raises(Misfit, match="oracle has none; these have: clip"):
         resolve(algo="draft", reward="oracle")
     with pytest.raises(ValueError, match="5, the sampler has 4"):
-        DRaFT(DRaFTConfig(last_steps=5)).setup(fake_policy(), Red(RewardConfig()))
+        DRaFT(DRaFTConfig(last_steps=5)).setup(fake_policy(), RED)
 
 
 def test_its_evaluations_are_counted_as_queries():

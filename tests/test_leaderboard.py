@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from boards import changed, digest, leave, place, record, register, track
 from rich.console import Console
-from synthetic import changed, digest, leave, place, record, register, track
 
-from bench_dfusion import cli, display, leaderboard, records, statistics
+from bench_dfusion import display, leaderboard, records, statistics
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
@@ -26,7 +26,7 @@ WIGGLE = np.array([0.02, -0.02, 0.01, -0.01])  # sums to nothing over prompts
 
 def runs(table: np.ndarray | list[list[float]], first: int = 0, **cell) -> list[Record]:
     """A record for each row of a table of gains [S, 4]."""
-    return [record(list(gains), seed=first + i, **cell) for i, gains in enumerate(table)]
+    return [record(gains=list(gains), seed=first + i, **cell) for i, gains in enumerate(table)]
 
 
 def level(mean: float, seeds: int = 3) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_tracks_never_share_a_board() -> None:
 
 
 def test_a_cell_has_one_record_whatever_its_batch() -> None:
-    for twin in (record((0.2, 0.2, 0.2, 0.2)), record(of=track(batch=7))):
+    for twin in (record(gains=(0.2, 0.2, 0.2, 0.2)), record(of=track(batch=7))):
         with pytest.raises(ValueError, match="the cell dpo/dfusion/clip/seed 0 has two records: a and b; keep one"):
             Board((record(), twin), paths=(Path("a"), Path("b")))
 
@@ -85,16 +85,13 @@ def test_judges_in_another_order_are_refused() -> None:
         Board((record(), swapped))
 
 
-def test_a_refusal_is_one_line_of_the_command_without_escapes(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_refusal_is_one_line_of_the_command_without_escapes(tmp_path: Path, refused) -> None:
     hostile = record(algorithm="a\x1b[31m")
     leave(tmp_path / "runs", record())
     for name in ("x", "y"):
         records.write(tmp_path / "runs" / name / "record.json", hostile)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "leaderboard", str(tmp_path / "runs")])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    (message,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "a\\x1b[31m/dfusion/clip/seed 0 has two records" in message
+    message = refused("leaderboard", tmp_path / "runs")
+    assert "a\\x1b[31m/dfusion/clip/seed 0 has two records" in message
     assert message.isprintable()
 
 
@@ -104,11 +101,11 @@ def test_a_refusal_is_one_line_of_the_command_without_escapes(tmp_path: Path, mo
 def test_rows_are_grouped_by_configuration_and_named_by_what_differs() -> None:
     board = Board(
         (
-            record(beta=1.0, lr=2.0, seed=1),
-            record(beta=1.0, lr=2.0, seed=0),
-            record(beta=5.0, lr=2.0),
-            record(beta=5.0, lr=2.0, seed=1, of=track(batch=7)),  # the batch tells no rows apart
-            record(builder="vanilla", beta=9.0),
+            record(options={"beta": 1.0, "lr": 2.0}, seed=1),
+            record(options={"beta": 1.0, "lr": 2.0}, seed=0),
+            record(options={"beta": 5.0, "lr": 2.0}),
+            record(options={"beta": 5.0, "lr": 2.0}, seed=1, of=track(batch=7)),  # the batch tells no rows apart
+            record(builder="vanilla", options={"beta": 9.0}),
         )
     )
     found = [(r.builder, r.variant, [x.seed for x in r.records]) for r in leaderboard.rows(board)]
@@ -117,12 +114,12 @@ def test_rows_are_grouped_by_configuration_and_named_by_what_differs() -> None:
 
 
 def test_an_option_that_only_one_configuration_has_tells_it_apart() -> None:
-    board = Board((record(beta=1.0), record(beta=1.0, guard="a,b")))
+    board = Board((record(), record(options={"guard": "a,b"})))
     assert [r.variant for r in leaderboard.rows(board)] == ["", 'algo.guard="a,b"']
 
 
 def test_a_row_shows_what_its_records_say() -> None:
-    of_seed = [record([g] * 4, seed=i) for i, g in enumerate((0.1, 0.2, 0.3))]
+    of_seed = [record(gains=[g] * 4, seed=i) for i, g in enumerate((0.1, 0.2, 0.3))]
     dear = changed(of_seed[2], "cost.seconds", {"sample": 10.0})
     line = line_of(Board((*of_seed[:2], changed(dear, "cost.peak_memory_mb", 400.0))))
     assert line["oracle base"] == 0.5 and line["oracle trained"] == pytest.approx(0.7)
@@ -176,7 +173,7 @@ def test_a_collapsed_run_makes_its_row_a_miss_below_all_others() -> None:
     board = Board(
         (
             *runs(level(0.9, 2), algorithm="a"),
-            record(None, algorithm="a", seed=2),
+            record(gains=None, algorithm="a", seed=2),
             *runs(level(-0.5), algorithm="b"),
             *runs(level(-0.9), algorithm="c"),
         )
@@ -191,7 +188,7 @@ def test_a_collapsed_run_makes_its_row_a_miss_below_all_others() -> None:
 
 
 def test_a_run_whose_first_score_is_not_finite_is_not_offline() -> None:
-    board = Board((record(None, queries=0, rounds=0),))
+    board = Board((record(gains=None, queries=0, rounds=0),))
     assert line_of(board)["note"] == "miss: 1 of 1 runs collapsed or turned non-finite"
     assert "offline" not in leaderboard.markdown(board) + shown(board)
 

@@ -7,20 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
-from synthetic import changed, digest, leave, place, record, track
+from boards import changed, digest, leave, place, record, track
 
-from bench_dfusion import cli, leaderboard, merge, records
+from bench_dfusion import leaderboard, merge, records
 from bench_dfusion.registry import UsageError
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
-
-
-def command(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "merge", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -32,17 +24,17 @@ def only_refusal(done: merge.Merged) -> str:
     return reason
 
 
-def test_published_records_come_in_byte_for_byte_and_only_once(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_published_records_come_in_byte_for_byte_and_only_once(tmp_path: Path, said) -> None:
     into = tmp_path / "board"
     published = LEADERBOARDS / "micro-v1"
-    code, out, _ = command(monkeypatch, capsys, published, "--into", into, "--dry-run")
+    code, out, _ = said("merge", published, "--into", into, "--dry-run")
     assert code == 0 and "60 to add, 0 there already, 0 refused; nothing written" in out and not into.exists()
-    code, out, _ = command(monkeypatch, capsys, published, "--into", into)
+    code, out, _ = said("merge", published, "--into", into)
     assert code == 0 and "60 added, 0 there already, 0 refused" in out
     expected = {f"micro-v1/{name}": data for name, data in files_of(published).items()}
     assert files_of(into) == expected
     stamps = {p: p.stat().st_mtime_ns for p in into.rglob("*")}
-    code, out, _ = command(monkeypatch, capsys, published, into, "--into", into)
+    code, out, _ = said("merge", published, into, "--into", into)
     assert code == 0 and "0 to add, 120 there already, 0 refused" in out
     assert {p: p.stat().st_mtime_ns for p in into.rglob("*")} == stamps
 
@@ -80,7 +72,7 @@ def test_the_same_result_is_there_already_whatever_ran_it(tmp_path: Path) -> Non
 
 
 def refusals() -> dict[str, tuple[records.Record, str]]:
-    """Against a leaderboard that holds record((0.25,) * 4)."""
+    """Against a leaderboard that holds record(gains=(0.25,) * 4)."""
     other_version = record(seed=1, of=track(sampler={"steps": 5}))
     judge = changed(record(seed=1), "verdicts.0.fingerprint", digest("another oracle"))
     unpinned = track(model={"id": "toy"})
@@ -88,21 +80,19 @@ def refusals() -> dict[str, tuple[records.Record, str]]:
         "track": (other_version, "results of different track versions never merge"),
         "judge": (judge, "its judge oracle has other weights or rules than that of "),
         "check": (changed(record(seed=1), "verdicts.0.gain.mean", 0.9), "it contradicts itself: verdict of oracle"),
-        "result": (record((0.25, 0.25, 0.25, 0.75)), "verdicts.0.trained is 0.75 there and 0.875 here"),
+        "result": (record(gains=(0.25, 0.25, 0.25, 0.75)), "verdicts.0.trained is 0.75 there and 0.875 here"),
         "batch": (record(of=track(batch=7)), "resolved.track.batch is 64 there and 7 here"),
         "unpinned": (record(seed=1, of=unpinned), "results of different track versions never merge"),
     }
 
 
 @pytest.mark.parametrize("case", refusals())
-def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(
-    case: str, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(case: str, tmp_path: Path, said) -> None:
     bad, expected = refusals()[case]
-    into = leave(tmp_path / "into", record((0.25,) * 4))
+    into = leave(tmp_path / "into", record(gains=(0.25,) * 4))
     before = files_of(into)
     source = leave(tmp_path / "theirs", bad, record(seed=2))
-    code, out, err = command(monkeypatch, capsys, source, "--into", into)
+    code, out, err = said("merge", source, "--into", into)
     assert code == 2 and "1 to add, 0 there already, 1 refused; nothing written" in out and not err
     assert files_of(into) == before
     (line,) = [line for line in out.splitlines() if line.startswith("refused")]
@@ -110,7 +100,7 @@ def test_what_cannot_stand_beside_the_others_is_refused_and_nothing_is_written(
     if case != "check":
         assert str(place(into, record())) in line, "the file it does not fit is named"
 
-    code, out, err = command(monkeypatch, capsys, source, "--into", into, "--skip-refused")
+    code, out, err = said("merge", source, "--into", into, "--skip-refused")
     assert code == 1 and "1 added, 0 there already, 1 refused" in out and "nothing written" not in out
     assert files_of(into).keys() - before.keys() == {str(place(Path(), record(seed=2)))}
 
@@ -124,13 +114,13 @@ def test_base_models_must_be_one_where_the_track_does_not_fix_it(tmp_path: Path)
 
 def test_sources_that_contradict_each_other_are_refused_and_the_first_counts(tmp_path: Path) -> None:
     first = leave(tmp_path / "a", record())
-    second = leave(tmp_path / "b", record((0.1, 0.2, 0.3, 0.5)))
+    second = leave(tmp_path / "b", record(gains=(0.1, 0.2, 0.3, 0.5)))
     done = merge.merge([second, first], tmp_path / "into")
     assert not done.written and not (tmp_path / "into").exists()
     assert str(second) in only_refusal(done)
     merge.merge([second, first], tmp_path / "into", skip_refused=True)
     ((_, kept),) = records.find(tmp_path / "into")
-    assert kept == record((0.1, 0.2, 0.3, 0.5))
+    assert kept == record(gains=(0.1, 0.2, 0.3, 0.5))
 
 
 def test_a_refused_record_does_not_decide_about_others(tmp_path: Path) -> None:
@@ -188,17 +178,17 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
         merge.merge([source], target.parent)
 
 
-def test_damaged_records_are_refused_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_damaged_records_are_refused_by_name(tmp_path: Path, said) -> None:
     source = leave(tmp_path / "theirs", record())
     half = tmp_path / "theirs" / "half\x1b[31m" / "record.json"
     half.parent.mkdir()
     half.write_text(place(source, record()).read_text()[:500])
-    code, out, _ = command(monkeypatch, capsys, source, "--into", tmp_path / "into")
+    code, out, _ = said("merge", source, "--into", tmp_path / "into")
     assert code == 2 and "half\\x1b[31m/record.json: is no record, or only a part of one" in out
     assert "\x1b" not in out and not (tmp_path / "into").exists()
 
 
-def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, refused) -> None:
     (tmp_path / "empty").mkdir()
     good = leave(tmp_path / "good", record())
     twice = leave(tmp_path / "twice", record())
@@ -215,8 +205,7 @@ def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, m
         (good, broken, "only a part of one"),
     ):
         before = files_of(tmp_path)
-        code, out, err = command(monkeypatch, capsys, source, "--into", into)
-        assert code == 2 and expected in err and len(err.strip().splitlines()) == 1 and not out
+        assert expected in refused("merge", source, "--into", into)
         assert files_of(tmp_path) == before
 
 
@@ -292,7 +281,7 @@ def test_what_came_in_between_is_never_overwritten(tmp_path: Path, monkeypatch) 
 
     def late(folder: Path) -> list[tuple[Path, records.Record]]:
         found = find(folder)
-        leave(into, record((0.1, 0.2, 0.3, 0.5)))
+        leave(into, record(gains=(0.1, 0.2, 0.3, 0.5)))
         return found
 
     with monkeypatch.context() as racing:
@@ -300,7 +289,7 @@ def test_what_came_in_between_is_never_overwritten(tmp_path: Path, monkeypatch) 
         with pytest.raises(UsageError, match="was written meanwhile"):
             merge.merge([source], into)
     ((_, kept),) = records.find(into)
-    assert kept == record((0.1, 0.2, 0.3, 0.5))
+    assert kept == record(gains=(0.1, 0.2, 0.3, 0.5))
 
 
 def test_the_first_difference_is_found_wherever_it_is() -> None:

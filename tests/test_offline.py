@@ -19,7 +19,7 @@ from rounds import PROMPTS, generator, loss_and_gradient
 from tiny import policy_of, tiny_sd
 
 import bench_dfusion
-from bench_dfusion import cli, config, micro, pairs, records, registry
+from bench_dfusion import config, micro, pairs, records, registry
 from bench_dfusion.builders.offline import Offline, OfflineConfig
 from bench_dfusion.consistent import ConsistentSamples, Samples
 from bench_dfusion.policy import Trajectory
@@ -174,26 +174,21 @@ def damaged(folder: Path) -> str:
     ],
 )
 def test_what_is_no_preference_dataset_is_one_line_before_any_compute(
-    make: Callable[[Path], str],
-    expected: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], str], expected: str, run_refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    message = refused(["--algo", "sft", "--pairs", make(tmp_path)], tmp_path, capsys, monkeypatch)
-    assert expected in message
+    assert expected in run_refused("--algo", "sft", "--pairs", make(tmp_path))
 
 
-def refused(words: list[str], cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(cwd)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "run", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    message = capsys.readouterr().err.strip().splitlines()[-1]  # above it may be the bars of `datasets`
-    assert stopped.value.code == 2 and message.startswith("bench-dfusion: ")
-    assert not list(cwd.rglob("cell.json"))
-    return message
+@pytest.fixture
+def run_refused(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """What `run` refuses before it leaves anything."""
+
+    def call(*words: str) -> str:
+        message = refused("run", *words, cwd=tmp_path, bars=True)  # of `datasets`
+        assert not list(tmp_path.rglob("cell.json"))
+        return message
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -210,24 +205,18 @@ def refused(words: list[str], cwd: Path, capsys: pytest.CaptureFixture[str], mon
     ],
 )
 def test_what_does_not_go_with_offline_pairs_is_one_line(
-    words: list[str],
-    expected: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    words: list[str], expected: str, run_refused: Callable[..., str], tmp_path: Path
 ) -> None:
     path = parquet(tmp_path, table(reward=["clip"] * 6))
-    assert expected in refused([*words, "--pairs", path], tmp_path, capsys, monkeypatch)
+    assert expected in run_refused(*words, "--pairs", path)
 
 
-def test_without_pairs_the_builder_and_the_reward_say_what_they_need(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pairs_the_builder_and_the_reward_say_what_they_need(run_refused: Callable[..., str]) -> None:
     words = ["--algo", "sft", "--builder", "offline", "--reward", "clip"]
-    assert "give --pairs PATH_OR_HUB_ID" in refused(words, tmp_path, capsys, monkeypatch)
-    assert "give --reward" in refused(["--algo", "sft"], tmp_path, capsys, monkeypatch)
+    assert "give --pairs PATH_OR_HUB_ID" in run_refused(*words)
+    assert "give --reward" in run_refused("--algo", "sft")
     words = ["--algo", "sft", "--reward", "given", *TINY]
-    assert "stands for the preferences of offline pairs" in refused(words, tmp_path, capsys, monkeypatch)
+    assert "stands for the preferences of offline pairs" in run_refused(*words)
 
 
 def test_the_cell_is_named_by_the_pairs_and_not_by_their_place(tmp_path: Path) -> None:

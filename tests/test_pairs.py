@@ -22,7 +22,7 @@ from processes import TINY, command
 from torch import Tensor
 from trl import unpair_preference_dataset
 
-from bench_dfusion import cli, pairs, records, registry
+from bench_dfusion import pairs, records, registry
 from bench_dfusion.consistent import ConsistentSamples, Samples
 from bench_dfusion.policy import Trajectory
 from bench_dfusion.registry import UsageError
@@ -255,35 +255,16 @@ def taken(run: Path) -> None:
     ],
 )
 def test_a_run_that_cannot_be_exported_is_one_line_and_status_2(
-    spoil: Callable[[Path], None],
-    expected: str,
-    copy: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None], expected: str, copy: Path, refused: Callable[..., str]
 ) -> None:
     spoil(copy)
-    assert expected in refused(["copy"], copy.parent, capsys, monkeypatch)
+    assert expected in refused("pairs", "export", "copy", cwd=copy.parent)
     assert not list(copy.parent.rglob("README.md")) and not list(copy.parent.rglob(".dataset*"))
 
 
-def refused(
-    words: Sequence[str], cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """The one line that `pairs export` says."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "pairs", "export", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    message = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and len(message.splitlines()) == 1
-    return message
-
-
-def test_a_folder_of_runs_names_one_and_an_unknown_choice_its_choices(
-    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "give one run, for example copy" in refused(["."], copy.parent, capsys, monkeypatch)
-    message = refused(["copy", "--rounds", "first"], copy.parent, capsys, monkeypatch)
+def test_a_folder_of_runs_names_one_and_an_unknown_choice_its_choices(copy: Path, refused: Callable[..., str]) -> None:
+    assert "give one run, for example copy" in refused("pairs", "export", ".", cwd=copy.parent)
+    message = refused("pairs", "export", "copy", "--rounds", "first", cwd=copy.parent)
     assert "'all', 'last'" in message
 
 

@@ -10,22 +10,28 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import boards
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from boards import board, record
+from boards import leave, register
 from hub_server import TOKEN, Handler, Hub
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from bench_dfusion import dataset, leaderboard, publish
+from bench_dfusion.leaderboard import Board
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
 REPO = "somebody/table"
+HELDOUT = {"a red ring": "single", "a cyan square": "single", "two blue rings": "count"}
+TINY = boards.track(HELDOUT, name="tiny", seeds=3)
+OTHER = boards.track(HELDOUT, name="other", seeds=3)
+record = partial(boards.record, gains=0.1, of=TINY)
 OURS = [record(seed=s) for s in range(3)]
 THEIRS = [record("ddpo", "vanilla", seed=s) for s in range(3)]
 
@@ -40,6 +46,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(publish, "WAIT", 0.02)
     with Hub() as server:
         yield server
+
+
+def board(*cells: Record) -> Board:
+    return Board(cells)
 
 
 def put(hub: Hub, cells: list[Record], **options: object) -> publish.Published:
@@ -67,7 +77,7 @@ def cells(*records: Record) -> set[str]:
 
 def run_folder(folder: Path, *records: Record, color: str = "red") -> Path:
     """Run directories with pictures."""
-    boards.write(folder, *records)
+    leave(folder, *records)
     for path in folder.rglob("record.json"):
         Image.new("RGB", (4, 3), color).save(path.with_name("base_trained.png"))
     return folder
@@ -114,8 +124,10 @@ exec(snippet.replace("OWNER/NAME", "out"))
 
 def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> None:
     good = [record(seed=s) for s in range(3)]
-    missed = record("ddpo", seed=0, failed=True)
-    elsewhere = record("kto", "vanilla", "oracle", of=boards.track("other", judges=["clip"]))
+    missed = record("ddpo", seed=0, gains=None)
+    elsewhere = record(
+        "kto", "vanilla", "oracle", of=boards.track(HELDOUT, name="other", seeds=3, evaluation={"judges": ["clip"]})
+    )
     run_folder(tmp_path / "runs", *good, missed, elsewhere)
     run_folder(tmp_path / "more", record("grpo", seed=7))
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
@@ -148,13 +160,13 @@ def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> Non
     parts = {r["template"]: (r["base"], r["trained"], r["n"]) for r in of if r["prompt"] is None and r["template"]}
     assert parts == {"single": (*verdict.templates["single"], 2), "count": (*verdict.templates["count"], 1)}
     each = {r["prompt"]: (r["base"], r["trained"]) for r in of if r["prompt"]}
-    assert each == dict(zip(boards.HELDOUT, verdict.per_prompt, strict=True))
+    assert each == dict(zip(HELDOUT, verdict.per_prompt, strict=True))
     assert [r["gain"] for r in first["scores"][0] if r["cell_hash"] == missed.cell_hash] == [-math.inf] * 2
     curve = [r for r in first["curves"][0] if r["cell_hash"] == good[0].cell_hash]
     assert [r["value"] for r in curve if r["metric"] == "train/loss"] == [r.metrics["loss"] for r in good[0].rounds]
-    assert not [r for r in curve if r["metric"] == "winner_reward"]
+    assert [(r["round"], r["value"]) for r in curve if r["metric"] == "winner_reward"] == [(1, 0.6)]  # none in round 0
     assert {tuple(r["image"]) for r in first["samples"][0]} == {(4, 3)} and len(first["samples"][0]) == 5
-    assert first["samples"][0][0]["prompts"].splitlines() == list(boards.HELDOUT)
+    assert first["samples"][0][0]["prompts"].splitlines() == list(HELDOUT)
 
     # The directory has other content now, and load_dataset had read it before.
     assert len(second["samples"][0]) == 6
@@ -200,7 +212,7 @@ def test_others_rows_and_pictures_survive(place, tmp_path: Path) -> None:
     assert len(kept) == 3 and kept.items() <= after.items()
     assert len([p for p in after if p.startswith("samples/")]) == 6
     assert place(theirs) == after  # theirs again: nothing changes
-    alone = place([board(record("nft", of=boards.track("other")))])
+    alone = place([board(record("nft", of=OTHER))])
     assert {r["track"] for r in pq.read_table(io.BytesIO(alone[dataset.path_of("leaderboard")])).to_pylist()} == {
         "tiny-v1",
         "other-v1",
@@ -209,7 +221,7 @@ def test_others_rows_and_pictures_survive(place, tmp_path: Path) -> None:
 
 def test_another_result_of_a_cell_is_refused_and_replaced_on_demand(place, tmp_path: Path) -> None:
     def with_verdicts(gain: float) -> Record:
-        return OURS[0].model_copy(update={"verdicts": record(gain=gain).verdicts})
+        return OURS[0].model_copy(update={"verdicts": record(gains=gain).verdicts})
 
     before = place(leaderboard.boards(run_folder(tmp_path / "a", OURS[0])))
     slower = OURS[0].model_copy(update={"cost": OURS[0].cost.model_copy(update={"seconds": {"train": 99.0}})})
@@ -225,10 +237,8 @@ def test_another_result_of_a_cell_is_refused_and_replaced_on_demand(place, tmp_p
 
 
 def test_an_unfinished_cell_counts_as_missing_until_it_has_a_record(place, tmp_path: Path) -> None:
-    folder = boards.write(tmp_path / "runs", *OURS[:2])
-    cell = folder / "tiny-v1" / "dpo-later"
-    cell.mkdir()
-    (cell / "cell.json").write_text(json.dumps({"resolved": OURS[2].resolved, "hash": OURS[2].cell_hash}))
+    folder = leave(tmp_path / "runs", *OURS[:2])
+    register(folder, OURS[2])
     table = dataset.path_of("leaderboard")
     (row,) = pq.read_table(io.BytesIO(place(leaderboard.boards(folder))[table])).to_pylist()
     assert (row["state"], row["seeds"], row["missing"]) == ("incomplete", 2, 1)
@@ -407,22 +417,15 @@ def test_a_new_dataset_is_private_on_demand_and_a_public_one_stays(hub: Hub) -> 
     [("", "hf auth login"), ("hf_wrong", "does not accept the token"), ("hf_sécret", "holds signs that no token has")],
 )
 def test_a_bad_token_is_named_and_never_shown(
-    token: str, expected: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    token: str, expected: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused
 ) -> None:
     from huggingface_hub import constants
 
-    from bench_dfusion import cli
-
-    monkeypatch.chdir(boards.write(tmp_path, *OURS))
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "publish", REPO, "--from", "."])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    said = capsys.readouterr()
-    assert stopped.value.code == 2 and expected in said.err and len(said.err.splitlines()) == 1
-    assert not token or token not in said.err + said.out
+    message = refused("publish", REPO, "--from", ".", cwd=leave(tmp_path, *OURS))
+    assert expected in message and (not token or token not in message)
     assert not hub.repos
 
 
@@ -436,16 +439,10 @@ def test_a_bad_token_is_named_and_never_shown(
         ((REPO, "--from", "nowhere"), "unknown track 'nowhere'"),
     ],
 )
-def test_wrong_words_are_one_line(words, expected, tmp_path, monkeypatch, capsys) -> None:
-    from bench_dfusion import cli
-
-    monkeypatch.chdir(boards.write(tmp_path, *OURS))
+def test_wrong_words_are_one_line(words, expected, tmp_path, refused) -> None:
+    leave(tmp_path, *OURS)
     (tmp_path / "runs").symlink_to(tmp_path / "tiny-v1")
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "publish", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in said and len(said.splitlines()) == 1
+    assert expected in refused("publish", *words, cwd=tmp_path)
     assert not (tmp_path / "d").exists()
 
 
@@ -456,7 +453,7 @@ def test_hostile_text_is_only_text() -> None:
     evil = (
         "<script>alert(1)</script> | [x](http://evil) ![y](http://evil/i.png) `` ` ``\n---\n# h\x1b[31m @all **b** &lt;"
     )
-    of = boards.track(heldout={evil.replace("\n", " "): "single", "a red ring": "count"})
+    of = boards.track({evil.replace("\n", " "): "single", "a red ring": "count"}, name="tiny", seeds=3)
     options = {"window": evil}
     rows = [
         record("+[a](http://evil)", builder=evil, reward=evil, of=of, options=o, tuning=evil) for o in (options, {})
@@ -471,7 +468,7 @@ def test_hostile_text_is_only_text() -> None:
 
 
 def test_the_card_declares_only_what_can_be_loaded_and_cites_as_the_project_does(tmp_path: Path) -> None:
-    published = dataset.files(dataset.content_of([board(record(failed=True, rounds=[]))]))
+    published = dataset.files(dataset.content_of([board(record(gains=None, rounds=0))]))
     head = header(published)
     names = ["leaderboard", "scores", "records"]
     assert [c["config_name"] for c in head["configs"]] == names == [c["config_name"] for c in head["dataset_info"]]
@@ -486,14 +483,14 @@ def test_the_card_declares_only_what_can_be_loaded_and_cites_as_the_project_does
 
 
 def test_one_collapsed_run_makes_its_row_a_miss_without_an_interval() -> None:
-    made = dataset.tables(dataset.content_of([board(*OURS[:2], record(seed=2, failed=True))]))
+    made = dataset.tables(dataset.content_of([board(*OURS[:2], record(seed=2, gains=None))]))
     (row,) = made["leaderboard"].to_pylist()
     assert (row["state"], row["gain"], row["low"], row["high"], row["failed"]) == ("miss", -math.inf, None, None, 1)
     assert row["base"] == pytest.approx(sum(r.verdicts[0].base for r in OURS[:2]) / 2)
 
 
 def test_the_same_records_give_the_same_bytes_in_any_order() -> None:
-    everything = [*OURS, *THEIRS, record(of=boards.track("other"))]
+    everything = [*OURS, *THEIRS, record(of=OTHER)]
     first, second = (
         dataset.files(dataset.Content({r.cell_hash: r for r in order})) for order in (everything, everything[::-1])
     )

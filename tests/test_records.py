@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from synthetic import changed, digest, record, track
+from boards import changed, digest, record, track
 
 from bench_dfusion import records
 from bench_dfusion.registry import UsageError

@@ -10,16 +10,17 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import written
+from boards import leave, record, register, track
 from PIL import Image
 from webdriver import HOW, Browser, binaries
 
 from bench_dfusion import leaderboard, report
+from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.report.marks import ticks, visible
@@ -34,27 +35,41 @@ HOSTILE = (
 
 def hostile_folder(folder: Path) -> Path:
     """A track of every kind of row, whose prompts, evidence and names try to be markup."""
-    track = written.track(
-        prompts={"train": ["a cyan square"], "heldout": list(HOSTILE), "templates": {HOSTILE[0]: HOSTILE[1]}}
-    )
+    of = track(prompts={"train": ["a cyan square"], "heldout": HOSTILE, "templates": {HOSTILE[0]: HOSTILE[1]}})
     every = [
-        *(written.record("dpo", "dfusion", "clip", s, 0.10, track) for s in range(3)),
-        *(written.record("dpo", "vanilla", "clip", s, 0.05, track) for s in range(3)),
-        *(written.record("dpo", "dfusion", "oracle", s, 0.20, track) for s in range(3)),
-        *(written.record("ddpo", "vanilla", "clip", s, -0.02, track) for s in range(2)),
-        *(written.record("grpo", "vanilla", "clip", s, 0.07, track) for s in range(2)),
-        written.failed(HOSTILE[1], algorithm="grpo", builder="vanilla", seed=2, of=track),
-        written.record("<img src=x onerror='window.hit=4'>", "same-noise", "clip", 0, 0.03, track),
-        written.record("kto", "vanilla", "clip", 0, 0.04, track),
+        *runs("dpo", "dfusion", "clip", 0.10, of=of),
+        *runs("dpo", "vanilla", "clip", 0.05, of=of),
+        *runs("dpo", "dfusion", "oracle", 0.20, of=of),
+        *runs("ddpo", "vanilla", "clip", -0.02, 2, of=of),
+        *runs("grpo", "vanilla", "clip", 0.07, 2, of=of),
+        collapsed(HOSTILE[1], algorithm="grpo", builder="vanilla", seed=2, of=of),
+        *runs("<img src=x onerror='window.hit=4'>", "same-noise", "clip", 0.03, 1, of=of),
+        *runs("kto", "vanilla", "clip", 0.04, 1, of=of),
     ]
-    written.save(folder, *every)
-    written.register(folder, written.record("kto", "vanilla", "clip", 1, of=track), f"OSError: {HOSTILE[0]}")
-    written.register(folder, written.record("sft", "vanilla", "clip", 0, of=track))
-    own = folder / track.id / "dpo-dfusion-clip-s0"
+    leave(folder, *every)
+    register(folder, record("kto", "vanilla", "clip", 1, of=of), f"OSError: {HOSTILE[0]}")
+    register(folder, record("sft", "vanilla", "clip", 0, of=of))
+    own = cell(folder, "dpo-dfusion-clip-s0")
     Image.new("RGB", (1600, 400), "#3060a0").save(own / "base_trained.png")
     Image.new("RGB", (300, 200), "#a06030").save(own / "triples.png")
-    (folder / track.id / "dpo-vanilla-clip-s0" / "triples.png").write_bytes(b"no picture")
+    (cell(folder, "dpo-vanilla-clip-s0") / "triples.png").write_bytes(b"no picture")
     return folder
+
+
+def runs(algorithm: str, builder: str, reward: str, gain: float, seeds: int = 3, **more: Any) -> list[Record]:
+    """Seed s gains `gain` + 0.01 × s, alternately more and less by prompt; their curves have three rounds."""
+    own = [[gain + 0.01 * s + sign * 0.02 for sign in (1, -1, 1, -1)] for s in range(seeds)]
+    return [record(algorithm, builder, reward, s, gains=g, rounds=3, **more) for s, g in enumerate(own)]
+
+
+def collapsed(evidence: str, **names: Any) -> Record:
+    """A run that collapsed after its second round of three."""
+    return record(**names, gains=None, evidence=evidence, queries=64, rounds=2)
+
+
+def cell(folder: Path, name: str) -> Path:
+    (found,) = folder.glob(f"*/{name}-????????")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +157,9 @@ def test_every_row_says_why_it_has_no_rank_and_every_number_is_the_tables(folder
 
 
 def test_curves_are_means_and_ranges_over_seeds_and_collapsed_runs_stand_alone(folder: Path) -> None:
-    track = written.track()
-    one, two = (written.record(seed=s, of=track) for s in (0, 1))
+    one, two = runs("dpo", "dfusion", "clip", 0.1, 2)
     steeper = [r.model_copy(update={"reward": (r.reward or 0) * 2}) for r in two.rounds]
-    board = leaderboard.Board((one, two.model_copy(update={"rounds": steeper}), written.failed("no", seed=2, of=track)))
+    board = leaderboard.Board((one, two.model_copy(update={"rounds": steeper}), collapsed("no", seed=2)))
     curve = content.of_board(board, content.Pictures())["data"]["rows"][0]["curve"]
     assert curve["runs"] == 2
     assert curve["band"] == [[32, 0.0, 0.0, 0.0], [64, 0.15, 0.1, 0.2], [96, 0.3, 0.2, 0.4]]
@@ -157,29 +171,29 @@ def test_pictures_are_made_small_and_what_is_left_out_is_named(
 ) -> None:
     text = page.read_text()
     assert text.count('src="data:image/webp;base64,') == 2 and 'width="1280" height="320"' in text
-    assert "Not readable as pictures: dpo-vanilla-clip-s0/triples.png" in text
+    assert f"Not readable as pictures: {cell(folder, 'dpo-vanilla-clip-s0').name}/triples.png" in text
     monkeypatch.setattr(content, "MOST_PICTURES", 1)
     fewer = report.html(leaderboard.boards(folder))
     assert fewer.count('src="data:image/webp;base64,') == 1
-    assert "Left out for that: dpo-dfusion-clip-s0/triples.png" in fewer
+    assert f"Left out for that: {cell(folder, 'dpo-dfusion-clip-s0').name}/triples.png" in fewer
     monkeypatch.setattr(content, "MOST_PICTURES", 9)
     monkeypatch.setattr(content, "MOST_BYTES", 10)
     assert "data:image/webp" not in report.html(leaderboard.boards(folder))
 
 
 def test_a_track_without_a_finished_run_and_records_from_python_have_a_page() -> None:
-    text = report.html([leaderboard.Board((written.failed("NaN in round 2", seed=0),))])
+    text = report.html([leaderboard.Board((collapsed("NaN in round 2"),))])
     assert "No run of this track has finished" in text and "NaN in round 2" in text
     assert "No base_trained.png or triples.png lies beside these records" in text
-    with pytest.raises(UsageError, match="no run of tiny-v1 has finished"):
-        report.leaderboard_picture(leaderboard.Board((written.failed("no"),)), Path("never.svg"))
+    with pytest.raises(UsageError, match="no run of toy-v1 has finished"):
+        report.leaderboard_picture(leaderboard.Board((collapsed("no"),)), Path("never.svg"))
 
 
 def test_nothing_to_report_on_is_a_mistake_of_use(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no record"):
         report.write([], tmp_path / "report.html")
     with pytest.raises(UsageError, match="is a directory"):
-        report.write([leaderboard.Board((written.record(),))], tmp_path)
+        report.write([leaderboard.Board((record(),))], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,45 +214,32 @@ def test_control_characters_are_seen_and_ticks_are_round() -> None:
 # ---- the command
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    from bench_dfusion import cli
-
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
-
-
 def test_the_command_writes_the_page_and_the_picture(
-    folder: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, page: Path, tmp_path: Path, said: Callable[..., Any]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "report", str(folder)) == 0
+    status, out, _ = said("report", folder, cwd=tmp_path)
+    assert status == 0 and "report.html: 16 runs of toy-v1" in out
     assert (tmp_path / "report.html").read_bytes() == page.read_bytes()
-    assert "report.html: 16 runs of tiny-v1" in capsys.readouterr().out
-    assert call(monkeypatch, "report", str(folder), "--to", "deep/page.html") == 0
+    assert said("report", folder, "--to", "deep/page.html").status == 0
     assert (tmp_path / "deep" / "page.html").is_file()
-    assert call(monkeypatch, "leaderboard", str(folder), "--picture", "docs/board.svg") == 0
+    assert said("leaderboard", folder, "--picture", "docs/board.svg").status == 0
     assert (tmp_path / "docs" / "board.svg").read_text().startswith("<svg ")
 
 
 def test_what_the_command_refuses_it_refuses_before_writing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    written.save(tmp_path / "two", written.record(), written.record(of=written.track(version=2)))
+    leave(tmp_path / "two", record(), record(of=track(version=2)))
     (tmp_path / "empty").mkdir()
-    for words, said in (
+    for words, expected in (
         (("report", "nowhere"), "unknown track 'nowhere'"),
         (("report", "empty"), "no run below empty"),
         (("report", "two", "--to", "empty"), "empty is a directory"),
-        (("leaderboard", "two", "--picture", "a.svg"), "holds 2 (tiny-v1, tiny-v2)"),
-        (("leaderboard", str(folder), "--picture", "a.png"), "name it a.svg"),
-        (("leaderboard", str(folder), "--picture", "a.svg", "--csv"), "exclude each other"),
+        (("leaderboard", "two", "--picture", "a.svg"), "holds 2 (toy-v1, toy-v2)"),
+        (("leaderboard", folder, "--picture", "a.png"), "name it a.svg"),
+        (("leaderboard", folder, "--picture", "a.svg", "--csv"), "exclude each other"),
     ):
-        assert call(monkeypatch, *words) == 2
-        message = capsys.readouterr().err.strip()
-        assert said in message and len(message.splitlines()) == 1
+        assert expected in refused(*words, cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "two"]
 
 
@@ -333,7 +334,7 @@ OPEN = 'return document.getElementById("dialog").open'
 DIALOG = 'return document.getElementById("dialog").innerText'
 
 
-def test_a_row_opens_its_records_by_mouse_and_by_keyboard(reader: Browser) -> None:
+def test_a_row_opens_its_records_by_mouse_and_by_keyboard(reader: Browser, folder: Path) -> None:
     best = '.board tr[data-state="ranked"]'
     reader.click(f"{best} td.ranking")
     assert reader.run(OPEN)
@@ -342,7 +343,12 @@ def test_a_row_opens_its_records_by_mouse_and_by_keyboard(reader: Browser) -> No
     text = reader.run(DIALOG)
     for word in ("rank 1", "Mean of 3 runs", "Seed 0", "Seed 2", "algo.beta", "20", "what oracle measures"):
         assert word in text
-    for word in ("0123456789abcdef", "a processor, 1 threads", "dpo-dfusion-clip-s2/record.json", "512 MB"):
+    for word in (
+        "0123456789abcdef",
+        "a processor, 1 threads",
+        f"{cell(folder, 'dpo-dfusion-clip-s2').name}/record.json",
+        "100 MB",
+    ):
         assert word in text
     assert "+0.120" in text  # prompt 0 of seed 0: 0.5 → 0.62
     assert reader.run('return document.querySelectorAll("dialog img").length') == 2
@@ -515,13 +521,13 @@ def overlaps(reader: Browser, selector: str) -> list[str]:
 
 def test_the_picture_has_a_line_a_row_and_no_text_over_text(browser: Browser, tmp_path: Path) -> None:
     long = "an-algorithm-with-a-name-that-never-ends-" * 3
-    track = written.track()
     own = [
-        *(written.record(a, b, "clip", s, g, track) for a, b, g in (("dpo", "dfusion", 0.1), (long, "界" * 60, 0.3)) for s in range(3)),
-        *(written.record("dpo", "vanilla", "oracle", s, 0.2, track) for s in range(3)),
-        written.record("ddpo", "branch", "clip", 0, 0.05, track),
-        written.failed("no", algorithm="<b>&", builder="same-noise", of=track),
-    ]  # fmt: skip
+        *runs("dpo", "dfusion", "clip", 0.1),
+        *runs(long, "界" * 60, "clip", 0.3),
+        *runs("dpo", "vanilla", "oracle", 0.2),
+        *runs("ddpo", "branch", "clip", 0.05, 1),
+        collapsed("no", algorithm="<b>&", builder="same-noise"),
+    ]
     path = tmp_path / "board.svg"
     report.leaderboard_picture(leaderboard.Board(tuple(own)), path)
     browser.size(1000)

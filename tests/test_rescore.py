@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from processes import TINY
+from processes import SETTINGS
 from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
@@ -19,8 +19,6 @@ import bench_dfusion
 from bench_dfusion import cli, config, evaluation, files, lora, records, rescore
 from bench_dfusion.records import Record
 from bench_dfusion.track import Track
-
-SETTINGS = [t.removeprefix("--set=") for t in TINY]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +42,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "record.json").write_text(json.dumps(content))
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "eval", *map(str, words)])
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.out, "width", 160)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
 
 
 def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,15 +57,14 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- a run against its record
 
 
-def test_a_run_matches_its_record_to_the_last_bit(finished: Path, monkeypatch, capsys) -> None:
+def test_a_run_matches_its_record_to_the_last_bit(finished: Path, said) -> None:
     before = sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*"))
-    assert command(monkeypatch, finished) == 0
-    said = capsys.readouterr().out
-    assert "matches: 3 judges, 3 prompts" in said and "to the last bit" in said
+    status, out, _ = said("eval", finished)
+    assert status == 0 and "matches: 3 judges, 3 prompts" in out and "to the last bit" in out
     assert before == sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*")), "an eval only reads"
 
 
-def test_one_changed_score_is_found_and_named(copied: Path, monkeypatch, capsys) -> None:
+def test_one_changed_score_is_found_and_named(copied: Path, monkeypatch, said) -> None:
     edit(
         copied, lambda r: r["verdicts"][2]["per_prompt"][1].__setitem__(0, r["verdicts"][2]["per_prompt"][1][0] + 0.003)
     )
@@ -79,9 +73,9 @@ def test_one_changed_score_is_found_and_named(copied: Path, monkeypatch, capsys)
     assert found.differences[0].size == pytest.approx(0.003) and found.largest["clip"] == pytest.approx(0.003)
     assert found.largest["oracle"] == 0 and not found.exact and found.status == "differs slightly"
     monkeypatch.setattr(rescore, "run", lambda *words: found)
-    assert command(monkeypatch, copied) == 1
-    said = capsys.readouterr().out
-    assert "differs slightly" in said and "'two blue rings' base" in said and "−0.003" in said.replace("-", "−")
+    status, out, _ = said("eval", copied)
+    assert status == 1 and "differs slightly" in out and "'two blue rings' base" in out
+    assert "−0.003" in out.replace("-", "−")
 
 
 def test_another_lora_under_the_same_hash_differs(copied: Path) -> None:
@@ -94,13 +88,13 @@ def test_another_lora_under_the_same_hash_differs(copied: Path) -> None:
     assert "trained" in whats and "base" not in whats, "the base is drawn without the LoRA"
 
 
-def test_what_the_hashes_say_otherwise_is_named_and_nothing_is_drawn(copied: Path, monkeypatch, capsys) -> None:
+def test_what_the_hashes_say_otherwise_is_named_and_nothing_is_drawn(copied: Path, monkeypatch, said) -> None:
     no_compute(monkeypatch)
     file = copied / lora.FILE
     file.write_bytes(file.read_bytes()[:-1] + b"!")
-    assert command(monkeypatch, copied) == 1
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
-    assert f"the SHA-256 of {file}" in line
+    status, out, _ = said("eval", copied)
+    (line,) = [line for line in out.splitlines() if line.startswith("- ")]
+    assert status == 1 and f"the SHA-256 of {file}" in line
 
     def change(record: dict[str, Any]) -> None:
         record["track_hash"] = record["provenance"]["model_sha256"] = "0" * 64
@@ -160,13 +154,10 @@ def failed(record: dict[str, Any]) -> None:
         (lambda f: None, ("--lora", "run"), "give one of RUN"),
     ],
 )
-def test_a_run_that_cannot_be_scored_again_is_one_line(change, words, expected, copied, monkeypatch, capsys) -> None:
+def test_a_run_that_cannot_be_scored_again_is_one_line(change, words, expected, copied, monkeypatch, refused) -> None:
     no_compute(monkeypatch)
-    monkeypatch.chdir(copied.parent)
     change(copied)
-    assert command(monkeypatch, "run", *words) == 2
-    message = capsys.readouterr().err.strip()
-    assert expected in message and len(message.splitlines()) == 1
+    assert expected in refused("eval", "run", *words, cwd=copied.parent)
 
 
 # --- weights of other trainers
@@ -221,27 +212,24 @@ model = "micro"
 
 
 def test_a_stable_diffusion_lora_of_another_rank(
-    sd_dir: Path, sd_lora: Path, tmp_path: Path, monkeypatch, capsys
+    sd_dir: Path, sd_lora: Path, tmp_path: Path, monkeypatch, said, refused
 ) -> None:
     (tmp_path / "own.toml").write_text(OWN)
     shutil.copytree(sd_lora, tmp_path / "my style")
-    monkeypatch.chdir(tmp_path)
-    words = ("--lora", "my style", "--track", "own.toml", "--model", sd_dir)
-    assert command(monkeypatch, *words) == 0
-    said = capsys.readouterr().out
-    assert (
-        "my-style (lora, rank 2, alpha 6) on own-custom-v1: 2 held-out prompts" in " ".join(said.split())
-        and "clip" in said
-    )
+    words = ("eval", "--lora", "my style", "--track", "own.toml", "--model", sd_dir)
+    status, out, _ = said(*words, cwd=tmp_path)
+    assert status == 0 and "clip" in out
+    assert "my-style (lora, rank 2, alpha 6) on own-custom-v1: 2 held-out prompts" in " ".join(out.split())
     (path,) = (tmp_path / "runs" / "own-custom-v1").glob("eval-my-style-*/evaluation.json")
     found = rescore.read(path)
     assert found.lora is not None and found.lora.modules == 14 and found.drift.pixels > 0
     assert found.verdicts[0].base != found.verdicts[0].trained
     assert Image.open(path.with_name("base_trained.png")).size[0] > 100
     no_compute(monkeypatch)
-    assert command(monkeypatch, *words) == 0 and capsys.readouterr().out == said, "what is there is only read"
+    again = said(*words)
+    assert again.status == 0 and again.out == out, "what is there is only read"
     path.write_text("{}")
-    assert command(monkeypatch, *words) == 2 and "evaluation.json is no evaluation" in capsys.readouterr().err
+    assert "evaluation.json is no evaluation" in refused(*words)
 
 
 def test_a_pipeline_trained_as_a_whole_beside_its_base(sd_dir: Path, tmp_path: Path) -> None:
@@ -279,12 +267,9 @@ def test_a_pipeline_trained_as_a_whole_beside_its_base(sd_dir: Path, tmp_path: P
     ],
 )
 def test_a_mistake_is_one_line_before_any_compute(
-    words, expected, sd_dir, sd_lora, tmp_path, monkeypatch, capsys
+    words, expected, sd_dir, sd_lora, tmp_path, monkeypatch, refused
 ) -> None:
     no_compute(monkeypatch)
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(sd_lora, tmp_path / "run")
-    assert command(monkeypatch, *(sd_dir if w == "SD" else w for w in words)) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert expected in message
+    assert expected in refused("eval", *(sd_dir if w == "SD" else w for w in words), cwd=tmp_path)
     assert not (tmp_path / "runs").exists()

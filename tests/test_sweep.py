@@ -68,16 +68,9 @@ def jobs(out: Path, **changes) -> list[sweeps.Job]:
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_written(
-    words: tuple[str, ...], expected: str, capsys, monkeypatch, tmp_path
+    words: tuple[str, ...], expected: str, refused, tmp_path: Path
 ) -> None:
-    from bench_dfusion import cli
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "sweep", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    message = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and expected in message and len(message.splitlines()) == 1
+    assert expected in refused("sweep", *words, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,12 +6,12 @@ import csv
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from clip_bpe import clip_tokenizer
-from rich.console import Console
 
 from bench_dfusion import cli, files, prompt_sources, registry, track
 from bench_dfusion.config import resolve
@@ -328,18 +328,6 @@ judges = ["oracle"]
 EXTENDS = 'name = "mine"\nversion = 1\nextends = '
 
 
-def said(words: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> tuple[int, str, str]:
-    """The exit status, what went to stdout and what to stderr."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", *words])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(cli, "out", Console(width=200))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out, captured.err.strip()
-
-
 def changed(old: str, new: str) -> str:
     assert old in OWN
     return OWN.replace(old, new)
@@ -391,7 +379,7 @@ SOURCE = changed('train = ["a red ring", "a blue ring"]\nheldout = ["a red cross
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(
-    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     write(tmp_path, "mine.toml", text)
     write(tmp_path, "empty.txt", "\n")
@@ -402,24 +390,21 @@ def test_a_mistake_is_one_line_that_names_it(
     copy = ("--prompts", "mine.txt") if "source =" in text else ()
     with pytest.raises(UsageError):  # already before a reward or a model is loaded
         resolve(track_source="mine.toml", algo="dpo", reward="oracle", prompts=Path(copy[1]) if copy else None)
-    status, _, message = said(
-        ("run", "--algo", "dpo", "--reward", "oracle", "--track", "mine.toml", *copy), tmp_path, monkeypatch, capsys
-    )
-    assert status == 2 and expected in message and len(message.splitlines()) == 1
+    assert expected in refused("run", "--algo", "dpo", "--reward", "oracle", "--track", "mine.toml", *copy)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_track_that_is_no_text_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_track_that_is_no_text_is_one_line(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "mine.toml").write_bytes(b'name = "caf\xe9"')
-    status, _, message = said(("list", "tracks", "mine.toml"), tmp_path, monkeypatch, capsys)
-    assert status == 2 and "mine.toml: no UTF-8 text" in message and len(message.splitlines()) == 1
+    assert "mine.toml: no UTF-8 text" in refused("list", "tracks", "mine.toml", cwd=tmp_path)
 
 
 def test_list_shows_every_track_and_what_is_in_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[..., Any]
 ) -> None:
     write(tmp_path, "mine.toml", OWN)
-    _, shown, _ = said(("list", "tracks"), tmp_path, monkeypatch, capsys)
+    monkeypatch.setattr(cli.out, "width", 200)
+    shown = said("list", "tracks", cwd=tmp_path).out
     listed = {
         line.split()[0]: line.split(None, 1)[1]
         for line in shown.splitlines()
@@ -427,14 +412,14 @@ def test_list_shows_every_track_and_what_is_in_one(
     }
     for name in registry.plugins("tracks"):
         assert listed[name].startswith(("Stable Diffusion", "The embedded world", "D-Fusion's own settings"))
-    _, shown, _ = said(("list", "tracks", "micro"), tmp_path, monkeypatch, capsys)
+    shown = said("list", "tracks", "micro").out
     assert HASHES["micro"] in shown and '"reward_queries": 4608' in shown
-    _, shown, _ = said(("list", "tracks", "dsg"), tmp_path, monkeypatch, capsys)
+    shown = said("list", "tracks", "dsg").out
     assert (
         "prompts: from DSG-1k, not in this package; get https://github.com/j-min/DSG" in shown
         and '"heldout": 200' in shown
     )
-    status, shown, _ = said(("list", "tracks", "mine.toml"), tmp_path, monkeypatch, capsys)
+    status, shown, _ = said("list", "tracks", "mine.toml")
     assert status == 0 and f"mine-v1, hash {load('mine.toml').hash}" in shown
 
 

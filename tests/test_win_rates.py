@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from bench_dfusion import cli, leaderboard, records
 from bench_dfusion.leaderboard import Board
@@ -48,15 +47,12 @@ def test_win_rates_by_hand() -> None:
     np.testing.assert_allclose(frame.to_numpy(), expected)
 
 
-def test_the_published_win_rates_add_up_and_are_printed(monkeypatch, capsys) -> None:
+def test_the_published_win_rates_add_up_and_are_printed(monkeypatch, said) -> None:
     (board,) = leaderboard.boards(PUBLISHED)
     values = leaderboard.win_rates(board).to_numpy()
     off = ~np.eye(len(values), dtype=bool)
     np.testing.assert_allclose((values + values.T)[off], 1)
-    monkeypatch.setattr("sys.argv", ["bench-dfusion", "leaderboard", str(PUBLISHED), "--wins"])
     monkeypatch.setattr(cli.out, "width", 120)
-    with pytest.raises(SystemExit):
-        cli.main()
-    said = capsys.readouterr().out
-    (line,) = [x for x in said.splitlines() if x.split()[:1] == ["1"] and "/" in x]
+    shown = said("leaderboard", PUBLISHED, "--wins").out
+    (line,) = [x for x in shown.splitlines() if x.split()[:1] == ["1"] and "/" in x]
     assert line.split()[2:] == ["–" if np.isnan(v) else f"{100 * v:.0f}" for v in values[0]]
