@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -290,13 +289,3 @@ def test_what_came_in_between_is_never_overwritten(tmp_path: Path, monkeypatch) 
             merge.merge([source], into)
     ((_, kept),) = records.find(into)
     assert kept == record(gains=(0.1, 0.2, 0.3, 0.5))
-
-
-def test_the_first_difference_is_found_wherever_it_is() -> None:
-    assert merge.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) == ""
-    assert merge.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b is 2 there and 3 here"
-    assert merge.difference({"a": 1}, {"a": 1, "c": "x"}) == "c is None there and 'x' here"
-    assert merge.difference({"a": {"b": 1}}, {"a": None}) == "a is {'b': 1} there and None here"
-    assert merge.difference({"a": [1]}, {"a": [1, 2]}) == "a is a list of 1 there and a list of 2 here"
-    text = merge.difference({"a": json.dumps([0] * 99)}, {"a": 0})
-    assert len(text) < 100 and "…" in text

@@ -199,3 +199,23 @@ def test_means_may_differ_by_float32_rounding_at_any_scale() -> None:
         scaled = records.Record.model_validate(content)
         assert records.check(changed(scaled, "verdicts.0.trained", 0.75 * scale * (1 + 1e-6))) == []
         assert len(records.check(changed(scaled, "verdicts.0.trained", 0.75 * scale * (1 + 1e-4)))) == 1
+
+
+def test_every_difference_of_two_results_is_named_and_none_of_how_they_were_run() -> None:
+    one = record()
+    for path, value, expected in (
+        ("verdicts.1.per_prompt.2.0", 7.0, ["verdicts.1.per_prompt.2.0 is 0.5 there and 7.0 here"]),
+        ("rounds", [], ["rounds is a list of 2 there and a list of 0 here"]),
+        ("rounds.0.metrics", {"kl": 1.0}, ["loss is 0.5 there and None here", "kl is None there and 1.0 here"]),
+        ("resolved.track.batch", 7, ["resolved.track.batch is 64 there and 7 here"]),
+        ("drift", None, ["there and None here"]),
+        ("given", {"algo": "a"}, []),
+        ("tuning", "none", []),
+        ("cell_hash", digest("batch"), []),
+        ("cost.seconds", {}, []),
+        ("provenance.versions", {}, []),
+        ("provenance.plugins", {}, []),
+    ):
+        found = records.differences(one, changed(one, path, value))
+        assert len(found) == len(expected) and all(map(str.endswith, found, expected)), (path, found)
+        assert all(len(f) < 140 for f in found)
