@@ -207,7 +207,7 @@ def _migrated(content: Any) -> dict[str, Any]:
 def check(record: Record) -> list[str]:
     """What a record says that its own numbers contradict, one line each; none of a sound record.
 
-    Compared exactly: hashes, names, seed, judges, prompts and queries with the resolved configuration. Means over
+    Numbers are finite. Compared exactly: hashes, names, seed, judges, prompts and queries with the resolved configuration. Means over
     prompts may differ by TOLERANCE (1e-5) of the judge's largest score.
     """
     return [plain(problem) for problem in _problems(record)]
@@ -215,6 +215,11 @@ def check(record: Record) -> list[str]:
 
 def _problems(record: Record) -> Iterator[str]:
     resolved, cost = record.resolved, record.cost
+    try:
+        json.dumps(record.model_dump(mode="json"), allow_nan=False)
+    except ValueError:
+        yield "a number is not finite"
+        return
     missing = _missing_sections(record)
     if missing:
         yield f"resolved has no options of the {missing[0]}"

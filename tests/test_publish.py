@@ -500,14 +500,16 @@ def test_the_same_records_give_the_same_bytes_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"cell_hash": "../../etc"}, "no SHA-256"),
-        ({"verdicts": OURS[0].verdicts[:1]}, "it was judged by"),
-        ({"resolved": {**OURS[0].resolved, "track": {}}}, "track.name"),
-        ({"seed": 2**70}, "64 bits"),
+        ({"cell_hash": "../../etc"}, "cell_hash is not the hash of"),
+        ({"verdicts": OURS[0].verdicts[:1]}, r"verdicts of \['oracle'\], but the track's judges are"),
+        ({"resolved": {**OURS[0].resolved, "track": {}}}, "resolved.track is no track"),
+        ({"seed": 1}, "seed 1, but the resolved seed is 0"),
         ({"drift": OURS[0].drift.model_copy(update={"kl": math.nan})}, "not finite"),  # type: ignore[union-attr]
     ],
 )
 def test_a_record_that_contradicts_itself_is_not_published(changes: dict, expected: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=expected):
         publish.to_directory([board(OURS[0].model_copy(update=changes))], tmp_path / "out")
+    with pytest.raises(UsageError, match="its seed has more than 64 bits"):
+        publish.to_directory([board(record(seed=2**70))], tmp_path / "out")
     assert not (tmp_path / "out").exists()
