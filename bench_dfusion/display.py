@@ -125,12 +125,11 @@ def wins(board: Board, out: Console) -> None:
 def board(board: Board, out: Console) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
     frame, judges = leaderboard.table(board), board.judges
-    grid = Table(
-        title=f"{_text(board.track)}  ({board.track_hash[:12]})", title_justify="left", box=None, pad_edge=False
-    )
+    title = f"{_text(board.track)}  ({board.track_hash[:12]})"
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("rank", no_wrap=True)
     grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
-    for column in ("seeds", *(f"{_text(j)}\ngain" for j in judges), "queries"):
+    for column in ("seeds", *("\n".join([*_text(j).split(":"), "gain"]) for j in judges), "queries"):
         grid.add_column(column, justify="right", no_wrap=True)
     for line in frame.to_dict("records"):
         gains = [signed(line[f"{j} gain"]) for j in judges]
