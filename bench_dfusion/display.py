@@ -112,7 +112,8 @@ def wins(board: Board, out: Console) -> None:
     frame = leaderboard.win_rates(board)
     judge = board.judges[0] if board.judges else "no judge yet"
     title = f"{board.track}: wins of a row over a column before {judge}, % of prompts and shared seeds, ties half"
-    grid = Table(title=_text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    out.print(f"[italic]{_text(title)}", highlight=False)
+    grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("", justify="right", no_wrap=True)
     grid.add_column("", overflow="fold")
     for number in range(1, len(frame) + 1):
@@ -125,8 +126,8 @@ def wins(board: Board, out: Console) -> None:
 def board(board: Board, out: Console) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
     frame, judges = leaderboard.table(board), board.judges
-    title = f"{_text(board.track)}  ({board.track_hash[:12]})"
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    out.print(f"[italic]{_text(board.track)}  ({board.track_hash[:12]})", highlight=False)
+    grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("rank", no_wrap=True)
     grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
     for column in ("seeds", *("\n".join([*_text(j).split(":"), "gain"]) for j in judges), "queries"):
@@ -150,12 +151,9 @@ def board(board: Board, out: Console) -> None:
     effect = leaderboard.contrasts(board)
     if len(effect):
         out.print()
-        grid = Table(
-            title=f"D-Fusion's effect on {_text(judges[0])}: dfusion − vanilla, paired; p after Holm",
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-        )
+        title = f"D-Fusion's effect on {_text(judges[0])}: dfusion − vanilla, paired; p after Holm"
+        out.print(f"[italic]{title}", highlight=False)
+        grid = Table(box=None, pad_edge=False)
         for column in ("algorithm", "reward", "seeds", "difference", "p"):
             grid.add_column(column, justify="left" if column in ("algorithm", "reward") else "right")
         for e in effect.to_dict("records"):
