@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -518,8 +520,13 @@ def _boards(source: str, folder: Path) -> list[Board]:
     return found
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    """Entry point: a user's mistake is one line on stderr and exit status 2; SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _interrupt)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         sys.exit(app(standalone_mode=False) or 0)  # typer.Exit comes back as its status

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console, Group
@@ -167,12 +166,12 @@ class Sweep:
     def run(self) -> bool:
         """Run what has no record yet; whether every cell ended with a record of a finished run.
 
-        KeyboardInterrupt (also from SIGTERM) first stops the running cells, which go on from their last round later.
+        KeyboardInterrupt first stops the running cells, which go on from their last round later.
         """
         self.begun = time.monotonic()
         self.free = deque(d for _ in range(self.workers) for d in self.devices)
         self.queue = deque(j for j in self.jobs if j.state == "waiting")
-        with _terminating(), self._shown() as show:
+        with self._shown() as show:
             try:
                 while self.queue or any(j.state in ("running", "elsewhere") for j in self.jobs):
                     self._start()
@@ -275,7 +274,7 @@ class Sweep:
         running = [j for j in self.jobs if j.state == "running" and j.process is not None]
         for job in running:
             if job.process is not None and job.process.poll() is None:
-                job.process.send_signal(signal.SIGINT)
+                job.process.terminate()  # a shell in the background has made SIGINT deaf
         until = time.monotonic() + GRACE
         for job in running:
             if job.process is not None:
@@ -329,17 +328,3 @@ def _gain(job: Job) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-@contextmanager
-def _terminating() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

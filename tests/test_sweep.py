@@ -177,6 +177,7 @@ def test_ctrl_c_stops_the_running_cell_cleanly_and_says_how_to_go_on(tmp_path: P
     assert process.returncode == 130 and "stopped; the same command goes on" in output
     (cell,) = jobs(tmp_path / "runs", algorithms=["ddpo"], seeds=1)
     assert not cell.locked(), "the cell's own process has ended too"
+    assert "stopped; the same command goes on" in (cell.folder / "log.txt").read_text(), "and not by a kill"
 
 
 @pytest.mark.slow
