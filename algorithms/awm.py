@@ -39,7 +39,7 @@ class AWMConfig(AdvantageConfig):
         1.0, gt=0, le=1, description="p: 1 for the squared error, less for a robust one (1; official runs: 0.25)"
     )
     kl: float = Field(
-        1e-3, ge=0, description="weight of the squared distance to the base's prediction (1; method.md §3: 0.001)"
+        1e-3, ge=0, description="weight of the squared distance to the base's prediction (1; its beta, 0.001)"
     )
     kl_ema: float = Field(
         1.0, ge=0, description="weight of the squared distance to the averaged weights' prediction (1; official: 1)"

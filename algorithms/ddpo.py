@@ -36,11 +36,11 @@ class DDPOConfig(PolicyGradientConfig):
         description="importance: the clipped ratio to pi_old (paper: DDPO-IS); score: -A log pi (DDPO-SF), which is "
         "on-policy only, so updates and inner_epochs must be 1",
     )
-    buffer: int = Field(16, ge=2, description="rewards remembered for each prompt (count; method.md §3: 16)")
+    buffer: int = Field(16, ge=2, description="rewards remembered for each prompt (count; ddpo-pytorch: 16)")
     min_count: int = Field(
         16,
         ge=2,
-        description="below so many remembered rewards the round's own mean and spread serve (count; method.md §3: 16)",
+        description="below so many remembered rewards the round's own mean and spread serve (count; ddpo-pytorch: 16)",
     )
 
     @model_validator(mode="after")

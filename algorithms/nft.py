@@ -33,9 +33,7 @@ class NFTConfig(AdvantageConfig):
         description="what divides reward − prompt's mean: the standard deviation of the prompt's rewards, or of the "
         "round's (paper: a global one)",
     )
-    beta: float = Field(
-        1.0, gt=0, description="how far the implicit policies lie from the old one (1; method.md §3: 1)"
-    )
+    beta: float = Field(1.0, gt=0, description="how far the implicit policies lie from the old one (1; its beta, 1)")
     kl: float = Field(
         1e-4, ge=0, description="weight of the squared distance to the base's prediction (1; official: 1e-4)"
     )

@@ -54,7 +54,7 @@ class StepwiseConfig(AlgorithmConfig):
     step_weight: Literal["one", "sigma"] = Field(
         "one",
         description="weight of a step's loss: 1, or sigma_t scaled to mean 1 (late steps have gradients 1/sigma "
-        "larger and little signal: method.md §6)",
+        "larger and little signal: docs/micro.md)",
     )
     window: Share = Field(
         (0.0, 1.0),

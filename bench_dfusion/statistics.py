@@ -2,7 +2,7 @@
 
 A *table* is float [S seeds, P prompts]: trained minus base on the same noise, averaged over a prompt's
 images. Its seeds and its prompts are both samples of larger populations, and every seed meets every
-prompt, so both carry uncertainty (`method.md`, Statistics). Larger is better throughout.
+prompt, so both carry uncertainty. Larger is better throughout.
 
 Everything here is pure: the bootstrap is seeded, and nothing depends on the order of seeds or prompts.
 """
@@ -173,7 +173,8 @@ def pairwise_accuracy(scores: ArrayLike, truth: ArrayLike) -> float:
 
 
 def _two_way_t(table: np.ndarray, level: float) -> Interval:
-    """The two-way t of `method.md`, Statistics, on a checked table."""
+    """The two-way t on a checked table: variance of the seed means / S + of the prompt means / P - of the residuals / SP,
+    not below either of the first two, with Satterthwaite's (1946) degrees of freedom."""
     seeds, prompts = table.shape
     # Counting from one cell makes equal values give exactly no variance.
     offsets = table - table[0, 0]

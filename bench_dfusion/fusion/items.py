@@ -1,6 +1,6 @@
 """The things a prompt names, and the text tokens that name them: the columns the fusion mask is made of.
 
-The paper's authors wrote items and token positions by hand for every prompt (`method.md` §2, step 3); here
+The paper's authors wrote items and token positions by hand for every prompt (D-Fusion, Hu et al. 2025); here
 both are found by rule, in English, with closed word lists and no model.
 
 The rule. A noun phrase is a run of adjectives and nouns; a determiner, number, preposition, conjunction,
