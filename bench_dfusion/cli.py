@@ -74,6 +74,17 @@ def run(
         Literal["all", "last", "none"] | None,
         typer.Option(help="Rounds whose pairs stay, for pairs export (default: all; over 128 px the last)."),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Then put LoRA, card and record on the Hub."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: make a new repository private.")
+    ] = False,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="With --push-to-hub: the dataset whose table the scores belong to."),
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Train one algorithm with one reward on consistent samples, then evaluate base against trained."""
@@ -83,6 +94,10 @@ def run(
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds must be 1 or more, not {seeds}")
     numbers = range(seeds) if seeds is not None else [seed or 0]
+    if push is None and (private or benchmark):
+        raise UsageError("--private and --benchmark say how to --push-to-hub OWNER/NAME: give that too")
+    if push is not None and len(numbers) > 1:
+        raise UsageError("--push-to-hub takes one run: give --seed N, and a repository for each")
     from bench_dfusion import config as configs
     from bench_dfusion import display
     from bench_dfusion.leaderboard import Board
@@ -103,6 +118,11 @@ def run(
         )
         for n in numbers
     ]
+    hub = None
+    if push is not None:  # a missing token is said before any compute
+        from bench_dfusion.publish import connect
+
+        hub = connect(push)
     records = []
     for cell in cells:
         try:
@@ -116,6 +136,11 @@ def run(
         display.board(Board(tuple(records)), out)
     if any(r.status == "failed" for r in records):
         raise typer.Exit(1)
+    if push is not None:
+        from bench_dfusion import model_card
+
+        where = model_card.push(folder / cells[0].folder, push, private=private, benchmark=benchmark, hub=hub)
+        out.print(f"pushed: {escape(where)}", soft_wrap=True, highlight=False)
 
 
 @app.command()

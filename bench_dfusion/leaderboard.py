@@ -397,7 +397,7 @@ def markdown(board: Board) -> str:
     if len(effect):
         lines += [
             "",
-            f"D-Fusion's effect, dfusion − vanilla ({_escaped(board.judges[0])} gain, paired; p after Holm):",
+            f"D-Fusion's effect, dfusion − vanilla ({escaped(board.judges[0])} gain, paired; p after Holm):",
             "",
         ]
         lines += _grid(
@@ -448,11 +448,11 @@ def _number(value: float, form: str) -> str:
 def _grid(header: Sequence[str], lines: Sequence[Sequence[object]], left: int) -> list[str]:
     """A Markdown table whose first `left` columns are set left, the others right; what cells hold is only text."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
-    texts = [f"| {' | '.join(map(_escaped, line))} |" for line in (header, *lines)]
+    texts = [f"| {' | '.join(map(escaped, line))} |" for line in (header, *lines)]
     return [texts[0], f"| {' | '.join(rule)} |", *texts[1:]]
 
 
-def _escaped(value: object) -> str:
+def escaped(value: object) -> str:
     """What Markdown shows as this text, in one line, whatever it holds; figures as they are."""
     text = plain(" ".join(str(value).split()))
     if re.fullmatch(r"[-+−–∞\d.,\[\] ]*", text):

@@ -168,25 +168,30 @@ def to_hub(
     Raises UsageError, in one line with the fix, where there is no token, the dataset is none of ours, the token may not
     write, or the Hub cannot be reached in `ATTEMPTS` attempts.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII):
-        raise UsageError(f"{repo!r} is no dataset's id: write OWNER/NAME, or --to DIR for a directory")
+    api, token = connect(repo, endpoint)
     own = dataset.content_of(boards)
-    from huggingface_hub import HfApi, get_token
-
-    token = get_token()
-    if not token:
-        raise UsageError("no Hugging Face token: run `hf auth login`, or set HF_TOKEN (or write a directory: --to DIR)")
-    if not (token.isascii() and token.isprintable() and " " not in token):
-        raise UsageError("the Hugging Face token holds signs that no token has: run `hf auth login` again")
-    api = HfApi(endpoint, token=token, library_name="bench-dfusion", library_version=__version__)
-    with tempfile.TemporaryDirectory() as work, _bars_on_a_terminal():
-        return _persist(
+    with tempfile.TemporaryDirectory() as work, bars_on_a_terminal():
+        return persist(
             lambda: _commit(api, own, boards, repo, pr, message, private, replace, Path(work)), repo, token, pr
         )
 
 
+def connect(repo: str, endpoint: str | None = None) -> tuple[Any, str]:
+    """The Hub's client and the user's token. Raises UsageError where `repo` is no OWNER/NAME or there is no token."""
+    from huggingface_hub import HfApi, get_token
+
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII):
+        raise UsageError(f"{repo!r} is no id on the Hub: write OWNER/NAME")
+    token = get_token()
+    if not token:
+        raise UsageError("no Hugging Face token: run `hf auth login`, or set HF_TOKEN")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise UsageError("the Hugging Face token holds signs that no token has: run `hf auth login` again")
+    return HfApi(endpoint, token=token, library_name="bench-dfusion", library_version=__version__), token
+
+
 @contextmanager
-def _bars_on_a_terminal() -> Iterator[None]:
+def bars_on_a_terminal() -> Iterator[None]:
     """The Hub's client draws its bars into logs too: not while this runs."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -280,8 +285,11 @@ def _proposed(api: Any, repo: str, title: str, readme: bytes, work: Path) -> int
     return None
 
 
-def _persist(attempt: Callable[[], Result], repo: str, token: str, pr: bool) -> Result:
-    """Attempt again after what passes: a head that moved, a server or a network that failed."""
+def persist(attempt: Callable[[], Result], repo: str, token: str, pr: bool | None = None) -> Result:
+    """Attempt again after what passes: a head that moved, a server or a network that failed.
+
+    `pr`: whether a pull request is made; None where none can be.
+    """
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     wait = WAIT
@@ -291,7 +299,7 @@ def _persist(attempt: Callable[[], Result], repo: str, token: str, pr: bool) -> 
         except (UsageError, OfflineModeIsEnabled) as error:
             if isinstance(error, UsageError):
                 raise
-            raise UsageError("HF_HUB_OFFLINE is set: unset it to publish, or write a directory: --to DIR") from None
+            raise UsageError("HF_HUB_OFFLINE is set: unset it to publish") from None
         except Exception as error:
             problem, passes = _problem(error, repo, pr)
             problem = problem.replace(token, "…")
@@ -305,7 +313,7 @@ def _persist(attempt: Callable[[], Result], repo: str, token: str, pr: bool) -> 
     raise AssertionError("unreachable")
 
 
-def _problem(error: Exception, repo: str, pr: bool) -> tuple[str, bool]:
+def _problem(error: Exception, repo: str, pr: bool | None) -> tuple[str, bool]:
     """What went wrong, in one line, and whether it may pass. Raises what is no fault of the Hub or the network."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
@@ -323,11 +331,13 @@ def _problem(error: Exception, repo: str, pr: bool) -> tuple[str, bool]:
             if status == 401:
                 return "the Hub does not accept the token: run `hf auth login`, or set HF_TOKEN to a valid one", False
             if status == 403:
-                fix = "give the token the right to" if pr else "propose the rows with --pr, or use a token that may"
+                fix = "give the token the right to" if pr else "use a token that may"
+                if pr is False:
+                    fix = f"propose the rows with --pr, or {fix}"
                 return f"the token may not write to {repo}: {fix} ({said})", False
             return f"the Hub refused to publish {repo}: status {status} {said}".rstrip(), False
         if isinstance(each, (HTTPError, ConnectionError, TimeoutError)):
-            return f"the Hub cannot be reached ({type(each).__name__}: check the network, or write --to DIR)", True
+            return f"the Hub cannot be reached ({type(each).__name__}: check the network)", True
     if isinstance(error, (LocalEntryNotFoundError, json.JSONDecodeError)):
         return "the Hub's answer was not whole", True
     raise error

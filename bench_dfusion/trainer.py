@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from bench_dfusion import evaluation, files, pairs, pictures, records
+from bench_dfusion import evaluation, files, model_card, pairs, pictures, records
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
@@ -304,6 +304,8 @@ class Run:
                 lora_sha256=files.sha256(self.folder / "pytorch_lora_weights.safetensors"),
             ),
         )
+        if record.status == "finished":
+            model_card.write(self.folder, record)
         records.write(self.folder / "record.json", record)
         return record
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from hub_server import Hub
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many test processes as cores, one thread each
 
@@ -72,3 +75,19 @@ def refused(said: Callable[..., Said]) -> Callable[..., str]:
         return lines[-1]
 
     return call
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A loopback Hub and a token for it; what passes is tried again at once."""
+    from hub_server import TOKEN, Hub
+    from huggingface_hub import constants
+
+    from bench_dfusion import publish
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(publish, "WAIT", 0.02)
+    with Hub() as server:
+        yield server

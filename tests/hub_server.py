@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: datasets, commits, pull requests and LFS uploads, in memory, with faults on order."""
+"""A Hub on the loopback interface: datasets and models, commits, pull requests and LFS uploads, in memory, with faults on order."""
 
 from __future__ import annotations
 
@@ -150,12 +150,16 @@ class Handler(BaseHTTPRequestHandler):
         known = name in self.server.repos
         if not known:
             self.server.create(name, private=wanted.get("visibility") == "private" or wanted.get("private") is True)
-        self.answer(409 if known else 200, {"url": f"{self.server.url}/datasets/{name}"})
+        kind = "datasets/" if wanted["type"] == "dataset" else ""
+        self.answer(409 if known else 200, {"url": f"{self.server.url}/{kind}{name}"})
 
     def validate_yaml(self) -> None:
-        content = json.loads(self.body())["content"]
-        head = yaml.safe_load(content.split("\n---", 1)[0])
-        good = isinstance(head, dict) and [c for c in head["configs"] if c.get("default")] == head["configs"][:1]
+        given = json.loads(self.body())
+        head = yaml.safe_load(given["content"].split("\n---", 1)[0])
+        if given["repoType"] == "model":
+            good = isinstance(head, dict) and all(r["metrics"] for m in head["model-index"] for r in m["results"])
+        else:
+            good = isinstance(head, dict) and [c for c in head["configs"] if c.get("default")] == head["configs"][:1]
         self.answer(200 if good else 400, {"errors": [] if good else [{"message": "bad YAML"}], "warnings": []})
 
     def info(self, name: str, revision: str | None) -> None:
@@ -224,7 +228,10 @@ class Handler(BaseHTTPRequestHandler):
                 "files": [
                     {"path": p, "uploadMode": mode, "shouldIgnore": False}
                     | ({"oid": blob_id(files[p], mode)} if p in files else {})
-                    for p, mode in [(f["path"], "lfs" if f["path"].endswith(".parquet") else "regular") for f in wanted]
+                    for p, mode in [
+                        (f["path"], "lfs" if f["path"].endswith((".parquet", ".safetensors")) else "regular")
+                        for f in wanted
+                    ]
                 ]
             },
         )
@@ -301,15 +308,16 @@ def blob_id(data: bytes, mode: str = "regular") -> str:
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
+API = f"/api/(?:datasets|models)/{NAME}"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", Handler.create_repo),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
-    ("GET", f"/api/datasets/{NAME}(?:/revision/(.+))?", Handler.info),
-    ("GET", f"/api/datasets/{NAME}/tree/([^/]+)(?:/(.+))?", Handler.tree),
-    ("POST", f"/api/datasets/{NAME}/paths-info/(.+)", Handler.paths_info),
-    ("POST", f"/api/datasets/{NAME}/preupload/(.+)", Handler.preupload),
-    ("POST", f"/api/datasets/{NAME}/commit/(.+)", Handler.commit),
-    ("GET", f"/api/datasets/{NAME}/discussions", Handler.discussions),
-    ("POST", rf"/datasets/{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    ("GET HEAD", f"/datasets/{NAME}/resolve/(.+)", Handler.resolve),
+    ("GET", f"{API}(?:/revision/(.+))?", Handler.info),
+    ("GET", f"{API}/tree/([^/]+)(?:/(.+))?", Handler.tree),
+    ("POST", f"{API}/paths-info/(.+)", Handler.paths_info),
+    ("POST", f"{API}/preupload/(.+)", Handler.preupload),
+    ("POST", f"{API}/commit/(.+)", Handler.commit),
+    ("GET", f"{API}/discussions", Handler.discussions),
+    ("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("GET HEAD", f"/(?:datasets/)?{NAME}/resolve/(.+)", Handler.resolve),
 ]

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,18 +33,6 @@ OTHER = boards.track(HELDOUT, name="other", seeds=3)
 record = partial(boards.record, gains=0.1, of=TINY)
 OURS = [record(seed=s) for s in range(3)]
 THEIRS = [record("ddpo", "vanilla", seed=s) for s in range(3)]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(publish, "WAIT", 0.02)
-    with Hub() as server:
-        yield server
 
 
 def board(*cells: Record) -> Board:
