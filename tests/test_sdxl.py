@@ -136,6 +136,7 @@ def run(folder: Path, out: Path, algo: str, builder: str) -> Record:
         'track.prompts.heldout=["a purple cup", "two horses"]',
         "track.evaluation.images_per_prompt=1",
         "track.sampler.steps=3",
+        "algo.inner_epochs=1",
         "track.rewards.clip.model=micro",
     ]
     return bench_dfusion.run(
@@ -294,7 +295,7 @@ def half(folder: Path, memory: MemorySection | None = None, dtype: str = "bfloat
     return Policy(adapter, steps=4, guidance=3.0, **options)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("sdxl", "bfloat16"), ("sdxl", "float16"), ("pixart", "bfloat16")])
+@pytest.mark.parametrize(("name", "dtype"), [("sdxl", "bfloat16"), ("pixart", "float16")])
 def test_frozen_weights_in_half_precision_and_the_rest_in_float32(
     name: str, dtype: str, request: pytest.FixtureRequest
 ) -> None:
