@@ -157,7 +157,7 @@ def _change_track(
     changes = dict(changes)
     if model is not None:
         changes = track.merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
-    custom = bool(changes.keys() - {"batch", *track.SUGGESTIONS})
+    custom = bool(changes.keys() - {"batch", *track.NOT_FIXED})
     if "source" in content.get("prompts", {}):
         asked, lists = prompt_sources.split_changes(changes.pop("prompts", {}))
         found = prompt_sources.resolve(track.merge(content["prompts"], asked), prompts, source)

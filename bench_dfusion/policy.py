@@ -116,13 +116,13 @@ class Policy:
     # conditioning
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of prompts, encoded once each; with guidance the unconditional half first."""
+        """The conditioning of prompts, each encoded once and alone; with guidance the unconditional half first."""
         new = [p for p in dict.fromkeys([*prompts, *([""] if self.guidance != 1 else [])]) if p not in self._encoded]
-        for i in range(0, len(new), self.batch):
-            part = new[i : i + self.batch]
-            encoded = self.adapter.encode(part)
-            for row, prompt in enumerate(part):
-                self._encoded[prompt] = {k: v[row].to(self.device) for k, v in encoded.items()}
+        if new:
+            with self.adapter.encoding(self.device):
+                for prompt in new:  # each alone: in a batch its last bits depend on the others, and so on what resumed
+                    encoded = self.adapter.encode([prompt])
+                    self._encoded[prompt] = {k: v[0].to(self.device) for k, v in encoded.items()}
         wanted = [""] * len(prompts) * (self.guidance != 1) + list(prompts)
         return {k: torch.stack([self._encoded[p][k] for p in wanted]) for k in self._encoded[wanted[0]]}
 
@@ -132,7 +132,7 @@ class Policy:
         """The guided output in float32 for x_t [B, ...] at training timesteps [B]."""
         self.network_evaluations += len(x_t) * (1 if self.guidance == 1 else 2)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return guided(self.adapter, x_t, timestep, self.condition(prompts), self.guidance).float()
+            return guided(self.adapter, x_t, timestep, self.condition(prompts), self.guidance)
 
     def mean(self, x_t: Tensor, step: Tensor, prompts: Sequence[str]) -> Tensor:
         """mu_theta [B, ...] of the next latent; `step` [B] indexes the schedule, 0 the noisiest."""

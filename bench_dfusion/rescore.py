@@ -104,7 +104,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     where = _device(device)
     judges = _judges(track, where)
     section = track.model.model_copy(update={"sha256": None, **({"id": model} if model else {})})
-    adapter, model_sha256 = load_adapter(section, where)
+    adapter, model_sha256 = load_adapter(section, where, track.memory)
     found = {name: judge.fingerprint() for name, judge in judges.items()}
     problems = _provenance(record, track, file, model_sha256, found)
     if problems:
@@ -272,7 +272,7 @@ def weights(
     where = _device(device)
     judges = _judges(track, where)
     try:
-        adapter, model_sha256 = load_adapter(track.model, where)
+        adapter, model_sha256 = load_adapter(track.model, where, track.memory)
         shape = None
         if kind == "lora":
             own = loras.read(file, adapter)
@@ -329,7 +329,7 @@ def read(path: Path) -> Evaluation:
 def _checkpoint(track: Track, path: Path, base: Policy, device: torch.device) -> Checkpoint:
     """The policy of a pipeline beside the base's. Raises UsageError where the two have no noise in common."""
     section = track.model.model_copy(update={"id": str(path), "revision": None, "sha256": None})
-    adapter, _ = load_adapter(section, device)
+    adapter, _ = load_adapter(section, device, track.memory)
     policy = make_policy(track, adapter, 0, device, kind=Checkpoint)
     assert isinstance(policy, Checkpoint)
     policy.base = base

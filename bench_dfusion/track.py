@@ -78,7 +78,17 @@ class EvaluationSection(Section):
     images_per_prompt: int = Field(4, ge=1, description="images of each held-out prompt (count)")
 
 
-SUGGESTIONS = {"algorithms", "builders", "tuned", "tuning"}
+class MemorySection(Section):
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them: slower"
+    )
+    vae_slicing: bool = Field(False, description="decode and encode pictures one at a time")
+    offload_text: bool = Field(
+        False, description="text encoders stay on the CPU and go to the device only while they encode new prompts"
+    )
+
+
+NOT_FIXED = {"algorithms", "builders", "tuned", "tuning", "memory"}
 
 
 class Track(Section):
@@ -94,6 +104,9 @@ class Track(Section):
     evaluation: EvaluationSection = Field(description="how base and trained are judged")
     seeds: int = Field(5, ge=1, description="seeds a published row has: 0 to this minus 1 (count)")
     batch: int = Field(64, ge=1, description="samples in one forward (count); not part of the hash")
+    memory: MemorySection = Field(
+        MemorySection(), description="what saves memory of the device; numbers change by rounding at most"
+    )
     algorithms: dict[str, dict[str, Any]] = Field({}, description="the track's defaults for algorithms' options")
     tuned: dict[str, dict[str, dict[str, Any]]] = Field(
         {}, description="what differs in an algorithm's options with one builder: [tuned.ALGORITHM.BUILDER]"
@@ -109,8 +122,9 @@ class Track(Section):
     @property
     def fixed(self) -> dict[str, Any]:
         """Everything the track holds equal, JSON-able. The options it suggests for algorithms and builders are not in
-        it: they are resolved in each cell, and a track can suggest some for another algorithm and stay what it is."""
-        return self.model_dump(mode="json", exclude=SUGGESTIONS)
+        it: they are resolved in each cell, and a track can suggest some for another algorithm and stay what it is.
+        Nor is how memory is saved."""
+        return self.model_dump(mode="json", exclude=NOT_FIXED)
 
     @property
     def hash(self) -> str:

@@ -93,7 +93,7 @@ class Run:
         if cell.builder.draws:
             self.reward.check(prompts)
         self.judges = evaluation.load_judges(track, self.device)
-        adapter, self.model_sha256 = load_adapter(track.model, self.device)
+        adapter, self.model_sha256 = load_adapter(track.model, self.device, track.memory)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
         self.builder: Builder = cell.builder(cell.builder_config)
         self.builder.check(self.policy, prompts)

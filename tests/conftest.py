@@ -32,6 +32,22 @@ def sd_v_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd21_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion of 2.1's shape, which predicts v."""
+    from tiny import tiny_sd21
+
+    return tiny_sd21(tmp_path_factory.mktemp("tiny") / "sd21")
+
+
+@pytest.fixture(scope="session")
+def sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion XL."""
+    from tiny import tiny_sdxl
+
+    return tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+@pytest.fixture(scope="session")
 def pixart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny PixArt of the embedded model's classes."""
     from tiny import tiny_pixart

@@ -85,37 +85,55 @@ class PlainDFusion:
         self.drawn, self.guidance, self.map_side = drawn, guidance, map_side
         self.pipe = policy.adapter.pipe
         self.network: Any = deepcopy(policy.adapter.network).double()
-        self.encoder: Any = deepcopy(self.pipe.text_encoder).double()
+        parts = self.pipe.components
+        self.encoders: list[Any] = [
+            deepcopy(parts[n]).double() for n in ("text_encoder", "text_encoder_2") if n in parts
+        ]
         self.schedule = schedule(dict(self.pipe.scheduler.config), steps, eta)
         self.attention: dict[str, PlainAttention] = {}
         for name, module in self.network.named_modules():
             if isinstance(module, Attention):
                 self.attention[name] = PlainAttention()
                 module.set_processor(self.attention[name])
-        self._texts: dict[str, dict[str, Tensor]] = {}
+        self._texts: dict[str, dict[str, Any]] = {}
         self._plain: dict[tuple[int, int], Tensor] = {}
         self._references: dict[tuple[int, int], Reference] = {}
 
     # one forward
 
-    def text(self, prompt: str) -> dict[str, Tensor]:
-        """What the network is told of a prompt; PixArt is told which tokens are padding."""
+    def text(self, prompt: str) -> dict[str, Any]:
+        """What the network is told of a prompt; PixArt is told which tokens are padding, SDXL the picture's size."""
         if prompt not in self._texts:
-            length = self.pipe.tokenizer.model_max_length
-            tokens = self.pipe.tokenizer([prompt], padding="max_length", max_length=length, return_tensors="pt")
-            if "unet" in self.pipe.components:
-                self._texts[prompt] = {"encoder_hidden_states": self.encoder(tokens.input_ids)[0]}
-            else:
-                states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-                mask = tokens.attention_mask
-                self._texts[prompt] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+            self._texts[prompt] = self._text(prompt)
         return self._texts[prompt]
 
-    def output(self, x: Tensor, t: int, prompt: str) -> Tensor:
-        text: dict[str, Any] = {**self.text(prompt)}
+    def _text(self, prompt: str) -> dict[str, Any]:
+        first = self.tokens(self.pipe.tokenizer, prompt)
         if "unet" not in self.pipe.components:
-            text["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-        return self.network(x[None], timestep=torch.tensor([t]), **text).sample[0]
+            states = self.encoders[0](first.input_ids, attention_mask=first.attention_mask)[0]
+            conditions = {"resolution": None, "aspect_ratio": None}
+            mask = first.attention_mask
+            return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "added_cond_kwargs": conditions}
+        if len(self.encoders) == 1:
+            return {"encoder_hidden_states": self.encoders[0](first.input_ids)[0]}
+        second = self.tokens(self.pipe.tokenizer_2, prompt)
+        one = self.encoders[0](first.input_ids, output_hidden_states=True)
+        two = self.encoders[1](second.input_ids, output_hidden_states=True)
+        states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
+        pooled = two.text_embeds
+        if prompt == "" and self.pipe.config.force_zeros_for_empty_prompt:
+            states, pooled = states * 0, pooled * 0
+        side = self.network.config.sample_size * self.pipe.vae_scale_factor
+        sizes = torch.tensor([[side, side, 0, 0, side, side]])
+        return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+
+    @staticmethod
+    def tokens(tokenizer: Any, prompt: str) -> Any:
+        length = tokenizer.model_max_length
+        return tokenizer([prompt], padding="max_length", max_length=length, return_tensors="pt")
+
+    def output(self, x: Tensor, t: int, prompt: str) -> Tensor:
+        return self.network(x[None], timestep=torch.tensor([t]), **self.text(prompt)).sample[0]
 
     @torch.no_grad()
     def mean(

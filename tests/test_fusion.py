@@ -80,7 +80,7 @@ def make_case(folder: Path, guidance: float, prompts: dict[str, tuple[str, list[
     for prompt, (pieces, _) in prompts.items():
         assert [p.removesuffix("</w>") for p in tokenizer.tokenize(prompt)] == pieces.split()
     drawn = policy.sample([p for p in prompts for _ in range(4)], torch.arange(8) + 100)
-    plain = PlainDFusion(policy, drawn, STEPS, 1.0, guidance, policy.adapter.latent_shape[-1])
+    plain = PlainDFusion(policy, drawn, STEPS, 1.0, guidance, policy.adapter.map_side())
     return Case(policy, drawn, [places for _, places in prompts.values()], plain)
 
 
@@ -92,6 +92,16 @@ def sd(sd_dir: Path) -> Case:
 @pytest.fixture(scope="module")
 def sd_v(sd_v_dir: Path) -> Case:
     return make_case(sd_v_dir, 5.0, SD_PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def sd21(sd21_dir: Path) -> Case:
+    return make_case(sd21_dir, 5.0, SD_PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def sdxl(sdxl_dir: Path) -> Case:
+    return make_case(sdxl_dir, 5.0, SD_PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +128,8 @@ def own(case: Case, rows: Tensor) -> Trajectory:
     [
         ("sd", {"threshold": "max*0.5"}, range(0, 4)),
         ("sd_v", {"threshold": "mean+1", "steps": (0.25, 0.75)}, range(1, 3)),
+        ("sd21", {"threshold": "otsu", "steps": (0.25, 1.0)}, range(1, 4)),
+        ("sdxl", {"threshold": "otsu"}, range(0, 4)),
         ("pixart", {"threshold": "otsu"}, range(0, 4)),
         ("pixart", {"threshold": 0.0}, range(0, 4)),
         ("pixart", {"threshold": "max*0.5", "layers": ("transformer_blocks.1.attn1",)}, range(0, 4)),
@@ -154,7 +166,7 @@ def test_targets_are_those_of_the_plain_version(
     for j, (reference, target) in enumerate(zip(REFERENCES.tolist(), plain, strict=True)):
         expected = torch.stack([target.masks[i] for i in fused_steps]).float()
         assert torch.equal(seen[:, reference // 4], expected)
-        side = case.policy.adapter.latent_shape[-1]
+        side = case.policy.adapter.map_side()
         torch.testing.assert_close(masks[j], expected.mean(0).view(side, side))
     order = REFERENCES.argsort(stable=True)
     close(torch.stack(means, 1), torch.stack([plain[j].means for j in order.tolist()]))
@@ -209,7 +221,7 @@ def test_the_official_steps_are_all_but_the_two_noisiest_of_20(pixart: Case, mon
 # ---------------------------------------------------------------- limits of the mask
 
 
-@pytest.mark.parametrize("name", ["sd", "sd_v", "pixart"])
+@pytest.mark.parametrize("name", ["sd", "sd_v", "sd21", "sdxl", "pixart"])
 def test_an_empty_mask_leaves_the_bases_own_trajectory_bit_for_bit(name: str, request: pytest.FixtureRequest) -> None:
     case: Case = request.getfixturevalue(name)
     rows = BASES[REFERENCES.argsort(stable=True)]  # the order in which the builder batches them
@@ -272,7 +284,7 @@ def seeing(modules: dict[str, nn.Module], used: dict[tuple[str, str], Tensor]) -
         handle.remove()
 
 
-def test_the_families_default_layers(sd: Case, pixart: Case) -> None:
+def test_the_families_default_layers(sd: Case, sdxl: Case, pixart: Case) -> None:
     assert set(sd.policy.adapter.fused_layers()) == {
         "up_blocks.0.attentions.0.transformer_blocks.0.attn1",
         "up_blocks.0.attentions.1.transformer_blocks.0.attn1",
@@ -280,6 +292,11 @@ def test_the_families_default_layers(sd: Case, pixart: Case) -> None:
         "up_blocks.1.attentions.1.transformer_blocks.0.attn1",
         "mid_block.attentions.0.transformer_blocks.0.attn1",
     }
+    # SDXL has no attention in its last up block, and several blocks to a layer.
+    up = {f"up_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn1" for i in (0, 1) for j in (0, 1) for k in (0, 1)}
+    up = {name for name in up if not name.startswith("up_blocks.1") or ".transformer_blocks.0." in name}
+    middle = {f"mid_block.attentions.0.transformer_blocks.{k}.attn1" for k in (0, 1)}
+    assert set(sdxl.policy.adapter.fused_layers()) == up | middle
     assert pixart.policy.adapter.fused_layers() == tuple(f"transformer_blocks.{i}.attn1" for i in range(3))
 
 
@@ -376,10 +393,17 @@ def test_maps_of_a_resolution_that_no_layer_has_are_an_error(sd: Case) -> None:
 
 def test_the_masks_maps_are_the_nearest_to_a_quarter_of_the_side(sd: Case) -> None:
     adapter = copy.copy(sd.policy.adapter)
-    blocks = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
-    for side, sides, chosen in ((64, (64, 32, 16, 8), 16), (96, (96, 48, 24, 12), 24), (90, (90, 45, 23, 12), 23)):
+    plain, cross = "DownBlock2D", "CrossAttnDownBlock2D"
+    sd_blocks, middle = (cross, cross, cross, plain), "UNetMidBlock2DCrossAttn"
+    for side, blocks, mid, sides, chosen in (
+        (64, sd_blocks, middle, (64, 32, 16, 8), 16),
+        (96, sd_blocks, middle, (96, 48, 24, 12), 24),
+        (90, sd_blocks, middle, (90, 45, 23, 12), 23),
+        (64, sd_blocks, None, (64, 32, 16), 16),
+        (128, (plain, cross, cross), middle, (64, 32), 32),  # SDXL
+    ):
         adapter.network = SimpleNamespace(
-            config=SimpleNamespace(in_channels=4, sample_size=side, down_block_types=blocks)
+            config=SimpleNamespace(in_channels=4, sample_size=side, down_block_types=blocks, mid_block_type=mid)
         )
         assert adapter.map_sides() == sides
         assert adapter.map_side() == chosen

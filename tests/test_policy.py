@@ -16,7 +16,7 @@ PROMPTS = ["a red circle", "two blue rings", "a green cross", "a red ring above 
 SEEDS = torch.tensor([1, 2, 3, 4, 5])
 
 
-@pytest.fixture(params=["sd", "sd_v", "pixart"])
+@pytest.fixture(params=["sd", "sd_v", "sdxl", "pixart"])
 def policy(request: pytest.FixtureRequest) -> Policy:
     guidance = 1.0 if request.param == "pixart" else 3.0
     return policy_of(request.getfixturevalue(f"{request.param}_dir"), lora=0, steps=4, guidance=guidance, batch=3)
@@ -72,13 +72,18 @@ def test_only_the_lora_trains(policy: Policy) -> None:
     assert trainable == set(policy.parameters) and all("lora_" in n for n in trainable)
 
 
-def test_stable_diffusion_lora_loads_in_plain_diffusers(sd_dir: Path, tmp_path: Path) -> None:
-    from diffusers import StableDiffusionPipeline
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_stable_diffusion_lora_loads_in_plain_diffusers(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    policy = policy_of(sd_dir, lora=0, steps=4, batch=3)
+    folder = request.getfixturevalue(f"{name}_dir")
+    policy = policy_of(folder, lora=0, steps=4, batch=3)
     stir(policy)
     policy.save_lora(tmp_path)
-    pipe = StableDiffusionPipeline.from_pretrained(sd_dir)
+    cls = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[name]
+    pipe = cls.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path)
     assert_same_network(policy, pipe.unet)
 

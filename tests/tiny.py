@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,34 +10,38 @@ from typing import Any
 
 import torch
 from clip_bpe import clip_tokenizer
-from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import Attention
 from fakes import shake
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from bench_dfusion.micro import pretrain
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.track import ModelSection
 
+BETAS: dict[str, Any] = {  # of every Stable Diffusion
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
 
 def tiny_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
     """Stable Diffusion in small: cross-attention at 16² and 8², in the encoder, the middle and the decoder."""
     with _seeded():
-        tokenizer = clip_tokenizer()
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        text = CLIPTextModel(_text_config(16))
         unet = UNet2DConditionModel(
             sample_size=16,
             in_channels=4,
@@ -50,34 +55,67 @@ def tiny_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
             norm_num_groups=8,
         )
         _sharpen(unet)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
+        vae = _autoencoder()
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type)
+    _sd(vae, text, unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+def tiny_sd21(folder: Path) -> Path:
+    """Stable Diffusion 2.1's shape: four levels of which the lowest has attention in the middle only, linear
+    projections, a gelu text encoder, v-prediction."""
+    with _seeded():
+        text = CLIPTextModel(_text_config(16, hidden_act="gelu"))
+        unet = UNet2DConditionModel(
+            sample_size=24,
+            block_out_channels=(8, 16, 16, 16),
+            layers_per_block=1,
+            down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+            cross_attention_dim=16,
+            attention_head_dim=(1, 2, 4, 4),
+            use_linear_projection=True,
             norm_num_groups=4,
-            sample_size=32,
         )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-        prediction_type=prediction_type,
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        _sharpen(unet)
+        vae = _autoencoder()
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction")
+    _sd(vae, text, unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+def tiny_sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL in small: no attention at the top level, several blocks to a layer below, and the scheduler
+    and the second tokenizer's padding that SDXL ships."""
+    with _seeded():
+        tokenizer = clip_tokenizer()
+        tokenizer_2 = copy.deepcopy(tokenizer)
+        tokenizer_2.pad_token = "!"
+        unet = UNet2DConditionModel(
+            sample_size=32,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1, 2),
+            cross_attention_dim=16 + 24,
+            attention_head_dim=(1, 2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 12,
+            norm_num_groups=4,
+        )
+        _sharpen(unet)
+        pipe = StableDiffusionXLPipeline(
+            vae=_autoencoder(),
+            text_encoder=CLIPTextModel(_text_config(16)),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(24, hidden_act="gelu", projection_dim=12)),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(**BETAS),
+        )
     pipe.save_pretrained(folder)
     return folder
 
@@ -104,6 +142,45 @@ def policy_of(folder: Path, lora: float = 0.1, **options: Any) -> Policy:
     if lora:
         shake(policy, lora)
     return policy
+
+
+def _sd(vae: AutoencoderKL, text: CLIPTextModel, unet: UNet2DConditionModel, scheduler: Any) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _text_config(width: int, **options: Any) -> CLIPTextConfig:
+    tokenizer = clip_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def _autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
 
 
 @contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
+
+from bench_dfusion.track import MemorySection
 
 Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first
 
@@ -34,6 +37,12 @@ class Adapter(ABC):
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
+        self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
+        self.offload_text = False
+        vae = getattr(pipe, "vae", None)
+        if vae is not None and getattr(vae.config, "force_upcast", False):
+            vae.float()  # it overflows in float16, so the checkpoint says
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -61,8 +70,19 @@ class Adapter(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32; gradients flow where they are enabled."""
         vae = self.pipe.vae
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        scale, shift = self._latent_scale(latents)
+        scaled = (latents.float() / scale + shift).to(vae.dtype)
         return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def _latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(scale, shift) of what the network sees: scale · (the autoencoder's latent − shift)."""
+        config = self.pipe.vae.config
+        scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return scale, shift
+        mean, std = (like.new_tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
+        return scale / std, mean
 
     @property
     def image_side(self) -> int:
@@ -75,7 +95,43 @@ class Adapter(ABC):
         vae = self.pipe.vae
         encoded = vae.encode((images * 2 - 1).to(vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        scale, shift = self._latent_scale(latents)
+        return (latents.float() - shift) * scale
+
+    # memory
+
+    def save_memory(self, options: MemorySection) -> None:
+        """Less memory for more time; numbers change by rounding at most. Raises ValueError where there is no such thing."""
+        network, vae = cast(Any, self.network), getattr(self.pipe, "vae", None)
+        if options.gradient_checkpointing:
+            if not getattr(network, "_supports_gradient_checkpointing", False):
+                raise ValueError(f"{type(network).__name__} has no gradient checkpointing: leave it off")
+            network.enable_gradient_checkpointing()
+            if getattr(vae, "_supports_gradient_checkpointing", False):
+                cast(Any, vae).enable_gradient_checkpointing()
+        if options.vae_slicing:
+            if not hasattr(vae, "enable_slicing"):
+                raise ValueError(f"{type(vae).__name__} has no slicing: leave memory.vae_slicing off")
+            cast(Any, vae).enable_slicing()
+        self.offload_text = options.offload_text
+        if self.offload_text:
+            self._move_text_encoders("cpu")
+
+    @contextmanager
+    def encoding(self, device: torch.device) -> Iterator[None]:
+        """Inside, the text encoders are on `device`, also where they are offloaded."""
+        if self.offload_text:
+            self._move_text_encoders(device)
+        try:
+            yield
+        finally:
+            if self.offload_text:
+                self._move_text_encoders("cpu")
+
+    def _move_text_encoders(self, device: torch.device | str) -> None:
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                part.to(device)
 
     def tune_for_cpu(self) -> None:
         """What makes a CPU fast and changes results by rounding only (measured on the embedded model).
@@ -118,12 +174,13 @@ class Adapter(ABC):
 
 
 def guided(adapter: Adapter, latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
-    """The guided output u + w (c - u) (Ho & Salimans 2022); one branch where w is 1.
+    """The guided output u + w (c - u) (Ho & Salimans 2022) in float32; one branch where w is 1.
 
     With guidance, `conditioning` holds the unconditional half first: its batch is twice the latents'.
     """
+    latents = latents.to(adapter.dtype)
     if scale == 1:
-        return adapter.predict(latents, timestep, conditioning)
+        return adapter.predict(latents, timestep, conditioning).float()
     both = adapter.predict(torch.cat([latents] * 2), torch.cat([timestep] * 2), conditioning)
-    unconditional, conditional = both.chunk(2)
+    unconditional, conditional = both.float().chunk(2)
     return unconditional + scale * (conditional - unconditional)

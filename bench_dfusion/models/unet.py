@@ -19,6 +19,11 @@ class UNetAdapter(Adapter):
     pipelines = ("StableDiffusionPipeline",)
     network_name = "unet"
 
+    def __init__(self, pipe: Any):
+        super().__init__(pipe)
+        if getattr(self.network.config, "time_cond_proj_dim", None) is not None:
+            raise ValueError("this UNet takes the guidance scale as an input (a distilled model): not supported")
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         tokens = self.tokenizer(
@@ -43,7 +48,8 @@ class UNetAdapter(Adapter):
         for kind in config.down_block_types:
             sides += [side] * ("CrossAttn" in kind)
             last, side = side, (side + 1) // 2  # the downsampler's convolution rounds up; the last block has none
-        return tuple(dict.fromkeys([*sides, last]))
+        middle = "CrossAttn" in (config.mid_block_type or "")
+        return tuple(dict.fromkeys([*sides, *[last] * middle]))
 
     def fused_layers(self) -> tuple[str, ...]:
         """The mid block and every up block that has attention, never the encoder (the official choice)."""
