@@ -167,7 +167,7 @@ class IsolatedReward(Reward):
             except Stopped as stopped:
                 self.close()
                 if attempt == self.config.restarts:
-                    times = f", the {attempt + 1}th time for one batch" if attempt else ""
+                    times = f" ({attempt + 1} times on one batch)" if attempt else ""
                     raise ScorerError(f"reward {self.name}: the scorer {stopped}{times}{worker.said()}") from None
                 print(f"reward {self.name}: the scorer {stopped}; starting another", file=sys.stderr)
                 continue
@@ -246,13 +246,14 @@ class Worker:
     def close(self) -> None:
         """End the worker and its children; no zombie stays."""
         process = self.process
-        if process.returncode is not None:
-            return
         assert process.stdin and process.stdout and process.stderr
+        if process.stdin.closed:
+            return
         with suppress(OSError):
-            process.stdin.close()  # at the end of its stdin a worker ends itself
-        self._wait(2.0)
-        with suppress(ProcessLookupError, PermissionError):  # not yet reaped: the group's number is still its own
+            process.stdin.close()  # at the end of its stdin a worker ends itself and its children
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2.0)
+        with suppress(ProcessLookupError, PermissionError):  # those of one that crashed, or does not listen
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         self._listener.join(2.0)
@@ -269,22 +270,12 @@ class Worker:
     def last_line(self) -> str:
         return plain(self._lines[-1])[:80] if self._lines else ""
 
-    def _wait(self, seconds: float) -> Any:
-        """What `os.waitid` says once the process has ended, None where it still runs; it stays to be reaped."""
-        end = time.monotonic() + seconds
-        while True:
-            ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-            if ended is not None or time.monotonic() > end:
-                return ended
-            time.sleep(0.01)
-
     def _ending(self) -> str:
-        ended = self._wait(5.0)
-        if ended is None:
+        try:
+            status = self.process.wait(5.0)
+        except subprocess.TimeoutExpired:
             return "closed its output"
-        if ended.si_code == os.CLD_EXITED:
-            return f"ended with status {ended.si_status}"
-        return f"was killed by {signal.Signals(ended.si_status).name}"
+        return f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
 
 
 def _listen(file: IO[bytes], lines: deque[str]) -> None:
@@ -327,7 +318,7 @@ def build(name: str, requirements: Sequence[str], python: str | None = None) -> 
             return found
         shutil.rmtree(folder, ignore_errors=True)  # one that was killed in the middle
         try:
-            with bar(f"environment of {name}", 3) as progress:
+            with bar(f"environment of {name}", 1) as progress:
                 _install(name, folder, interpreter, requirements, progress, lock)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -351,7 +342,6 @@ def _install(name: str, folder: Path, interpreter: Path, requirements: Sequence[
             raise ScorerError(
                 f"reward {name}: its environment cannot be built ({' '.join(requirements)}); the output's end:\n  {tail}"
             )
-        progress.advance(1)
     done = subprocess.run([python, "-I", scorer_worker.__file__, "--versions"], capture_output=True, check=True)
     content = {"requirements": list(requirements), "versions": json.loads(done.stdout)}
     files.write_json(folder / "complete.json", content)

@@ -179,7 +179,7 @@ def test_one_that_keeps_dying_is_an_error_with_its_last_lines(toy: Callable[...,
     with pytest.raises(ScorerError) as caught:
         reward.score(IMAGES, ["die"] * 5)
     text = str(caught.value)
-    assert "reward toy: the scorer ended with status 7, the 2th time for one batch" in text
+    assert "reward toy: the scorer ended with status 7 (2 times on one batch); its last lines:" in text
     assert text.splitlines()[-1].strip() == "my last words\\x1b[31m"
     assert torch.equal(reward.score(IMAGES, PROMPTS), SCORES)  # what follows has a worker again
 
