@@ -6,12 +6,15 @@ asked.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,15 +101,17 @@ def toy(plugin: Path) -> Iterator[Callable[..., IsolatedReward]]:
     assert spec and spec.loader
     module = sys.modules["toy_plugin"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made: list[IsolatedReward] = []
+    made: list[weakref.ref[IsolatedReward]] = []
 
     def make(**options: object) -> IsolatedReward:
-        made.append(module.Toy(module.ToyConfig(**options)))
-        return made[-1]
+        reward: IsolatedReward = module.Toy(module.ToyConfig(**{"timeout": 30, **options}))
+        made.append(weakref.ref(reward))
+        return reward
 
     yield make
-    for reward in made:
-        reward.close()
+    for reference in made:
+        if (reward := reference()) is not None:
+            reward.close()
 
 
 IMAGES = torch.arange(5 * 2 * 3 * 3, dtype=torch.uint8).view(5, 2, 3, 3)
@@ -127,6 +132,15 @@ def gone(pid: int, seconds: float = 5.0) -> bool:
     return False
 
 
+def children(pid: int) -> list[bytes]:
+    """The command lines of a process's children."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):  # ended meanwhile
+            found.append(Path(f"/proc/{child}/cmdline").read_bytes())
+    return found
+
+
 def pid_of(reward: IsolatedReward) -> int:
     assert reward._worker is not None
     return reward._worker.process.pid
@@ -143,6 +157,10 @@ def test_scores_come_from_the_other_environment_in_batches(
     reward = toy(batch=2)
     assert torch.equal(reward.score(IMAGES, PROMPTS), SCORES) and reward.score(IMAGES, PROMPTS).dtype == torch.float32
     assert reward.versions() == {"toy/python": sys.version.split()[0], "toy/toypkg": "1.0"}
+    pid = pid_of(reward)
+    del reward
+    gc.collect()
+    assert not Path(f"/proc/{pid}").exists()  # no zombie either
 
 
 def test_a_big_batch_passes_through_the_pipes(toy: Callable[..., IsolatedReward]) -> None:
@@ -229,9 +247,11 @@ def test_an_environment_changed_by_hand_is_refused(toy: Callable[..., IsolatedRe
 
 
 def test_two_processes_build_one_environment_once(tmp_path: Path, plugin: Path) -> None:
-    requirement = f"toypkg @ {wheel(tmp_path, '3.0').as_uri()}"
-    code = f"from bench_dfusion import isolated; print(isolated.build('two', [{requirement!r}]).versions)"
-    env = {**os.environ, "BENCH_DFUSION_HOME": str(tmp_path / "home")}
+    code = "from bench_dfusion import isolated; print(isolated.build('two', ['toypkg==3.0']).versions)"
+    site = tmp_path / "site"  # what this process sees there must not count as installed
+    zipfile.ZipFile(wheel(tmp_path, "3.0")).extractall(site)
+    env = {**os.environ, "PYTHONPATH": str(site), "PIP_FIND_LINKS": str(tmp_path)}
+    env["BENCH_DFUSION_HOME"] = str(tmp_path / "home")
     words = [sys.executable, "-c", code]
     both = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
     assert [p.communicate(timeout=60)[0] for p in both] == ["{'toypkg': '3.0'}\n"] * 2
@@ -248,15 +268,17 @@ def test_a_build_killed_in_the_middle_is_done_again(
     code = f"from bench_dfusion import isolated; isolated.build('cut', [{requirement!r}])"
     process = subprocess.Popen([sys.executable, "-c", code])
     scorers = tmp_path / "home" / "scorers"
-    while not list(scorers.glob("cut-*/bin/python")):
+    while not any(b"install" in words for words in children(process.pid)):
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
     process.wait()
     (cut,) = (p for p in scorers.iterdir() if p.is_dir())
+    with open(f"{cut}.lock") as lock:
+        assert not isolated._flock(lock)  # the pip that the kill has left behind
     assert not (cut / "complete.json").exists()
     (cut / "half").touch()
-    found = isolated.build("cut", [requirement])  # waits for the pip that the kill has left behind
+    found = isolated.build("cut", [requirement])
     assert found.folder == cut and found.versions == {"toypkg": "4.0"} and not (cut / "half").exists()
     assert isolated.build("cut", [requirement]) == found
 
