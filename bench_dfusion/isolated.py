@@ -306,8 +306,7 @@ def build(name: str, requirements: Sequence[str], python: str | None = None) -> 
     Raises UsageError where the interpreter does not run, ScorerError with the tail of pip's output.
     """
     interpreter, version = _interpreter(name, python)
-    key = hashlib.sha256(json.dumps([version, *requirements]).encode()).hexdigest()[:16]
-    folder = home() / f"{name}-{key}"
+    folder = _folder(name, requirements, version)
     found = _complete(folder)
     if found is not None:
         return found
@@ -326,6 +325,11 @@ def build(name: str, requirements: Sequence[str], python: str | None = None) -> 
     found = _complete(folder)
     assert found is not None
     return found
+
+
+def _folder(name: str, requirements: Sequence[str], version: str) -> Path:
+    key = hashlib.sha256(json.dumps([version, *requirements]).encode()).hexdigest()[:16]
+    return home() / f"{name}-{key}"
 
 
 def _install(name: str, folder: Path, interpreter: Path, requirements: Sequence[str], progress: Bar, lock: int) -> None:

@@ -141,6 +141,14 @@ def children(pid: int) -> list[bytes]:
     return found
 
 
+def open_files(pid: int) -> list[str]:
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found.append(os.readlink(link))
+    return found
+
+
 def pid_of(reward: IsolatedReward) -> int:
     assert reward._worker is not None
     return reward._worker.process.pid
@@ -246,17 +254,26 @@ def test_an_environment_changed_by_hand_is_refused(toy: Callable[..., IsolatedRe
         marker.write_text(content)
 
 
-def test_two_processes_build_one_environment_once(tmp_path: Path, plugin: Path) -> None:
-    code = "from bench_dfusion import isolated; print(isolated.build('two', ['toypkg==3.0']).versions)"
+def test_two_processes_build_one_environment_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"  # what this process sees there must not count as installed
     zipfile.ZipFile(wheel(tmp_path, "3.0")).extractall(site)
-    env = {**os.environ, "PYTHONPATH": str(site), "PIP_FIND_LINKS": str(tmp_path)}
-    env["BENCH_DFUSION_HOME"] = str(tmp_path / "home")
-    words = [sys.executable, "-c", code]
-    both = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
-    assert [p.communicate(timeout=60)[0] for p in both] == ["{'toypkg': '3.0'}\n"] * 2
-    folder = next(p for p in (tmp_path / "home" / "scorers").iterdir() if p.is_dir())
-    assert json.loads((folder / "complete.json").read_text())["versions"] == {"toypkg": "3.0"}
+    home = {"BENCH_DFUSION_HOME": str(tmp_path / "home"), "PIP_LOG": str(tmp_path / "log")}
+    for name, value in {"PYTHONPATH": str(site), "PIP_FIND_LINKS": str(tmp_path), **home}.items():
+        monkeypatch.setenv(name, value)
+    folder = isolated._folder("two", ["toypkg==3.0"], sys.version)
+    folder.parent.mkdir(parents=True)
+    words = [sys.executable, "-c", "from bench_dfusion import isolated; print(isolated.build('two', ['toypkg==3.0']))"]
+    with open(f"{folder}.lock", "w") as lock:
+        assert isolated._flock(lock)
+        both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
+        while not all(any("two-" in name for name in open_files(process.pid)) for process in both):
+            assert all(process.poll() is None for process in both)
+            time.sleep(0.02)
+        time.sleep(0.5)
+        assert not folder.exists()  # they wait
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert said[0] == said[1] and "versions={'toypkg': '3.0'}" in said[0]
+    assert (tmp_path / "log").read_text().count("Successfully installed toypkg-3.0") == 1
 
 
 def test_a_build_killed_in_the_middle_is_done_again(
