@@ -459,6 +459,8 @@ def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
     out.print(f"[bold]{name}[/bold]  ({plugin.source})\n{escape(_summary(value))}")
     if getattr(value, "paper", None):
         out.print(escape(f"source: {value.paper}"))
+    if requirements := getattr(value, "requirements", ()):
+        out.print(escape(f"needs: {', '.join(requirements)}"), soft_wrap=True, highlight=False)
     if kind == "tracks":
         _describe_track(name)
         return

@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,8 @@ from bench_dfusion.track import Track, content_sha256
 
 if TYPE_CHECKING:
     import torch
+
+    from bench_dfusion.reward import Reward
 
 SCHEMA = 1
 # From a schema version the function that turns its content into the next version's; `read` applies them in order.
@@ -431,7 +433,8 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def versions() -> dict[str, str]:
+def versions(rewards: Iterable[Reward] = ()) -> dict[str, str]:
+    """Versions of Python, of the packages that matter, and of what these rewards run in environments of their own."""
     names = ("bench-dfusion", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "scipy")
     found = {"python": platform.python_version()}
     for name in names:
@@ -439,6 +442,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
+    for reward in rewards:
+        found |= reward.versions()
     return found
 
 

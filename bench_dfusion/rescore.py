@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.records import Drift, Part, Record, Verdict
 from bench_dfusion.registry import UsageError
+from bench_dfusion.reward import Reward
 from bench_dfusion.track import Track, content_sha256
 from bench_dfusion.trainer import make_policy
 
@@ -114,7 +115,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     done = evaluation.evaluate(policy, track, judges, record.reward, record.provenance.reward_fingerprint)
     differences, largest = compare(record, done.verdicts, done.drift, track.prompts.heldout)
     exact = (done.verdicts, done.drift) == (record.verdicts, record.drift)
-    return Rescored(record, [], done.verdicts, differences, largest, exact, _elsewhere(record, where))
+    return Rescored(record, [], done.verdicts, differences, largest, exact, _elsewhere(record, where, judges.values()))
 
 
 def compare(
@@ -178,10 +179,11 @@ def _provenance(record: Record, track: Track, file: Path, model_sha256: str, jud
     return problems
 
 
-def _elsewhere(record: Record, device: torch.device) -> list[str]:
+def _elsewhere(record: Record, device: torch.device, judges: Iterable[Reward]) -> list[str]:
     names = {"machine": (record.provenance.hardware, records.hardware()), "device": (record.cost.device, _name(device))}
-    here = records.versions()
-    names |= {name: (old, here.get(name, "not installed")) for name, old in record.provenance.versions.items()}
+    here = records.versions(judges)
+    # What only the training reward runs on (its own environment) is not here: it scores nothing again.
+    names |= {name: (old, here[name]) for name, old in record.provenance.versions.items() if name in here}
     return [f"{name}: {here} here, {old} in the record" for name, (old, here) in names.items() if old != here]
 
 
@@ -306,7 +308,7 @@ def weights(
         device=_name(where),
         code=code,
         dirty=dirty,
-        versions=records.versions(),
+        versions=records.versions(judges.values()),
         hardware=records.hardware(),
         model_sha256=model_sha256,
     )

@@ -46,5 +46,9 @@ class Reward(ABC):
     def fingerprint(self) -> str:
         """A hash of everything a score depends on: weights, preprocessing, rules."""
 
+    def versions(self) -> dict[str, str]:
+        """Versions that a score depends on beside those of the project's own packages, for the record."""
+        return {}
+
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError, before any compute, if this reward cannot score a prompt."""

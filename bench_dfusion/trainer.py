@@ -296,7 +296,7 @@ class Run:
             provenance=records.Provenance(
                 code=code,
                 dirty=dirty,
-                versions=records.versions(),
+                versions=records.versions([self.reward, *self.judges.values()]),
                 plugins=cell.sources,
                 hardware=records.hardware(),
                 model_sha256=self.model_sha256,
