@@ -102,7 +102,15 @@ class Provenance(Part):
     hardware: str = Field(description="processor, cores and system")
     model_sha256: str = Field(description="hash of the base model's weights and configuration")
     reward_fingerprint: str = Field(description="hash of the training reward's weights and rules")
+    reward_components: dict[str, str] = Field(
+        {}, description="of a weighted sum the same of each component by name, else empty"
+    )
     lora_sha256: str = Field(description="hash of the trained LoRA file")
+
+    @property
+    def trained_on(self) -> set[str]:
+        """The fingerprints of everything that trained it: a judge that has one is no judge of it."""
+        return {self.reward_fingerprint, *self.reward_components.values()}
 
 
 class Record(Part):
@@ -239,6 +247,10 @@ def _problems(record: Record) -> Iterator[str]:
         name = resolved[section].get("name")
         if getattr(record, section) != name:
             yield f"{section} {getattr(record, section)!r}, but the resolved {section} is {name!r}"
+    components = resolved["reward"].get("components")
+    components = list(components) if isinstance(components, dict) else []
+    if sorted(record.provenance.reward_components) != sorted(components):
+        yield "provenance.reward_components are not those of the resolved reward"
     if record.seed != resolved.get("seed") or record.seed < 0:
         yield f"seed {record.seed}, but the resolved seed is {resolved.get('seed')!r}"
     if track.model.sha256 not in (None, record.provenance.model_sha256):
@@ -272,7 +284,7 @@ def _problems(record: Record) -> Iterator[str]:
         yield f"verdicts of {judges}, but the track's judges are {list(track.evaluation.judges)}"
     for verdict in record.verdicts:
         yield from (f"verdict of {verdict.judge}: {p}" for p in _verdict_problems(verdict, track))
-        if verdict.fingerprint == record.provenance.reward_fingerprint and not verdict.trained_on:
+        if verdict.fingerprint in record.provenance.trained_on and not verdict.trained_on:
             yield f"verdict of {verdict.judge}: it is the training reward (one fingerprint), but trained_on is false"
 
 
