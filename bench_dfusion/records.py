@@ -15,7 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from bench_dfusion import files
 from bench_dfusion.registry import UsageError, plain
@@ -106,6 +113,12 @@ class Provenance(Part):
         {}, description="of a weighted sum the same of each component by name, else empty"
     )
     lora_sha256: str = Field(description="hash of the trained LoRA file")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A record of one reward stays as it was before there were sums, to the byte."""
+        content: dict[str, Any] = serialize(self)
+        return content if self.reward_components else {k: v for k, v in content.items() if k != "reward_components"}
 
     @property
     def trained_on(self) -> set[str]:
