@@ -59,7 +59,8 @@ class UserFunction(Reward):
         if not applies.all():
             prompt = prompts[int((~applies).nonzero()[0])]
             raise UsageError(
-                f"reward {self.name} returned None for {prompt!r}: it scores every sample, or stands in a weighted sum"
+                f"reward {self.name} returned None for {prompt!r}: training needs a number for every sample, or the "
+                "function in a weighted sum"
             )
         return scores
 

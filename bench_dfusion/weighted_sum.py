@@ -42,6 +42,9 @@ def split(text: str) -> list[tuple[str, float]] | None:
     rest = text[end:]
     if rest or text.endswith((",", "+")):
         raise UsageError(f"reward {text!r}: {rest or 'the end'!r} has no weight: NAME:WEIGHT,NAME:WEIGHT")
+    for name in (p[1] for p in parts):
+        if ".py:" not in name and ("," in name or "+" in name):
+            raise UsageError(f"reward {text!r}: {re.split('[,+]', name)[0]!r} has no weight: NAME:WEIGHT,NAME:WEIGHT")
     if len(parts) == 1:
         raise UsageError(f"reward {text!r}: a sum has two rewards or more; for one alone leave the weight out")
     return [(p[1], float(p[3])) for p in parts]
