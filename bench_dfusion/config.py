@@ -232,6 +232,14 @@ def _scored_by(source: str, builder: str | None, reward: str | None) -> str:
     if builder not in (None, "offline"):
         raise UsageError(f"--pairs takes the place of drawn samples: leave --builder {builder} out")
     found = preference_data.read(source).scored_by
+    if found and reward is None:
+        try:
+            reward_of(found)
+        except UsageError as error:
+            raise UsageError(
+                f"the pairs of {source} were scored by {found}, which is not here ({error}): give --reward as it was "
+                "given, a function as FILE.py:FUNCTION"
+            ) from None
     if found and reward and reward != found and reward_of(reward).name == found:
         return reward  # the same sum written otherwise, or the function's file
     if found and reward not in (None, found):

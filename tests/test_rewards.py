@@ -570,6 +570,21 @@ def test_functions_of_both_signatures(mine: Path) -> None:
     torch.testing.assert_close(both.reward(both.reward_config).score(images, PROMPTS), weighted)
 
 
+def test_pairs_that_a_sum_scored(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench_dfusion import config
+
+    def read(source: str) -> Any:
+        return type("Pairs", (), {"scored_by": "clip-0.7+redness-0.3"})
+
+    monkeypatch.setattr(config.preference_data, "read", read)
+    given = f"{mine}:redness:0.3,clip:0.7"
+    assert config._scored_by("mine", None, given) == given
+    with pytest.raises(UsageError, match="were scored by clip-0.7\\+redness-0.3, which is not here .*FILE.py:FUNCTION"):
+        config._scored_by("mine", None, None)
+    with pytest.raises(UsageError, match="were scored by clip-0.7\\+redness-0.3, not by clip: leave"):
+        config._scored_by("mine", None, "clip")
+
+
 def test_a_function_is_its_files_text(mine: Path) -> None:
     before = a_cell(f"{mine}:redness")
     elsewhere = mine.parent / "other.py"
