@@ -49,7 +49,7 @@ def floats(images: Tensor) -> Tensor:
 # --- preprocessing
 
 
-SHAPES = [(32, 32), (80, 80), (20, 20), (50, 77), (33, 32), (32, 37), (21, 30), (30, 25)]
+SHAPES = [(32, 32), (32, 35), (80, 80), (20, 20), (50, 77), (33, 32), (32, 37), (21, 30), (30, 25)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -564,9 +564,9 @@ def test_functions_of_both_signatures(mine: Path) -> None:
     assert undefined.reward(undefined.reward_config).score(images, PROMPTS).isnan().all()
     with pytest.raises(UsageError, match="returned None for 'two blue rings'"):
         other.score(images, PROMPTS)
-    both = a_cell(f"{mine}:redness:0.5,{mine}:trl:2", settings=["reward.redness.mean=0.1"])
+    both = a_cell(f"{mine}:redness:0.5,{mine}:trl:2", settings=["reward.redness.mean=0.1", "reward.trl.mean=0.2"])
     dark = 1 - images.float().mean((1, 2, 3)) / 255
-    weighted = 0.5 * (expected - 0.1) + 2 * torch.where(torch.tensor([True, False, True]), dark, 0.0)
+    weighted = 0.5 * (expected - 0.1) + 2 * torch.where(torch.tensor([True, False, True]), dark - 0.2, 0.0)
     torch.testing.assert_close(both.reward(both.reward_config).score(images, PROMPTS), weighted)
 
 
@@ -658,6 +658,22 @@ def test_a_run_on_a_sum_with_functions_is_recorded_and_resumed(
     assert again.status == 0 and "matches" in again.out
     assert said("merge", path, "--into", "board", cwd=mine.parent).status == 0
     assert (mine.parent / "board" / path.relative_to(mine.parent / "runs")).is_file()
+    lines = [line.split() for line in said("leaderboard", "board").out.splitlines()]
+    assert ["redness-0.5+"] in [words[:1] for words in lines]  # a line for each component
+
+
+def test_a_sweep_gives_its_processes_the_reward_as_it_was_written(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from bench_dfusion import sweeps
+
+    reward = f"clip:0.5+{mine}:redness:2"
+    jobs, _ = sweeps.plan("micro-fast", ["dpo"], ["vanilla"], [reward], 1, tmp_path)
+    started: list[list[str]] = []
+    monkeypatch.setattr("subprocess.Popen", lambda command, **options: started.append(command))
+    sweeps.Sweep(jobs, ["cpu"])._launch(jobs[0], "cpu")
+    assert started[0][started[0].index("--reward") + 1] == reward
+    assert jobs[0].folder.name.startswith("dpo-vanilla-redness-2+clip-0.5-s0-")
 
 
 def test_list_shows_the_rewards(said: Any) -> None:
