@@ -40,7 +40,13 @@ Plugins = Annotated[
 @app.command()
 def run(
     algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")],
-    reward: Annotated[str | None, typer.Option(help="Training reward (bench-dfusion list rewards).")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="Training reward (bench-dfusion list rewards), a weighted sum NAME:WEIGHT,NAME:WEIGHT, or your own "
+            "FILE.py:FUNCTION."
+        ),
+    ] = None,
     builder: Annotated[str | None, typer.Option(help="Builder of the consistent samples (default: dfusion).")] = None,
     pairs: Annotated[
         str | None,
@@ -147,7 +153,7 @@ def run(
 def sweep(
     track: Annotated[str, typer.Argument(help="Track name or TOML file.")],
     algo: Annotated[str, typer.Option(help="Training backends, comma-separated.")],
-    reward: Annotated[str, typer.Option(help="Training rewards, comma-separated.")],
+    reward: Annotated[str, typer.Option(help="Training rewards, comma-separated; sums as NAME:WEIGHT+NAME:WEIGHT.")],
     builder: Annotated[str, typer.Option(help="Builders, comma-separated.")] = "dfusion,vanilla",
     seeds: Annotated[int | None, typer.Option(help="Run seeds 0 to this minus 1 (default: the track's).")] = None,
     model: Annotated[
@@ -175,7 +181,7 @@ def sweep(
     failing one is reported and stops nothing; the same command again runs what is still missing.
     """
     _load_files(plugin)
-    from bench_dfusion import sweeps
+    from bench_dfusion import sweeps, weighted_sum
 
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds must be 1 or more, not {seeds}")
@@ -188,7 +194,7 @@ def sweep(
         track,
         _names(algo, "--algo"),
         _names(builder, "--builder"),
-        _names(reward, "--reward"),
+        _names(reward, "--reward", weighted_sum.listed(reward)),
         seeds,
         folder,
         words,
@@ -213,9 +219,9 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _names(text: str, option: str) -> list[str]:
-    """Comma-separated names. Raises UsageError where one is empty or there twice."""
-    names = [n.strip() for n in text.split(",")]
+def _names(text: str, option: str, names: list[str] | None = None) -> list[str]:
+    """Comma-separated names, or those given. Raises UsageError where one is empty or there twice."""
+    names = names or [n.strip() for n in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
         raise UsageError(f"{option} {text!r}: write different names with commas between, for example a,b")
     return names

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench_dfusion import pairs as preference_data
-from bench_dfusion import prompt_sources, registry, track
+from bench_dfusion import prompt_sources, registry, track, user_function, weighted_sum
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig
 from bench_dfusion.consistent import Builder, BuilderConfig
 from bench_dfusion.registry import PluginError, UsageError
@@ -86,7 +87,8 @@ def resolve(
         raise UsageError("give --reward, for example clip (bench-dfusion list rewards), or --pairs PATH_OR_HUB_ID")
     builder = builder or "dfusion"
     names = {"algo": algo, "builder": builder, "reward": reward}
-    classes = {section: registry.load(SECTIONS[section], name) for section, name in names.items()}
+    classes = {section: registry.load(SECTIONS[section], names[section]) for section in ("algo", "builder")}
+    classes["reward"] = reward_of(reward)
     content = track.read(track_source)
     given: dict[str, Any] = {"track": track_source, **names, "seed": seed}
     file_options: dict[str, Any] = track.read_toml(config) if config else {}
@@ -110,16 +112,21 @@ def resolve(
         given["prompts"] = str(prompts)
     changes = track.merge(file_options.get("track", {}), set_options.get("track", {}))
     resolved_track = _change_track(track_source, content, changes, model, prompts)
-    configs = {}
+    configs: dict[str, Any] = {}
     for section, cls in classes.items():
         defaults = getattr(resolved_track, SECTIONS[section]).get(names[section], {})
         if section == "algo":
             defaults = {**defaults, **resolved_track.tuned.get(algo, {}).get(builder, {})}
+        if section == "reward":
+            options = track.merge(file_options.get(section, {}), set_options.get(section, {}))
+            configs[section] = weighted_sum.configure(cls, reward, options, resolved_track.rewards)
+            continue
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
     _fit(classes["algo"], classes["builder"], classes["reward"])
     configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts.heldout)
-    sources = {section: registry.plugins(SECTIONS[section])[name].source for section, name in names.items()}
+    sources = {s: registry.plugins(SECTIONS[s])[names[s]].source for s in ("algo", "builder")}
+    sources["reward"] = _source(reward)
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, not {seed}")
     return Cell(
@@ -180,12 +187,38 @@ def _change_track(
     return resolved
 
 
+def reward_of(text: str) -> type[Reward]:
+    """The class of a registered reward, a weighted sum (`clip:0.7,aesthetic:0.3`) or a function (`FILE.py:NAME`).
+
+    Raises UsageError where there is none, and PluginError where its code cannot be imported.
+    """
+    if text in registry.plugins("rewards"):
+        return registry.load("rewards", text)  # type: ignore[no-any-return]
+    parts = weighted_sum.split(text)
+    if parts:
+        return weighted_sum.of([(name, reward_of(name), weight) for name, weight in parts])
+    if user_function.is_one(text):
+        return user_function.load(text)
+    return registry.load("rewards", text)  # type: ignore[no-any-return]  # raises, with the close matches
+
+
+def _source(text: str) -> str:
+    """The distribution, or the file, of a reward; of a sum's components."""
+    known = registry.plugins("rewards")
+    if text in known:
+        return known[text].source
+    parts = weighted_sum.split(text)
+    return ", ".join(dict.fromkeys(_source(name) for name, _ in parts)) if parts else user_function.load(text).path.name
+
+
 def judges_of(settings: Track) -> dict[str, tuple[type[Reward], RewardConfig]]:
     """The class and options of a track's judges by name; a name may carry an option, as in `oracle:full`."""
     found = {}
     known = registry.plugins("rewards")
     for text in settings.evaluation.judges:
         name, _, option = text.partition(":")
+        if re.fullmatch(weighted_sum.NUMBER, option):
+            raise UsageError(f"judge {text}: a judge has no weight: weighted sums are for --reward")
         if name not in known:
             raise UsageError(registry.unknown("judge", name, known))
         cls: type[Reward] = known[name].load()
@@ -199,6 +232,16 @@ def _scored_by(source: str, builder: str | None, reward: str | None) -> str:
     if builder not in (None, "offline"):
         raise UsageError(f"--pairs takes the place of drawn samples: leave --builder {builder} out")
     found = preference_data.read(source).scored_by
+    if found and reward is None:
+        try:
+            reward_of(found)
+        except UsageError as error:
+            raise UsageError(
+                f"the pairs of {source} were scored by {found}, which is not here ({error}): give --reward as it was "
+                "given, a function as FILE.py:FUNCTION"
+            ) from None
+    if found and reward and reward != found and reward_of(reward).name == found:
+        return reward  # the same sum written otherwise, or the function's file
     if found and reward not in (None, found):
         raise UsageError(f"the pairs of {source} were scored by {found}, not by {reward}: leave --reward out")
     return reward or found or "given"

@@ -136,10 +136,12 @@ def board(board: Board, out: Console) -> None:
         gains = [signed(line[f"{j} gain"]) for j in judges]
         if gains:  # the judge that ranks shows its interval
             gains[0] = escape(leaderboard.gain_text(line, judges[0]).replace(" [", "\n["))
-        name = [line["algorithm"], f"{line['builder']}, {line['reward']}", *filter(None, [line["variant"]])]
+        reward = _text(line["reward"]).replace("+", "+\n  ")  # a weighted sum takes a line for each component
+        name = [_text(line["algorithm"]), f"{_text(line['builder'])}, {reward}"]
+        name += [_text(line["variant"])] if line["variant"] else []
         place = line["rank"] or line["note"].partition(":")[0]  # miss, incomplete, ceiling or checkpoint
         seeds = f"{line['seeds']}/{line['seeds'] + line['missing']}" if line["missing"] else line["seeds"]
-        grid.add_row(place, "\n".join(map(_text, name)), str(seeds), *gains, leaderboard.queries_text(line))
+        grid.add_row(place, "\n".join(name), str(seeds), *gains, leaderboard.queries_text(line))
     out.print(grid)
     for note in dict.fromkeys(frame["note"]):
         if note:

@@ -37,19 +37,18 @@ class Evaluation:
     trained: Drawn
 
 
-def evaluate(
-    policy: Policy, track: Track, judges: Mapping[str, Reward], reward: str | None, fingerprint: str | None
-) -> Evaluation:
+def evaluate(policy: Policy, track: Track, judges: Mapping[str, Reward], trained_on: Mapping[str, str]) -> Evaluation:
     """Draw the policy and its reference on the track's held-out prompts and let every judge score both.
 
-    `reward` and `fingerprint` are of the reward that the policy was trained with, None where that is not known.
+    `trained_on`: the fingerprints of the rewards that the policy was trained with, by name: of a weighted sum its
+    components; empty where that is not known.
     """
     prompts, k = track.prompts.heldout, track.evaluation.images_per_prompt
     with bar("evaluate", 2 * k * len(prompts)) as progress:
         trained = draw(policy, prompts, k, progress.advance)
         with policy.reference():
             base = draw(policy, prompts, k, progress.advance)
-    verdicts = judge(judges, base, trained, track, reward, fingerprint)
+    verdicts = judge(judges, base, trained, track, trained_on)
     embed = next((j for j in judges.values() if hasattr(j, "embed")), None)
     return Evaluation(verdicts, drift(policy, base, trained, k, embed), base, trained)
 
@@ -77,10 +76,9 @@ def judge(
     base: Drawn,
     trained: Drawn,
     track: Track,
-    reward: str | None,
-    fingerprint: str | None,
+    trained_on: Mapping[str, str],
 ) -> list[Verdict]:
-    """Every judge's verdict, in the track's order: the first ranks. `reward`: see `evaluate`."""
+    """Every judge's verdict, in the track's order: the first ranks. `trained_on`: see `evaluate`."""
     prompts, k = list(track.prompts.heldout), track.evaluation.images_per_prompt
     templates = track.prompts.templates or {}
     by_template: dict[str, list[int]] = {}
@@ -99,7 +97,8 @@ def judge(
                 judge=name,
                 metric=judge_reward.unit,
                 # The oracle's graded and full scores are one judge: training on either makes the other a ceiling too.
-                trained_on=judge_reward.fingerprint() == fingerprint or judge_reward.name == reward == "oracle",
+                trained_on=judge_reward.fingerprint() in trained_on.values()
+                or (judge_reward.name == "oracle" and "oracle" in trained_on),
                 base=float(scores[0].mean()),
                 trained=float(scores[1].mean()),
                 gain=Gain(mean=interval.mean, low=interval.low, high=interval.high, kind=interval.kind),

@@ -21,7 +21,7 @@ from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError, plain
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 STAGING = ".merge-"  # begins the name of the directory that holds what is not in place yet
 
 
@@ -144,7 +144,9 @@ class _Known:
         names = {"track": record.track, "algorithm": record.algorithm, "builder": record.builder}
         for what, name in {**names, "reward": record.reward}.items():
             if not NAME.fullmatch(name):
-                raise UsageError(f"{what} {name!r} cannot name a directory: lower-case letters, digits and . _ - only")
+                raise UsageError(
+                    f"{what} {name!r} cannot name a directory: lower-case letters, digits and . _ + - only"
+                )
         cell = f"{record.algorithm}-{record.builder}-{record.reward}-s{record.seed}-{record.cell_hash[:8]}"
         if max(len(record.track), len(cell)) > 200:
             raise UsageError("its names are too long for a directory's")

@@ -15,7 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from bench_dfusion import files
 from bench_dfusion.registry import UsageError, plain
@@ -104,7 +111,21 @@ class Provenance(Part):
     hardware: str = Field(description="processor, cores and system")
     model_sha256: str = Field(description="hash of the base model's weights and configuration")
     reward_fingerprint: str = Field(description="hash of the training reward's weights and rules")
+    reward_components: dict[str, str] = Field(
+        {}, description="of a weighted sum the same of each component by name, else empty"
+    )
     lora_sha256: str = Field(description="hash of the trained LoRA file")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A record of one reward stays as it was before there were sums, to the byte."""
+        content: dict[str, Any] = serialize(self)
+        return content if self.reward_components else {k: v for k, v in content.items() if k != "reward_components"}
+
+    @property
+    def trained_on(self) -> set[str]:
+        """The fingerprints of everything that trained it: a judge that has one is no judge of it."""
+        return {self.reward_fingerprint, *self.reward_components.values()}
 
 
 class Record(Part):
@@ -241,6 +262,10 @@ def _problems(record: Record) -> Iterator[str]:
         name = resolved[section].get("name")
         if getattr(record, section) != name:
             yield f"{section} {getattr(record, section)!r}, but the resolved {section} is {name!r}"
+    components = resolved["reward"].get("components")
+    components = list(components) if isinstance(components, dict) else []
+    if sorted(record.provenance.reward_components) != sorted(components):
+        yield "provenance.reward_components are not those of the resolved reward"
     if record.seed != resolved.get("seed") or record.seed < 0:
         yield f"seed {record.seed}, but the resolved seed is {resolved.get('seed')!r}"
     if track.model.sha256 not in (None, record.provenance.model_sha256):
@@ -274,7 +299,7 @@ def _problems(record: Record) -> Iterator[str]:
         yield f"verdicts of {judges}, but the track's judges are {list(track.evaluation.judges)}"
     for verdict in record.verdicts:
         yield from (f"verdict of {verdict.judge}: {p}" for p in _verdict_problems(verdict, track))
-        if verdict.fingerprint == record.provenance.reward_fingerprint and not verdict.trained_on:
+        if verdict.fingerprint in record.provenance.trained_on and not verdict.trained_on:
             yield f"verdict of {verdict.judge}: it is the training reward (one fingerprint), but trained_on is false"
 
 

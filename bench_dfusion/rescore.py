@@ -112,7 +112,8 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
         return Rescored(record, problems, [], [], {}, False, [])
     policy = make_policy(track, adapter, record.seed, where)
     _load(policy, loras.read(file, adapter), file)
-    done = evaluation.evaluate(policy, track, judges, record.reward, record.provenance.reward_fingerprint)
+    trained_on = record.provenance.reward_components or {record.reward: record.provenance.reward_fingerprint}
+    done = evaluation.evaluate(policy, track, judges, trained_on)
     differences, largest = compare(record, done.verdicts, done.drift, track.prompts.heldout)
     exact = (done.verdicts, done.drift) == (record.verdicts, record.drift)
     return Rescored(record, [], done.verdicts, differences, largest, exact, _elsewhere(record, where, judges.values()))
@@ -288,7 +289,7 @@ def weights(
     except ValueError as error:  # a scheduler or a network that is no policy
         raise UsageError(f"{path}: {error}") from error
     start = time.perf_counter()
-    done = evaluation.evaluate(policy, track, judges, None, None)
+    done = evaluation.evaluate(policy, track, judges, {})
     pictures.base_and_trained(folder / "base_trained.png", done.base, done.trained, track)
     code, dirty = records.code_state()
     found = Evaluation(

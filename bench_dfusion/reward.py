@@ -42,6 +42,10 @@ class Reward(ABC):
         """The same score with gradients: images [B, 3, H, W] in [0, 1] to [B]. Only where `differentiable`."""
         raise NotImplementedError(f"{self.name} has no gradient")
 
+    def score_applicable(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`score`, and whether it applies to each sample (bool [B]): what a weighted sum takes."""
+        return self.score(images, prompts), torch.ones(len(images), dtype=torch.bool)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of everything a score depends on: weights, preprocessing, rules."""
@@ -49,6 +53,10 @@ class Reward(ABC):
     def versions(self) -> dict[str, str]:
         """Versions that a score depends on beside those of the project's own packages, for the record."""
         return {}
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of every scorer in it by name: its own, of a weighted sum those of its components."""
+        return {self.name: self.fingerprint()}
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError, before any compute, if this reward cannot score a prompt."""

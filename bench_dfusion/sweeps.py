@@ -197,7 +197,8 @@ class Sweep:
                 self._launch(job, self.free.popleft())
 
     def _launch(self, job: Job, device: str) -> None:
-        algorithm, builder, reward = job.row
+        algorithm, builder, _ = job.row
+        reward = job.cell.given["reward"]  # a sum or a function as the user wrote it
         command = [sys.executable, "-m", "bench_dfusion.cli", "run", "--algo", algorithm, "--builder", builder]
         command += ["--reward", reward, "--seed", str(job.cell.seed), "--device", device, *job.words]
         environment = dict(os.environ)

@@ -28,6 +28,7 @@ from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import Reward
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track
+from bench_dfusion.weighted_sum import WeightedSum
 
 COLLAPSE = 4.0  # standard deviations of the first round's rewards below its mean
 
@@ -263,7 +264,7 @@ class Run:
         if self.failure is None:
             before = policy.network_evaluations
             with self.progress.phase("evaluate"):
-                done = evaluation.evaluate(policy, track, self.judges, cell.reward.name, self.reward.fingerprint())
+                done = evaluation.evaluate(policy, track, self.judges, self.reward.fingerprints())
             verdicts, drift = done.verdicts, done.drift
             pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
             self.progress.network_evaluations += policy.network_evaluations - before
@@ -301,6 +302,7 @@ class Run:
                 hardware=records.hardware(),
                 model_sha256=self.model_sha256,
                 reward_fingerprint=self.reward.fingerprint(),
+                reward_components=self.reward.fingerprints() if isinstance(self.reward, WeightedSum) else {},
                 lora_sha256=files.sha256(self.folder / "pytorch_lora_weights.safetensors"),
             ),
         )

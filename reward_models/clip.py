@@ -6,18 +6,51 @@ checkpoint, by default the paper's ViT-H-14 of laion2b_s32b_b79k (MIT licence, 9
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
-from bench_dfusion import files, micro
-from bench_dfusion.registry import UsageError
+from bench_dfusion import files, micro, weights
+from bench_dfusion.images import prepare
+from bench_dfusion.registry import UsageError, unknown
 from bench_dfusion.reward import Reward, RewardConfig
+
+
+def open_clip_model(
+    reward: str, name: str, pretrained: str | None, device: torch.device, empty: bool = False
+) -> tuple[Any, Any]:
+    """An open_clip model in float32, frozen, and its `PreprocessCfg`; `empty`: with fresh weights. Raises UsageError."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    known = open_clip.list_models()
+    if not name.startswith(("local-dir:", "hf-hub:")) and name not in known:
+        raise UsageError(unknown("open_clip model", name, known))
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING if empty else before)  # it would warn of the fresh weights
+        model = open_clip.create_model(
+            name, pretrained=pretrained, load_weights=not empty, precision="fp32", device=device
+        )
+    except (FileNotFoundError, RuntimeError, OSError) as error:
+        option = "model as local-dir:PATH" if name.startswith("hf-hub:") else "pretrained"
+        raise weights.missing(reward, f"{name} ({pretrained}) of open_clip", option, error) from error
+    finally:
+        logging.disable(before)
+    model.eval().requires_grad_(False)
+    return model, PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+
+
+def image_size(preprocess: Any) -> int:
+    """The side of the square that a `PreprocessCfg` asks for (px)."""
+    size = preprocess.size
+    return size if isinstance(size, int) else size[0]
 
 
 class ClipConfig(RewardConfig):
@@ -43,26 +76,14 @@ class Clip(Reward):
 
     def __init__(self, config: ClipConfig, device: torch.device | str = "cpu"):
         import open_clip
-        from open_clip.transform import PreprocessCfg
 
         super().__init__(config, device)
-        name = f"local-dir:{micro.CLIP}" if config.model == "micro" else config.model
-        local = name.startswith(("local-dir:", "hf-hub:"))
-        known = open_clip.list_models()
-        if not local and name not in known:
-            from bench_dfusion.registry import unknown
-
-            raise UsageError(unknown("open_clip model", name, known))
-        try:
-            self.model = open_clip.create_model(
-                name, pretrained=None if local else config.pretrained, precision="fp32", device=self.device
-            )
-            self.tokenizer = open_clip.get_tokenizer(name)
-        except (FileNotFoundError, RuntimeError, OSError) as error:
-            raise UsageError(f"reward clip: {name} ({config.pretrained}) cannot be loaded: {error}") from error
-        self.model.eval().requires_grad_(False)
-        self.preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
-        self._source = name
+        self._source = f"local-dir:{micro.CLIP}" if config.model == "micro" else config.model
+        local = self._source.startswith(("local-dir:", "hf-hub:"))
+        self.model, self.preprocess = open_clip_model(
+            self.name, self._source, None if local else config.pretrained, self.device
+        )
+        self.tokenizer = open_clip.get_tokenizer(self._source)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         text = self._texts(prompts)
@@ -79,30 +100,21 @@ class Clip(Reward):
 
     def embed(self, images: Tensor) -> Tensor:
         """Normalised image embeddings [B, D] of images [B, 3, H, W] in [0, 1]."""
+        return functional.normalize(self.model.encode_image(self._prepare(images.to(self.device))), dim=-1)
+
+    def _prepare(self, images: Tensor) -> Tensor:
         cfg = self.preprocess
-        size = cfg.size if isinstance(cfg.size, int) else cfg.size[0]
-        images = images.to(self.device)
-        if images.shape[-2:] != (size, size):
-            short = min(images.shape[-2:])
-            shape = [round(s * size / short) for s in images.shape[-2:]]
-            images = torch.nn.functional.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-            top, left = ((s - size) // 2 for s in images.shape[-2:])
-            images = images[..., top : top + size, left : left + size]
-        mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (cfg.mean, cfg.std))
-        return torch.nn.functional.normalize(self.model.encode_image((images - mean) / std), dim=-1)
+        return prepare(images, image_size(cfg), cfg.mean, cfg.std)
 
     def _texts(self, prompts: Sequence[str]) -> Tensor:
         unique = list(dict.fromkeys(prompts))
         with torch.no_grad():
             tokens = self.tokenizer(unique).to(self.device)
-            embedded = torch.nn.functional.normalize(self.model.encode_text(tokens), dim=-1)
+            embedded = functional.normalize(self.model.encode_text(tokens), dim=-1)
         at = {p: i for i, p in enumerate(unique)}
         return embedded[[at[p] for p in prompts]]
 
     def fingerprint(self) -> str:
         if self._source.startswith("local-dir:"):
             return files.tree_sha256(Path(self._source.removeprefix("local-dir:")))
-        total = hashlib.sha256(f"{self._source} {self.config.pretrained} {self.preprocess}".encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            total.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+        return weights.fingerprint(f"{self._source} {self.config.pretrained} {self.preprocess}", self.model)
