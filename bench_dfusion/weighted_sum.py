@@ -144,6 +144,9 @@ class WeightedSum(Reward):
     def fingerprints(self) -> dict[str, str]:
         return {name: reward.fingerprint() for name, reward in self.components.items()}
 
+    def versions(self) -> dict[str, str]:
+        return {k: v for reward in self.components.values() for k, v in reward.versions().items()}
+
     def check(self, prompts: Sequence[str]) -> None:
         for reward in self.components.values():
             reward.check(prompts)
