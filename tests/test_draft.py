@@ -79,7 +79,7 @@ def test_training_raises_the_reward():
 
 
 def test_a_reward_without_gradient_and_too_many_steps_are_refused():
-    with pytest.raises(Misfit, match="oracle has none; these have: clip"):
+    with pytest.raises(Misfit, match="oracle has none; these have: aesthetic, clip"):
         resolve(algo="draft", reward="oracle")
     with pytest.raises(ValueError, match="5, the sampler has 4"):
         DRaFT(DRaFTConfig(last_steps=5)).setup(fake_policy(), RED)
