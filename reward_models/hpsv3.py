@@ -1,7 +1,7 @@
 """HPSv3: a Qwen2-VL 7B trained on 1.2 million comparisons of pictures (Ma et al., ICCV 2025).
 
-Package hpsv3 1.0.0 (MIT), which pins transformers 4.45.2: an environment of its own (about 7 GB with a CUDA build of
-torch). Weights MizzenAI/HPSv3 on the Hub, HPSv3.safetensors (about 17 GB, Apache-2.0), laid over
+Package hpsv3 1.0.0 (MIT), which pins transformers 4.45.2: an environment of its own (gigabytes: it holds
+its own torch). Weights MizzenAI/HPSv3 on the Hub, HPSv3.safetensors (about 17 GB, Apache-2.0), laid over
 Qwen/Qwen2-VL-7B-Instruct (another 17 GB, Apache-2.0), which gives architecture and processor. The network predicts a mean and an
 uncertainty; the score is the mean: no bounds, higher is better. It runs in bfloat16 and wants a GPU with 24 GB.
 """

@@ -1,7 +1,7 @@
 """ImageReward: a BLIP trained on people's rankings of pictures (Xu et al., NeurIPS 2023).
 
-Package image-reward 1.5, which fails on transformers ≥ 5: an environment of its own (about 6 GB with a CUDA build of
-torch). Weights THUDM/ImageReward on the Hub, ImageReward.pt (1.8 GB) with med_config.json, and the tokenizer of
+Package image-reward 1.5, which fails on transformers ≥ 5: an environment of its own (gigabytes: it holds
+its own torch). Weights THUDM/ImageReward on the Hub, ImageReward.pt (1.8 GB) with med_config.json, and the tokenizer of
 bert-base-uncased; code and weights Apache-2.0. Scores are standardised over the authors' pictures: no bounds, mostly
 from -2.3 to 2, higher is better. Prompts are cut at 35 tokens, pictures are resized and cropped to 224 px.
 """
