@@ -292,7 +292,7 @@ def list_plugins(
     for each in [kind] if kind else registry.KINDS:
         grid = Table(title=each, title_justify="left", box=None, pad_edge=False)
         for column in ("name", "what it is", "source", "from"):
-            grid.add_column(column, overflow="fold")
+            grid.add_column(column, overflow="fold", no_wrap=column == "name")
         for plugin_name, found_plugin in registry.plugins(each).items():
             try:
                 value = found_plugin.load()
