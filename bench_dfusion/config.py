@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_dfusion import pairs as preference_data
-from bench_dfusion import prompt_sources, registry, track, user_function, weighted_sum
+from bench_dfusion import prompt_sources, records, registry, track, user_function, weighted_sum
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig
 from bench_dfusion.consistent import Builder, BuilderConfig
 from bench_dfusion.registry import PluginError, UsageError
@@ -58,8 +58,8 @@ class Cell:
     @property
     def folder(self) -> str:
         """The cell's directory below the output directory."""
-        name = f"{self.algorithm.name}-{self.builder.name}-{self.reward.name}-s{self.seed}-{self.hash[:8]}"
-        return f"{self.track.id}/{name}"
+        names = (self.algorithm.name, self.builder.name, self.reward.name)
+        return f"{self.track.id}/{records.folder_name(*names, self.seed, self.hash)}"
 
 
 def resolve(

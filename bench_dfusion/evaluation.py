@@ -92,12 +92,13 @@ def judge(
         ]
         gains = (scores[1] - scores[0]).astype(float)
         interval = statistics.paired_gain(gains[None])
+        fingerprint = judge_reward.fingerprint()
         verdicts.append(
             Verdict(
                 judge=name,
                 metric=judge_reward.unit,
                 # The oracle's graded and full scores are one judge: training on either makes the other a ceiling too.
-                trained_on=judge_reward.fingerprint() in trained_on.values()
+                trained_on=fingerprint in trained_on.values()
                 or (judge_reward.name == "oracle" and "oracle" in trained_on),
                 base=float(scores[0].mean()),
                 trained=float(scores[1].mean()),
@@ -106,7 +107,7 @@ def judge(
                     t: (float(scores[0][rows].mean()), float(scores[1][rows].mean())) for t, rows in by_template.items()
                 },
                 per_prompt=[(float(b), float(a)) for b, a in zip(*scores, strict=True)],
-                fingerprint=judge_reward.fingerprint(),
+                fingerprint=fingerprint,
             )
         )
     return verdicts

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench_dfusion.registry import UsageError
+
 if TYPE_CHECKING:  # torch takes seconds to import, and tables of records need none
     import torch
+
+
+@contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock of a directory, or of a file that is made where there is none, while the block runs.
+
+    Raises UsageError(busy) where another process holds it; with None waits for it.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UsageError(str(busy)) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

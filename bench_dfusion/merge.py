@@ -6,17 +6,15 @@ DIR/<track>/<algorithm>-<builder>-<reward>-s<seed>-<hash>/record.json.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_dfusion import leaderboard, records
+from bench_dfusion import files, leaderboard, records
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError, plain
@@ -147,7 +145,7 @@ class _Known:
                 raise UsageError(
                     f"{what} {name!r} cannot name a directory: lower-case letters, digits and . _ + - only"
                 )
-        cell = f"{record.algorithm}-{record.builder}-{record.reward}-s{record.seed}-{record.cell_hash[:8]}"
+        cell = records.folder_name(record.algorithm, record.builder, record.reward, record.seed, record.cell_hash)
         if max(len(record.track), len(cell)) > 200:
             raise UsageError("its names are too long for a directory's")
         place = self.into / record.track / cell / "record.json"
@@ -164,7 +162,7 @@ def _write(accepted: Sequence[tuple[Path, Record]], into: Path) -> None:
     leaves whole records only, and the same merge adds the rest."""
     try:
         into.mkdir(parents=True, exist_ok=True)
-        with _locked(into):
+        with files.locked(into, f"another merge is writing to {into}"):
             for left in into.glob(f"{STAGING}*"):  # by a merge that was killed
                 if not left.is_symlink():
                     shutil.rmtree(left)
@@ -185,16 +183,3 @@ def _write(accepted: Sequence[tuple[Path, Record]], into: Path) -> None:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise UsageError(f"cannot write below {into} ({error}); what is written is whole, merge again") from None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another merge is writing to {folder}") from None
-        yield
-    finally:
-        os.close(handle)

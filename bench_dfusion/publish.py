@@ -7,7 +7,6 @@ and merged again. Nothing that others published is ever lost.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from bench_dfusion import __version__, dataset
+from bench_dfusion import __version__, dataset, files
 from bench_dfusion.dataset import README, Content
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.progress import bar
@@ -92,7 +91,7 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
         raise UsageError(f"{folder} is a file: give another --to")
     folder.parent.mkdir(parents=True, exist_ok=True)
     replaced = folder.with_name(f".{folder.name}.replaced")
-    with _alone(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+    with files.locked(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
         if replaced.exists() and not folder.exists():  # a kill between the two renames below
             replaced.rename(folder)
         paths = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -131,17 +130,6 @@ def _link(source: str, target: str) -> str:
     except OSError:
         shutil.copy2(source, target)
     return target
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One publisher at a time below a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------- the Hub

@@ -390,6 +390,11 @@ def write(path: Path, record: Record) -> None:
     files.write_json(path, record.model_dump(mode="json"))
 
 
+def folder_name(algorithm: str, builder: str, reward: str, seed: int, cell_hash: str) -> str:
+    """The name of a cell's directory below its track's."""
+    return f"{algorithm}-{builder}-{reward}-s{seed}-{cell_hash[:8]}"
+
+
 def find(folder: Path) -> list[tuple[Path, Record]]:
     """Every record below a folder, by path."""
     return [(path, read(path)) for path in sorted(folder.rglob("record.json"))]

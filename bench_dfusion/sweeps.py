@@ -52,6 +52,7 @@ class Job:
     seconds: float | None = None  # wall time of the try that ended with a record
     device: str = ""
     process: subprocess.Popen[bytes] | None = None
+    result: records.Record | None = None
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -64,6 +65,14 @@ class Job:
     @property
     def record(self) -> Path:
         return self.folder / "record.json"
+
+    def take_record(self) -> bool:
+        """Note the cell's record, if there is one."""
+        if not self.record.exists():
+            return False
+        self.result = records.read(self.record)
+        self.state = "miss" if self.result.status == "failed" else "finished"
+        return True
 
     @property
     def error(self) -> str:
@@ -139,9 +148,7 @@ def plan(
 def register(jobs: Sequence[Job]) -> None:
     """Write every cell's `cell.json`: from here on a table shows it, with or without a record."""
     for job in jobs:
-        if job.record.exists():
-            job.state = "miss" if records.read(job.record).status == "failed" else "finished"
-        else:
+        if not job.take_record():
             files.write_json(job.folder / "cell.json", job.cell.description)
 
 
@@ -227,12 +234,10 @@ class Sweep:
 
     def _ended(self, job: Job, code: int = 0) -> None:
         job.seconds = time.monotonic() - job.started if job.state == "running" else None
-        if job.record.exists():
-            job.state = "miss" if records.read(job.record).status == "failed" else "finished"
-        elif "another process is running" in job.last_line():  # it took the lock between the look and the start
-            job.state = "elsewhere"
-            return
-        else:
+        if not job.take_record():
+            if "another process is running" in job.last_line():  # it took the lock between the look and the start
+                job.state = "elsewhere"
+                return
             ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
             text = job.last_line() or "it said nothing"
             files.write_json(job.folder / "error.json", {"error": f"{text} ({ended})", "log": "log.txt"})
@@ -323,7 +328,7 @@ class Sweep:
 
 
 def _gain(job: Job) -> str:
-    verdicts = records.read(job.record).verdicts
+    verdicts = job.result.verdicts if job.result else []
     return f"finished, {verdicts[0].judge} {signed(verdicts[0].gain.mean)}" if verdicts else "finished"
 
 

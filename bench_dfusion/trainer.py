@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -75,7 +74,7 @@ def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs
     except ValueError as error:  # a model, builder, reward or prompt that does not fit
         raise UsageError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with files.locked(folder / ".lock", f"another process is running {folder}"):
         files.write_json(folder / "cell.json", cell.description)
         run.restore()
         run.train()
@@ -343,13 +342,3 @@ def round_prompts(track: Track, seed: int, number: int) -> list[str]:
     train, n = track.prompts.train, track.budget.prompts_per_round
     chosen = passes(len(train), number * n, n, "prompts", seed)
     return [train[i] for i in chosen for _ in range(track.budget.samples_per_prompt)]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is running {folder}") from None
-        yield

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from boards import changed, digest, leave, place, record, track
 
-from bench_dfusion import leaderboard, merge, records
+from bench_dfusion import files, leaderboard, merge, records
 from bench_dfusion.registry import UsageError
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
@@ -270,7 +270,7 @@ def test_what_a_killed_merge_left_is_removed_and_links_are_not_followed(tmp_path
 def test_two_merges_at_once_are_refused(tmp_path: Path) -> None:
     source, into = leave(tmp_path / "theirs", record()), tmp_path / "into"
     into.mkdir()
-    with merge._locked(into), pytest.raises(UsageError, match="another merge is writing"):
+    with files.locked(into), pytest.raises(UsageError, match="another merge is writing"):
         merge.merge([source], into)
     assert merge.merge([source], into).written
 
