@@ -82,7 +82,7 @@ class AWM(Algorithm):
         at = noised(policy, samples, rows["row"], rows["t"], rows["noise"])
         output = at.output(policy)
         old, ref, ema, advantage = (rows[name].to(output.device) for name in ("old", "ref", "ema", "advantage"))
-        time = (at.t + 1) / len(policy.alphas_cumprod)
+        time = policy.levels.time[at.t]
         weight = time if self.config.weight == "time" else torch.ones_like(time)
         power, clip = self.config.power, self.config.clip
         log_ratio = weight * (pseudo_log_prob(at.error(policy, output), power) - pseudo_log_prob(old, power))

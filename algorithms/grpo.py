@@ -15,7 +15,6 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
@@ -73,7 +72,7 @@ class GRPO(Algorithm):
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = sample_steps(policy, samples, self.config)
         rows["old"] = old_log_probs(policy, samples, rows, self.config.old_log_prob)
-        rows["size"] = step_sizes(policy)[rows["step"]]
+        rows["size"] = policy.schedule.size.cpu()[rows["step"]]
         advantage = advantages(samples.samples, samples.train, self.config.advantage_clip, self.config.spread)
         rows["advantage"] = at_each_step(advantage, rows)
         if self.config.guard:
@@ -99,9 +98,3 @@ class GRPO(Algorithm):
             metrics["kl"] = kl.detach().mean()
             terms = terms + config.kl * (kl if config.kl_form == "exact" else kl * rows["size"])
         return Loss((rows["weight"] * terms).mean(), metrics)
-
-
-def step_sizes(policy: Policy) -> Tensor:
-    """-dt of each step [T]: the share of the training timesteps that it crosses."""
-    t = policy.schedule.timesteps.cpu()
-    return (t - torch.cat([t[1:], torch.zeros(1, dtype=t.dtype)])) / len(policy.alphas_cumprod)

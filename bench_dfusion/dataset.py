@@ -568,13 +568,14 @@ def _track_section(board: Board) -> str:
     p, s, b = track.prompts, track.sampler, track.budget
     lora = f"rank {track.lora.rank}" + (f", in {_text(', '.join(track.lora.targets))}" if track.lora.targets else "")
     tuning = next((r.tuning for r in board.records if r.tuning), "")
+    noise = "the family's eta" if s.eta is None else f"eta {s.eta:g}"
     facts = {
         "track hash": f"`{_text(board.track_hash)}`",
         "base model": _text(track.model.id)
         + (f", revision {_text(track.model.revision)}" if track.model.revision else ""),
         "its weights, SHA-256": ", ".join(f"`{_text(w)}`" for w in weights) or "–",
         "arithmetic": _text(track.model.dtype + (f", autocast {track.model.autocast}" if track.model.autocast else "")),
-        "sampler": f"{s.steps} steps, eta {s.eta:g}, guidance {s.guidance:g}",
+        "sampler": f"{s.steps} steps, {noise}, guidance {s.guidance:g}",
         "LoRA": lora,
         "budget of a run": f"{b.reward_queries} reward queries; {b.prompts_per_round} prompts × {b.samples_per_prompt} samples a round",
         "prompts": f"{len(p.train)} train, {len(p.validation)} validation, {len(p.heldout)} held-out × "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench_dfusion import files, lora, samplers
 from bench_dfusion.models.base import Adapter, Conditioning, guided
-from bench_dfusion.samplers import Schedule
+from bench_dfusion.samplers import Levels, Schedule
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Policy:
     """A pipeline's network as a policy.
 
     adapter    how the pipeline's family answers (see `models/base.py`)
-    steps, eta, guidance   the sampler: T, DDIM's eta in (0, 1], the guidance scale (1: one branch)
+    steps, eta, guidance   the sampler: T, its noise in (0, 1] (None: the family's own), the guidance scale (1: one branch)
     rank, alpha   the LoRA's; targets are the family's attention projections unless given; `config` goes before all three
     batch      samples in one call of the network; a fixed shape where bit-equality is promised
     autocast   dtype of the network's arithmetic, None for its own; log-probs are float32 in any case
@@ -81,7 +81,7 @@ class Policy:
         adapter: Adapter,
         *,
         steps: int,
-        eta: float = 1.0,
+        eta: float | None = None,
         guidance: float = 1.0,
         rank: int = 4,
         alpha: float | None = None,
@@ -94,8 +94,9 @@ class Policy:
     ):
         self.adapter, self.guidance, self.batch, self.autocast = adapter, guidance, batch, autocast
         self.device = torch.device(device)
-        self.schedule: Schedule = samplers.ddim_schedule(adapter.scheduler, steps, eta).to(self.device)
-        self.alphas_cumprod = adapter.scheduler.alphas_cumprod.float().to(self.device)
+        self.schedule: Schedule = adapter.schedule(steps, eta).to(self.device)
+        self.levels: Levels = adapter.levels().to(self.device)
+        self.branches = 1 if guidance == 1 or adapter.distilled else 2
         self.network_evaluations = 0  # forwards of one sample through one branch
         self._encoded: dict[str, Conditioning] = {}
         config = config or LoraConfig(
@@ -117,22 +118,27 @@ class Policy:
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of prompts, each encoded once and alone; with guidance the unconditional half first."""
-        new = [p for p in dict.fromkeys([*prompts, *([""] if self.guidance != 1 else [])]) if p not in self._encoded]
+        new = [p for p in dict.fromkeys([*prompts, *[""] * (self.branches - 1)]) if p not in self._encoded]
         if new:
             with self.adapter.encoding(self.device):
                 for prompt in new:  # each alone: in a batch its last bits depend on the others, and so on what resumed
                     encoded = self.adapter.encode([prompt])
                     self._encoded[prompt] = {k: v[0].to(self.device) for k, v in encoded.items()}
-        wanted = [""] * len(prompts) * (self.guidance != 1) + list(prompts)
-        return {k: torch.stack([self._encoded[p][k] for p in wanted]) for k in self._encoded[wanted[0]]}
+        wanted = [""] * len(prompts) * (self.branches - 1) + list(prompts)
+        conditioning = {k: torch.stack([self._encoded[p][k] for p in wanted]) for k in self._encoded[wanted[0]]}
+        if self.adapter.distilled:
+            conditioning["guidance"] = torch.full((len(prompts),), self.guidance, device=self.device)
+        return conditioning
 
     # the Gaussian step
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
         """The guided output in float32 for x_t [B, ...] at training timesteps [B]."""
-        self.network_evaluations += len(x_t) * (1 if self.guidance == 1 else 2)
+        self.network_evaluations += len(x_t) * self.branches
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return guided(self.adapter, x_t, timestep, self.condition(prompts), self.guidance)
+            return guided(
+                self.adapter, x_t, timestep, self.condition(prompts), self.guidance if self.branches == 2 else 1
+            )
 
     def mean(self, x_t: Tensor, step: Tensor, prompts: Sequence[str]) -> Tensor:
         """mu_theta [B, ...] of the next latent; `step` [B] indexes the schedule, 0 the noisiest."""

@@ -1,15 +1,16 @@
 """Step mathematics of the denoising process as a policy: pure functions on tensors.
 
-DDIM with eta > 0 (Song et al. 2020, eqs. 12 and 16) is a Gaussian policy for every step, as in DDPO
-(Black et al. 2023, §4.2): x_s ~ N(mu_theta(x_t), sigma_t^2 I).
+Every latent is x_t = signal · x_0 + noise · epsilon, and every step a Gaussian x_s ~ N(mu_theta(x_t), std^2 I) with
+mu = signal_s · x_0 + direction · epsilon, of what the network says of x_0 and epsilon. DDIM with eta > 0
+(Song et al. 2020, eqs. 12 and 16; as a policy Black et al. 2023, §4.2) and Flow-GRPO's SDE (Liu et al. 2025) differ in the coefficients alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,29 +19,56 @@ MIN_STD = 1e-4  # below it a step counts as deterministic and has no log-prob
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The steps a sampler takes, noisiest first; every tensor is float32 or int64 of shape [T].
+class Levels:
+    """Noise levels: tensors of shape [N], float32 but for DDPM's timesteps, which are int64.
 
-    `alpha_t`, `alpha_s` are the cumulative products before and after the step, `std` its sigma_t.
+    timesteps      what the network is told
+    signal, noise  x_t = signal · x_0 + noise · epsilon
+    time           the place on the way from pictures to noise, in (0, 1]
+    prediction_type   what the network predicts: "epsilon", "v_prediction" (Salimans & Ho 2022) or "velocity", epsilon - x_0
     """
 
     timesteps: Tensor
-    alpha_t: Tensor
-    alpha_s: Tensor
-    std: Tensor
+    signal: Tensor
+    noise: Tensor
+    time: Tensor
     prediction_type: str
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def to(self, device: torch.device) -> Self:
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in own.items()}
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class Schedule(Levels):
+    """The levels that a sampler's T steps start from, noisiest first, and where each step goes.
+
+    signal_s, direction  the mean of x_s is signal_s · x_0 + direction · epsilon
+    std                  its standard deviation
+    size                 the time that the step crosses
+    """
+
+    signal_s: Tensor
+    direction: Tensor
+    std: Tensor
+    size: Tensor
 
     @property
     def stochastic(self) -> Tensor:
         """Which steps [T] have a density."""
         return self.std > MIN_STD
 
-    def to(self, device: torch.device) -> Schedule:
-        t, a_t, a_s, std = (x.to(device) for x in (self.timesteps, self.alpha_t, self.alpha_s, self.std))
-        return Schedule(t, a_t, a_s, std, self.prediction_type)
+
+def ddpm_levels(scheduler: Any) -> Levels:
+    """The training timesteps of a diffusers scheduler over discrete betas, the cleanest first (Ho et al. 2020)."""
+    alpha = scheduler.alphas_cumprod.float().cpu()
+    t = torch.arange(len(alpha))
+    time = (t + 1) / len(alpha)
+    return Levels(t, alpha.sqrt(), (1 - alpha).sqrt(), time, scheduler.config.get("prediction_type", "epsilon"))
 
 
 def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
@@ -75,38 +103,73 @@ def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
         )
     after = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])
     a_t, a_s = cumulative[timesteps], cumulative[after]
-    std = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).clamp(min=0).sqrt()
-    return Schedule(timesteps, a_t.float(), a_s.float(), std.float(), prediction)
+    std = (eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).clamp(min=0).sqrt()).float()
+    a_t, a_s, total = a_t.float(), a_s.float(), len(cumulative)
+    return Schedule(
+        timesteps,
+        signal=a_t.sqrt(),
+        noise=(1 - a_t).sqrt(),
+        time=(timesteps + 1) / total,
+        prediction_type=prediction,
+        signal_s=a_s.sqrt(),
+        direction=(1 - a_s - std**2).clamp(min=0).sqrt(),
+        std=std,
+        size=(timesteps - after) / total,
+    )
+
+
+def flow_levels(sigmas: Tensor, timesteps: Tensor) -> Levels:
+    """The levels of flow matching at `sigmas` [N], noisiest first as given: x_t = (1 - sigma) x_0 + sigma epsilon."""
+    sigmas = sigmas.float()
+    return Levels(timesteps.float(), 1 - sigmas, sigmas, sigmas, "velocity")
+
+
+def flow_schedule(sigmas: Tensor, timesteps: Tensor, noise_level: float) -> Schedule:
+    """Flow-GRPO's SDE (Liu et al. 2025, 2505.05470) over `sigmas` [T + 1] from noise to pictures.
+
+    With t = sigmas[i], dt = sigmas[i + 1] - t < 0 and s = a sqrt(t / (1 - t)), a the noise level (published: 0.7):
+    mu = x_t (1 + s² dt / 2t) + v (1 + s² (1 - t) / 2t) dt and std = s sqrt(-dt). Since epsilon = x_t + (1 - t) v
+    that is (1 - t - dt) x_0 + (t + dt - std² / 2t) epsilon. At t = 1 the next sigma stands in s, as in their code.
+    The last step goes to x_0 itself and has no noise, which would stay in the picture (0.1 in FLUX's 20 steps).
+    Raises ValueError where the sigmas do not fall or the noise level is not in (0, 1].
+    """
+    if not 0 < noise_level <= 1:
+        raise ValueError(f"eta must be in (0, 1], not {noise_level}: at 0 the sampler is deterministic and no policy")
+    sigmas = sigmas.double().cpu()
+    t, after = sigmas[:-1], sigmas[1:]
+    if not ((t > after).all() and t[0] <= 1 and after[-1] == 0):
+        raise ValueError(f"a flow's sigmas fall from at most 1 to 0, and these are {sigmas.tolist()}")
+    size = t - after
+    std = noise_level * (t / (1 - torch.where(t == 1, after, t)) * size).sqrt() * (after > 0)
+    levels = flow_levels(t, timesteps.cpu())
+    rest: dict[str, Any] = {"signal_s": 1 - after, "direction": after - std**2 / (2 * t), "std": std, "size": size}
+    return Schedule(**vars(levels), **{k: v.float() for k, v in rest.items()})
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def predict_clean(schedule: Schedule, step: Tensor, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_0, epsilon) that a network's output says, both shaped like x_t [B, ...]; `step` [B] are step indices."""
-    clean = clean_from_output(schedule.alpha_t, step, x_t, output, schedule.prediction_type)
-    if schedule.prediction_type == "epsilon":
-        return clean, output
-    a = _column(schedule.alpha_t[step], x_t)
-    return clean, a.sqrt() * output + (1 - a).sqrt() * x_t
+def _at(levels: Levels, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(signal, noise) at levels `index` [B], to be multiplied with tensors shaped like `like` [B, ...]."""
+    return _column(levels.signal[index], like), _column(levels.noise[index], like)
 
 
-def clean_from_output(alphas_cumprod: Tensor, t: Tensor, x_t: Tensor, output: Tensor, prediction_type: str) -> Tensor:
-    """x_0 that a network's output (epsilon or v) says at x_t [B, ...]; `t` [B] indexes `alphas_cumprod`."""
-    a = _column(alphas_cumprod[t], x_t)
-    if prediction_type == "epsilon":
-        return (x_t - (1 - a).sqrt() * output) / a.sqrt()
-    return a.sqrt() * x_t - (1 - a).sqrt() * output
+def predict_clean(levels: Levels, index: Tensor, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_0, epsilon) that a network's output says at levels `index` [B], both shaped like x_t [B, ...]."""
+    signal, noise = _at(levels, index, x_t)
+    if levels.prediction_type == "epsilon":
+        return (x_t - noise * output) / signal, output
+    if levels.prediction_type == "velocity":
+        return x_t - noise * output, x_t + signal * output
+    return signal * x_t - noise * output, signal * output + noise * x_t
 
 
 def step_mean(schedule: Schedule, step: Tensor, x_t: Tensor, output: Tensor) -> Tensor:
-    """mu_theta of x_s given x_t [B, ...] and the network's (guided) output, in float32 (Song et al. eq. 12)."""
+    """mu_theta of x_s given x_t [B, ...] and the network's (guided) output, in float32; `step` [B] are step indices."""
     x_t, output = x_t.float(), output.float()
     clean, epsilon = predict_clean(schedule, step, x_t, output)
-    a_s = _column(schedule.alpha_s[step], x_t)
-    std = _column(schedule.std[step], x_t)
-    return a_s.sqrt() * clean + (1 - a_s - std**2).clamp(min=0).sqrt() * epsilon
+    return _column(schedule.signal_s[step], x_t) * clean + _column(schedule.direction[step], x_t) * epsilon
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -127,18 +190,20 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
     return ((mean - other) ** 2).flatten(1).mean(1) / (2 * safe**2) * (std > MIN_STD)
 
 
-def add_noise(alphas_cumprod: Tensor, t: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """The forward process: sqrt(a_t) x_0 + sqrt(1 - a_t) eps, `t` [B] training timesteps."""
-    a = _column(alphas_cumprod[t], clean)
-    return a.sqrt() * clean + (1 - a).sqrt() * noise
+def add_noise(levels: Levels, index: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+    """The forward process x_t = signal · x_0 + noise · epsilon at levels `index` [B]."""
+    a, b = _at(levels, index, clean)
+    return a * clean + b * noise
 
 
-def training_target(alphas_cumprod: Tensor, t: Tensor, clean: Tensor, noise: Tensor, prediction_type: str) -> Tensor:
-    """What the network should output at (t, noise): epsilon, or v = sqrt(a) eps - sqrt(1 - a) x_0."""
-    if prediction_type == "epsilon":
+def training_target(levels: Levels, index: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+    """What the network should output there: epsilon, v = signal · epsilon - noise · x_0, or the velocity epsilon - x_0."""
+    if levels.prediction_type == "epsilon":
         return noise
-    a = _column(alphas_cumprod[t], clean)
-    return a.sqrt() * noise - (1 - a).sqrt() * clean
+    if levels.prediction_type == "velocity":
+        return noise - clean
+    a, b = _at(levels, index, clean)
+    return a * noise - b * clean
 
 
 def sample_noise(seeds: Tensor, steps: int, shape: tuple[int, ...]) -> Tensor:

@@ -27,12 +27,29 @@ class ModelSection(Section):
     )
     dtype: str = Field("float32", description="dtype of the frozen weights: float32, bfloat16 or float16")
     autocast: str | None = Field(None, description="dtype of the network's arithmetic; None: its own")
+    resolution: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda value: value is None,  # tracks from before it keep their hash
+        description="side of the pictures (pixels); None: the model's own",
+    )
 
 
 class SamplerSection(Section):
     steps: int = Field(ge=1, description="denoising steps T (count)")
-    eta: float = Field(1.0, gt=0, le=1, description="DDIM's eta: share of the ancestral noise, in (0, 1]")
-    guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale w; 1: no second branch")
+    eta: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="the sampler's noise, in (0, 1]: DDIM's eta, the share of the ancestral noise (None: 1), or the noise "
+        "level a of a flow's SDE (None: 0.7, Flow-GRPO's)",
+    )
+    guidance: float = Field(
+        1.0,
+        ge=0,
+        description="classifier-free guidance scale w; 1: no second branch. Networks distilled for guidance are told it "
+        "and never have one",
+    )
 
 
 class LoraSection(Section):

@@ -48,6 +48,22 @@ def sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 3.5."""
+    from tiny import tiny_sd3
+
+    return tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def flux_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1-dev; its pictures are 256 pixels wide unless a resolution is given."""
+    from tiny import tiny_flux
+
+    return tiny_flux(tmp_path_factory.mktemp("tiny") / "flux")
+
+
+@pytest.fixture(scope="session")
 def pixart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny PixArt of the embedded model's classes."""
     from tiny import tiny_pixart

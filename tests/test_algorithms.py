@@ -394,7 +394,7 @@ def test_winner_and_loser_share_level_and_noise_and_rows_do_not():
     ((noised, t),) = network.calls
     t_w, t_l = t.chunk(2)
     assert torch.equal(t_w, t_l) and torch.equal(t_w, rows["t"]) and len(rows["t"]) == 8 * 3
-    a = policy.alphas_cumprod[t].view(-1, 1, 1, 1)
+    a = policy.adapter.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     clean = samples.samples.trajectory.final[torch.cat([rows["winner"], rows["loser"]])]
     noise_w, noise_l = ((noised - a.sqrt() * clean) / (1 - a).sqrt()).chunk(2)
     seen = t_w > 100  # at the cleanest levels the subtraction leaves rounding alone
@@ -411,7 +411,7 @@ def test_diffusion_dpos_value_is_that_of_the_paper():
     ((noised, t),) = network.calls
     both = torch.cat([rows["winner"], rows["loser"]])
     prompts = [samples.samples.prompts[i] for i in both.tolist()]
-    clean, a = samples.samples.trajectory.final[both], policy.alphas_cumprod[t].view(-1, 1, 1, 1)
+    clean, a = samples.samples.trajectory.final[both], policy.adapter.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     # In x_0 the v-prediction's error is the clean one's: v - v' = (x_0' - x_0) / sqrt(1 - a).
     errors = []
     for p in (policy, base):

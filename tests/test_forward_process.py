@@ -230,12 +230,12 @@ def test_rewards_that_are_alike_have_no_advantage_whatever_their_mean_rounds_to(
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_clean_latent_is_found_in_the_output_that_is_right(prediction):
-    cumulative, g = ddim().alphas_cumprod, generator()
+    levels, g = samplers.ddpm_levels(ddim(prediction_type=prediction)), generator()
     clean, noise = torch.randn(2, 5, 2, 3, 3, generator=g)
     t = torch.tensor([0, 10, 400, 800, 999])
-    x_t = samplers.add_noise(cumulative, t, clean, noise)
-    output = samplers.training_target(cumulative, t, clean, noise, prediction)
-    found = samplers.clean_from_output(cumulative, t, x_t, output, prediction)
+    x_t = samplers.add_noise(levels, t, clean, noise)
+    output = samplers.training_target(levels, t, clean, noise)
+    found, _ = samplers.predict_clean(levels, t, x_t, output)
     torch.testing.assert_close(found, clean, rtol=1e-3, atol=1e-4)
 
 
@@ -519,7 +519,7 @@ def test_groups_share_level_and_noise_and_may_differ_in_size():
     algorithm.loss(policy, samples, rows)
     ((x_t, t),) = network.calls
     assert t.tolist() == [int(rows["t"][i]) for i in (0, 0, 0, 1, 1, 1, 2, 2, 3, 3)]
-    a = policy.alphas_cumprod[t].view(-1, 1, 1, 1)
+    a = policy.adapter.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     clean = drawn.trajectory.final[[4, 3, 2, 4, 3, 2, 1, 0, 1, 0]]
     noise = (x_t - a.sqrt() * clean) / (1 - a).sqrt()
     groups = [noise[0:3], noise[3:6], noise[6:8], noise[8:10]]

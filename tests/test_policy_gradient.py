@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig
 from bench_dfusion.algorithms.dpok import DPOK, DPOKConfig
-from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig, step_sizes
+from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig
 from fakes import ddim, draw, fake_policy, shake, with_targets
 from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, round_of, slope_along_the_gradient
 from torch.distributions import Normal, kl_divergence
@@ -64,7 +64,12 @@ class Toy:
 
     device = torch.device("cpu")
     schedule = samplers.Schedule(
-        torch.tensor([600, 200]), torch.ones(2), torch.ones(2), torch.tensor([0.5, 1.0]), "epsilon"
+        torch.tensor([600, 200]),
+        *[torch.ones(2)] * 3,
+        "epsilon",
+        *[torch.ones(2)] * 2,
+        torch.tensor([0.5, 1.0]),
+        torch.ones(2),
     )
 
 
@@ -159,8 +164,9 @@ def test_a_group_is_the_prompts_targets_and_bases_whatever_was_drawn_before():
 def test_step_sizes_add_up_to_the_first_timestep():
     policy = fake_policy(steps=5)
     assert policy.schedule.timesteps.tolist() == [999, 799, 599, 399, 199]
-    torch.testing.assert_close(step_sizes(policy), torch.tensor([0.2, 0.2, 0.2, 0.2, 0.199]))
-    assert step_sizes(fake_policy(steps=4, scheduler=ddim(timestep_spacing="leading"))).tolist() == [0.25] * 3 + [0.0]
+    torch.testing.assert_close(policy.schedule.size, torch.tensor([0.2, 0.2, 0.2, 0.2, 0.199]))
+    leading = fake_policy(steps=4, scheduler=ddim(timestep_spacing="leading"))
+    assert leading.schedule.size.tolist() == [0.25] * 3 + [0.0]
 
 
 # --- against torch.distributions
@@ -188,7 +194,7 @@ def test_the_kl_is_that_of_the_steps_gaussians_to_the_base(name):
 def test_the_kls_part_of_a_loss_and_of_its_gradient(name):
     policy, _, samples, algorithm, rows = moved(name, step_weight="sigma")
     without = ALGORITHMS[name](step_weight="sigma", kl=0.0)
-    size = 1.0 if name in ("dpok", "dpok score", "grpo exact") else step_sizes(policy)[rows["step"]]
+    size = 1.0 if name in ("dpok", "dpok score", "grpo exact") else policy.schedule.size[rows["step"]]
     expected = (0.5 * rows["weight"] * size * kl(policy, fake_policy(), samples, rows)).mean()
     expected.backward()
     part = gradient(policy)
@@ -216,7 +222,7 @@ def test_grpo_guards_ratio_is_linear_in_the_move_and_of_mean_1_for_drawn_samples
     before, now = gaussians(old, samples, rows), gaussians(policy, samples, rows)
     z = (x_s - before.mean) / before.stddev
     log_ratio = (z * (now.mean - before.mean)).mean((1, 2, 3))
-    expected = -rows["advantage"] * log_ratio.exp() / step_sizes(policy)[rows["step"]]  # nothing is clipped at .9
+    expected = -rows["advantage"] * log_ratio.exp() / policy.schedule.size[rows["step"]]  # nothing is clipped at .9
     assert log_ratio.abs().max() < 0.5 and log_ratio.std() > 1e-3
     torch.testing.assert_close(algorithm.loss(policy, samples, rows).value, expected.mean(), rtol=1e-3, atol=1e-3)
 
@@ -259,7 +265,7 @@ def test_the_first_gradient_is_the_on_policy_one(name, side):
     _, found = loss_and_gradient(policy, samples, algorithm, rows)
     weight = rows["weight"]
     if name == "grpo guard":  # whose steps weigh sigma_t / -dt
-        weight = weight * policy.schedule.std[rows["step"]] / step_sizes(policy)[rows["step"]]
+        weight = weight * policy.schedule.std[rows["step"]] / policy.schedule.size[rows["step"]]
     log_prob = gaussians(policy, samples, rows).log_prob(
         samples.samples.trajectory.latents[rows["row"], rows["step"] + 1]
     )

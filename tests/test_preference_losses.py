@@ -231,8 +231,8 @@ def log_ratios(name, policy, samples, rows):
     noise = samplers.sample_noise(rows["noise"], 0, (2, 2, 2))[:, 0]
     for side in (rows["winner"], rows["loser"]):
         clean, prompts = trajectory.final[side], [trajectory.prompts[i] for i in side.tolist()]
-        x_t = samplers.add_noise(policy.alphas_cumprod, rows["t"], clean, noise)
-        v = samplers.training_target(policy.alphas_cumprod, rows["t"], clean, noise, "v_prediction")
+        x_t = samplers.add_noise(policy.levels, rows["t"], clean, noise)
+        v = samplers.training_target(policy.levels, rows["t"], clean, noise)
         own, ref = (((p.predict(x_t, rows["t"], prompts) - v) ** 2).mean((1, 2, 3)).detach() for p in (policy, base))
         found.append((ref - own) / 2)
     return found
@@ -447,7 +447,7 @@ def by_hand(name, policy, samples, rows, mu):
             sides.append(factor * (policy.mean(x_t, step, prompts) - x_s))
         else:
             noise = samplers.sample_noise(rows["noise"], 0, (2, 2, 2))[:, 0]
-            x_t = samplers.add_noise(policy.alphas_cumprod, rows["t"], trajectory.final[side], noise)
+            x_t = samplers.add_noise(policy.levels, rows["t"], trajectory.final[side], noise)
             sides.append(policy.predict(x_t, rows["t"], prompts) - noise)
     g_w, g_l = (s.detach() for s in sides)
     along = float((g_w * g_l).sum())

@@ -53,7 +53,7 @@ def test_where_the_spacing_does_not_divide_the_next_timestep_is_the_schedules(pr
     schedule = ddim_schedule(scheduler, 6, 1.0)
     after = [*schedule.timesteps[1:].tolist(), 0]
     assert [t - 1000 // 6 for t in schedule.timesteps.tolist()] != after
-    torch.testing.assert_close(schedule.alpha_s, scheduler.alphas_cumprod[after])
+    torch.testing.assert_close(schedule.signal_s**2, scheduler.alphas_cumprod[after])
     x_t, output = noise(2, 1, 3, 3), noise(2, 1, 3, 3, seed=1)
     differs = []
     for i, t in enumerate(scheduler.timesteps):
@@ -79,8 +79,8 @@ def test_a_schedule_and_a_step_by_hand():
         ddim(num_train_timesteps=2, trained_betas=[0.36, 0.609375], prediction_type="epsilon"), 2, 1
     )
     assert schedule.timesteps.tolist() == [1, 0]
-    torch.testing.assert_close(schedule.alpha_t, torch.tensor([0.25, 0.64]))
-    torch.testing.assert_close(schedule.alpha_s, torch.tensor([0.64, 0.64]))
+    torch.testing.assert_close(schedule.signal, torch.tensor([0.5, 0.8]))
+    torch.testing.assert_close(schedule.signal_s, torch.tensor([0.8, 0.8]))
     # sigma^2 = (.36 / .75) (1 - .25 / .64) = .48 * .609375 = .2925; then 0.
     torch.testing.assert_close(schedule.std, torch.tensor([0.5408327, 0.0]))
     # x_t = 1, epsilon = .5: x_0 = (1 - .8660254 * .5) / .5 = 1.1339746;
@@ -108,12 +108,12 @@ def test_a_step_from_timestep_0_is_deterministic_masked_and_without_density(spac
 
 def test_zero_terminal_snr_works_with_v_prediction():
     schedule = ddim_schedule(ddim(rescale_betas_zero_snr=True), 5, 1.0)
-    assert schedule.alpha_t[0] == 0 and schedule.std.isfinite().all()
+    assert schedule.signal[0] == 0 and schedule.std.isfinite().all()
     # Nothing of x_0 is left in x_T: x_0 = -v, the step goes to N(sqrt(a_s) x_0, 1 - a_s) whatever x_T is.
     v = noise(2, 1, 2, 2)
     mean = samplers.step_mean(schedule, torch.tensor([0, 0]), 7 * noise(2, 1, 2, 2, seed=1), v)
-    torch.testing.assert_close(mean, -schedule.alpha_s[0].sqrt() * v, rtol=1e-5, atol=5e-3)
-    torch.testing.assert_close(schedule.std[0], (1 - schedule.alpha_s[0]).sqrt())
+    torch.testing.assert_close(mean, -schedule.signal_s[0] * v, rtol=1e-5, atol=5e-3)
+    torch.testing.assert_close(schedule.std[0], (1 - schedule.signal_s[0] ** 2).sqrt())
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,10 @@ def test_clean_and_noise_come_back_from_a_perfect_network(prediction):
     schedule = ddim_schedule(scheduler, 10, 1.0)
     step = torch.arange(10)
     t, clean, eps = schedule.timesteps[step], noise(10, 2, 3, 3), noise(10, 2, 3, 3, seed=1)
-    noised = samplers.add_noise(scheduler.alphas_cumprod, t, clean, eps)
+    levels = samplers.ddpm_levels(scheduler)
+    noised = samplers.add_noise(levels, t, clean, eps)
     torch.testing.assert_close(noised, scheduler.add_noise(clean, eps, t))
-    target = samplers.training_target(scheduler.alphas_cumprod, t, clean, eps, prediction)
+    target = samplers.training_target(levels, t, clean, eps)
     if prediction == "v_prediction":
         torch.testing.assert_close(target, scheduler.get_velocity(clean, eps, t))
     found = samplers.predict_clean(schedule, step, noised, target)

@@ -14,15 +14,22 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from fakes import shake
+from t5 import t5_tokenizer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from bench_dfusion.micro import pretrain
 from bench_dfusion.models.loading import load_adapter
@@ -135,9 +142,73 @@ def tiny_pixart(folder: Path) -> Path:
     return folder
 
 
+def tiny_sd3(folder: Path) -> Path:
+    """Stable Diffusion 3.5 in small: three joint blocks, the first with a second attention of the picture alone, and
+    normed queries and keys; a static shift."""
+    with _seeded():
+        network = SD3Transformer2DModel(
+            sample_size=16,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=12 + 12,
+            in_channels=4,
+            out_channels=4,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        _sharpen(network)
+        pipe = StableDiffusion3Pipeline(
+            transformer=network,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_autoencoder(scaling_factor=1.5, shift_factor=0.06),
+            text_encoder=CLIPTextModelWithProjection(_text_config(16, projection_dim=12)),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(12, hidden_act="gelu", projection_dim=12)),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=_t5(32),
+            tokenizer_3=t5_tokenizer(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_flux(folder: Path) -> Path:
+    """FLUX.1-dev in small: two double and two single blocks, told the guidance scale; a shift by the picture's size."""
+    with _seeded():
+        network = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        )
+        _sharpen(network)
+        pipe = FluxPipeline(
+            transformer=network,
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                shift=3.0, use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256
+            ),
+            vae=_autoencoder(scaling_factor=0.36, shift_factor=0.11),
+            text_encoder=CLIPTextModel(_text_config(16)),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=_t5(32),
+            tokenizer_2=t5_tokenizer(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
 def policy_of(folder: Path, lora: float = 0.1, **options: Any) -> Policy:
     """The policy of a saved pipeline, its LoRA moved off zero by `lora`; `options` are the Policy's."""
-    adapter, _ = load_adapter(ModelSection(id=str(folder)))
+    adapter, _ = load_adapter(ModelSection(id=str(folder), resolution=options.pop("resolution", None)))
     policy = Policy(adapter, **{"steps": 4, **options})
     if lora:
         shake(policy, lora)
@@ -172,7 +243,7 @@ def _text_config(width: int, **options: Any) -> CLIPTextConfig:
     )
 
 
-def _autoencoder() -> AutoencoderKL:
+def _autoencoder(**options: float) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -180,7 +251,15 @@ def _autoencoder() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        **options,
     )
+
+
+def _t5(width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config)
 
 
 @contextmanager
@@ -193,6 +272,11 @@ def _seeded() -> Iterator[None]:
 def _sharpen(network: nn.Module) -> None:
     """Attention of fresh weights is all but uniform and adds little: give it contrast and weight."""
     for module in network.modules():
-        if isinstance(module, Attention):
-            for layer, factor in ((module.to_q, 3), (module.to_k, 3), (module.to_v, 2), (module.to_out[0], 2)):
-                layer.weight.data.mul_(factor)
+        if isinstance(module, Attention | FluxAttention):
+            names = {"to_q": 3, "to_k": 3, "to_v": 2, "add_k_proj": 3, "add_q_proj": 3, "norm_q": 3, "norm_k": 3}
+            for name, factor in names.items():
+                layer = getattr(module, name, None)
+                if getattr(layer, "weight", None) is not None:
+                    layer.weight.data.mul_(factor)
+            for layer in list(getattr(module, "to_out", None) or [])[:1]:
+                layer.weight.data.mul_(2)

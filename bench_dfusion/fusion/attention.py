@@ -2,8 +2,9 @@
 
 Keys and values are taken, and replaced, where the projections `to_k` and `to_v` return them, by forward
 hooks: this is before the split into heads, so one row is one position's key for all heads, and it holds
-for every attention processor and for LoRA on the projections. Cross-attention probabilities exist only
-inside the processor, so those layers get a processor that computes them in the open.
+for every attention processor and for LoRA on the projections. Probabilities of cross-attention, or of the
+picture's part of joint attention, exist only inside the processor, so those layers get one that computes them in
+the open.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 from bench_dfusion.models.base import Adapter
 
 
-class OpenCrossAttention:
-    """A processor for diffusers' `Attention` that computes softmax(q k^T) itself and keeps the head average.
+class OpenAttention:
+    """A processor that runs a layer's own and keeps how the layer attends from the picture to the text.
 
-    Kept are only layers whose queries are `positions` many; other layers run their own processor.
+    Kept are only layers whose queries are `positions` many.
     """
 
-    def __init__(self, kept: list[Tensor], positions: int, original: Any):
-        self.kept, self.positions, self.original = kept, positions, original
+    def __init__(self, adapter: Adapter, kept: list[Tensor], positions: int, original: Any):
+        self.adapter, self.kept, self.positions, self.original = adapter, kept, positions, original
 
     def __call__(
         self,
@@ -33,37 +34,24 @@ class OpenCrossAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *args: Any,
+        image_rotary_emb: Any = None,
         **kwargs: Any,
-    ) -> Tensor:
-        result = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+    ) -> Any:
+        rotary = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
+        result = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **rotary, **kwargs)
         if hidden_states.ndim == 3 and hidden_states.shape[1] == self.positions and encoder_hidden_states is not None:
-            self.kept.append(self.probabilities(attn, hidden_states, encoder_hidden_states, attention_mask))
+            where = hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            self.kept.append(self.adapter.attention_map(attn, *where))
         return result
-
-    @staticmethod
-    def probabilities(attn: Any, hidden: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention probabilities averaged over heads: [B, positions, tokens], float32."""
-        if attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
-        query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        key = attn.to_k(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        scores = (query.float() @ key.float().transpose(-1, -2)) * attn.scale
-        if mask is not None:
-            scores = scores + mask.float().view(len(hidden), 1, 1, -1)
-        return scores.softmax(-1).mean(1)
 
 
 class Taps:
     """What is wired into a network while D-Fusion builds: recording of a reference, fusing of a target.
 
-    Inside `recording()`, a forward leaves `keys_values` {layer: (K, V)}, each [B', positions, D], and `maps`
-    [B', positions, tokens], the cross-attention probabilities averaged over heads and layers (B' counts both
-    guidance branches, unconditional first). Inside `fusing(keys_values, masks)`, fused layers use the
+    Inside `recording()`, a forward leaves `keys_values` {layer: (K, V)}, each [B', rows, D] with one row for each
+    position (and before them for each text token, where the layer attends to both), and `maps` [B', positions, tokens],
+    the probabilities from picture to text averaged over heads and layers (B' counts both guidance branches,
+    unconditional first). Inside `fusing(keys_values, masks)`, fused layers use the
     recorded keys and values where the mask is 1 and their own elsewhere.
     """
 
@@ -102,7 +90,7 @@ class Taps:
         handles = []
         try:
             for name, module in cross.items():
-                module.processor = OpenCrossAttention(self._kept, self.positions, originals[name])
+                module.processor = OpenAttention(self.adapter, self._kept, self.positions, originals[name])
             for name, module in self.modules.items():
                 for which in ("k", "v"):
                     handles.append(getattr(module, f"to_{which}").register_forward_hook(keep(name, which)))
@@ -120,7 +108,8 @@ class Taps:
 
         def fuse(recorded: Tensor) -> Any:
             def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                inside = resize_mask(mask, output.shape[1])[..., None].bool()
+                text = self.adapter.text_rows(output.shape[1])
+                inside = nn.functional.pad(resize_mask(mask, output.shape[1] - text), (text, 0))[..., None].bool()
                 return torch.where(inside, recorded.to(output.dtype), output)
 
             return hook

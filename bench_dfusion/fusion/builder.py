@@ -137,10 +137,9 @@ class DFusion(Builder):
             conditional = taps.maps[-len(unique) :]  # the second half of both branches, or all of one
             mask = self.mask(conditional, tokens)[which]
             total += mask
-            branches = 1 if policy.guidance == 1 else 2
-            both = torch.cat([which + b * len(unique) for b in range(branches)])
+            both = torch.cat([which + b * len(unique) for b in range(policy.branches)])
             keys_values = {name: (k[both], v[both]) for name, (k, v) in taps.keys_values.items()}
-            with taps.fusing(keys_values, mask.repeat(branches, 1)):
+            with taps.fusing(keys_values, mask.repeat(policy.branches, 1)):
                 return policy.mean(x_t, step, prompts)
 
         latents, log_probs = policy.denoise(noise[:, 0], noise[:, 1:], prompts, fused_mean)
@@ -162,12 +161,20 @@ class DFusion(Builder):
         return Taps(policy.adapter, layers, self.config.map_side or policy.adapter.map_side())
 
     def _tokens(self, policy: Policy, prompt: str) -> list[list[int]]:
+        """For each item the columns of the attention maps that name it, in every stretch of the text."""
         by_hand = (self.config.items or {}).get(prompt)
         adapter = policy.adapter
-        return item_tokens(
-            adapter.text(prompt),
-            adapter.tokenizer,
-            items=by_hand,
-            attributes=self.config.attributes,
-            max_length=adapter.text_length,
-        )
+        parts = [
+            [
+                [part.start + i for i in tokens]
+                for tokens in item_tokens(
+                    adapter.text(prompt),
+                    part.tokenizer,
+                    items=by_hand,
+                    attributes=self.config.attributes,
+                    max_length=part.length,
+                )
+            ]
+            for part in adapter.text_parts()
+        ]
+        return [[i for places in item for i in places] for item in zip(*parts, strict=True)]

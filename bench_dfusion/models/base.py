@@ -7,15 +7,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from bench_dfusion import samplers
+from bench_dfusion.models import schedulers
+from bench_dfusion.samplers import Levels, Schedule
 from bench_dfusion.track import MemorySection
 
 Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first
+
+
+class TextPart(NamedTuple):
+    """A stretch of the text tokens that a network attends to: what made them, how many (padding included), where."""
+
+    tokenizer: Any
+    length: int
+    start: int
 
 
 class Adapter(ABC):
@@ -28,6 +39,7 @@ class Adapter(ABC):
     pipelines: ClassVar[tuple[str, ...]]  # names of the diffusers classes served
     network_name: ClassVar[str]  # the pipeline's attribute: "unet", "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    distilled = False  # whether the network is told the guidance scale and needs no unconditional branch
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -40,20 +52,63 @@ class Adapter(ABC):
         # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
         self.offload_text = False
+        self._latent_side: int | None = None
         vae = getattr(pipe, "vae", None)
         if vae is not None and getattr(vae.config, "force_upcast", False):
             vae.float()  # it overflows in float16, so the checkpoint says
 
+    # the process
+
+    @staticmethod
+    def read_scheduler(scheduler: Any) -> Any:
+        """The scheduler of a checkpoint in the class that the steps are read from. Raises UsageError."""
+        return schedulers.ddim_like(scheduler)
+
+    def schedule(self, steps: int, eta: float | None) -> Schedule:
+        """The sampler's steps; `eta` None is the family's default (DDIM: 1). Raises ValueError."""
+        return samplers.ddim_schedule(self.scheduler, steps, 1.0 if eta is None else eta)
+
+    def levels(self) -> Levels:
+        """The noise levels of training, the cleanest first."""
+        return samplers.ddpm_levels(self.scheduler)
+
+    # latents and text
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of one latent at the model's own resolution."""
-        config: Any = self.network.config
-        return (config.in_channels, config.sample_size, config.sample_size)
+        """[C, H, W] of one latent, at the model's own resolution unless `set_resolution` gave another."""
+        side = self._latent_side or self.own_latent_side
+        return (self.latent_channels, side, side)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(cast(Any, self.network.config).in_channels)
+
+    @property
+    def own_latent_side(self) -> int:
+        """The latent's side at the model's own resolution."""
+        return int(cast(Any, self.network.config).sample_size)
+
+    @property
+    def patch(self) -> int:
+        """The side of the latent's patches that the network works on."""
+        return int(getattr(self.network.config, "patch_size", 1))
+
+    def set_resolution(self, pixels: int) -> None:
+        """Pictures of another side. Raises ValueError where latents and patches do not divide it."""
+        least = self.pipe.vae_scale_factor * self.patch
+        if pixels % least:
+            raise ValueError(f"model.resolution {pixels} is no multiple of {least}, a patch of this model in pixels")
+        self._latent_side = pixels // self.pipe.vae_scale_factor
 
     @property
     def text_length(self) -> int:
         """Tokens of a prompt that the network sees, special ones included."""
         return int(self.tokenizer.model_max_length)
+
+    def text_parts(self) -> tuple[TextPart, ...]:
+        """The stretches of text tokens that attention sees, in order: those columns of the attention maps."""
+        return (TextPart(self.tokenizer, self.text_length, 0),)
 
     def text(self, prompt: str) -> str:
         """The prompt as the tokenizer receives it."""
@@ -86,7 +141,7 @@ class Adapter(ABC):
 
     @property
     def image_side(self) -> int:
-        """Pixels of a picture's side at the model's own resolution."""
+        """Pixels of a picture's side."""
         return int(self.latent_shape[-1] * self.pipe.vae_scale_factor)
 
     @torch.no_grad()
@@ -149,6 +204,32 @@ class Adapter(ABC):
         """The attention modules of a kind, "self" or "cross", by name in the network's order."""
         suffix = {"self": ".attn1", "cross": ".attn2"}[kind]
         return {name: module for name, module in self.network.named_modules() if name.endswith(suffix)}
+
+    def attention_map(
+        self, attn: Any, picture: Tensor, text: Tensor | None, mask: Tensor | None = None, rotary: Any = None
+    ) -> Tensor:
+        """How a layer of kind "cross" attends from the picture to the text: [B, positions, tokens], float32.
+
+        The probabilities of diffusers' `Attention` averaged over heads, for `picture` [B, positions, D] as queries and
+        `text` [B, tokens, D'] as keys; `mask` is added to the scores as the layer's own processor would.
+        """
+        assert text is not None
+        if attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        query = attn.to_q(picture).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        key = attn.to_k(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        scores = (query.float() @ key.float().transpose(-1, -2)) * attn.scale
+        if mask is not None:
+            scores = scores + mask.float().view(len(picture), 1, 1, -1)
+        return scores.softmax(-1).mean(1)
+
+    def text_rows(self, rows: int) -> int:
+        """How many of a fused layer's `rows` of keys are the text's, which come first and are never fused."""
+        return 0
 
     @abstractmethod
     def map_sides(self) -> tuple[int, ...]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -58,45 +56,18 @@ def load_adapter(
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype))
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = ddim_like(pipe.scheduler)
+    pipe.scheduler = adapters[name].read_scheduler(pipe.scheduler)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # never asked, and as large as a text encoder
     pipe.to(device)
     adapter = adapters[name](pipe)
+    if model.resolution is not None:
+        adapter.set_resolution(model.resolution)
     if torch.device(device).type == "cpu":
         adapter.tune_for_cpu()
     if memory is not None:
         adapter.save_memory(memory)
     return adapter, digest
-
-
-def ddim_like(scheduler: Any) -> DDIMScheduler:
-    """DDIM with the betas, prediction type and timesteps that a checkpoint's scheduler has, whatever its class.
-
-    Settings are those the class itself obeys, its defaults included: some configurations carry keys of other classes,
-    and defaults differ between classes. Raises UsageError for a scheduler that is not one over discrete betas.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    discrete = {s.name for s in KarrasDiffusionSchedulers} | {"DDIMScheduler"}
-    if name not in discrete or "sigma_data" in config:
-        raise UsageError(
-            f"the checkpoint's scheduler is a {name}: only those over discrete betas (DDIM's kin) are read"
-        )
-    for option, value in (("timestep_type", "continuous"), ("use_flow_sigmas", True)):
-        if config.get(option) == value:
-            raise UsageError(
-                f"the checkpoint's {name} has {option}={value}: only discrete timesteps over betas are read"
-            )
-    own = inspect.signature(type(scheduler).__init__).parameters
-    wanted = inspect.signature(DDIMScheduler.__init__).parameters
-    values = {key: config[key] for key in wanted if key in own and key in config}
-    values.setdefault("clip_sample", False)  # DDIM's own default is to clip
-    try:
-        return DDIMScheduler(**values)
-    except NotImplementedError:
-        raise UsageError(
-            f"the checkpoint's {name} has beta_schedule={config.beta_schedule}, which DDIM has not"
-        ) from None
 
 
 def adapters_by_pipeline() -> dict[str, type[Adapter]]:

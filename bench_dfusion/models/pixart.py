@@ -59,8 +59,7 @@ class PixArtAdapter(Adapter):
         return output[:, : latents.shape[1]]
 
     def map_sides(self) -> tuple[int, ...]:
-        config: Any = self.network.config
-        return (config.sample_size // config.patch_size,)
+        return (self.latent_shape[-1] // self.patch,)
 
     def fused_layers(self) -> tuple[str, ...]:
         """Every block: there is no encoder to leave out (measured on the embedded model: docs/micro.md)."""

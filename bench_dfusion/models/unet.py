@@ -44,7 +44,7 @@ class UNetAdapter(Adapter):
 
     def map_sides(self) -> tuple[int, ...]:
         config: Any = self.network.config
-        sides, side = [], config.sample_size
+        sides, side = [], self.latent_shape[-1]
         for kind in config.down_block_types:
             sides += [side] * ("CrossAttn" in kind)
             last, side = side, (side + 1) // 2  # the downsampler's convolution rounds up; the last block has none

@@ -30,7 +30,7 @@ class LevelsConfig(AlgorithmConfig):
 
 @dataclass
 class Noised:
-    """Final latents noised to a level: x_t = sqrt(a_t) clean + sqrt(1 - a_t) noise, all [B, C, H, W]; t [B]."""
+    """Final latents noised to levels t [B] of the policy's: x_t, clean and noise are [B, C, H, W]."""
 
     x_t: Tensor
     t: Tensor
@@ -40,12 +40,11 @@ class Noised:
 
     def output(self, policy: Policy) -> Tensor:
         """The network's (guided) output [B, C, H, W], float32."""
-        return policy.predict(self.x_t, self.t, self.prompts)
+        return policy.predict(self.x_t, policy.levels.timesteps[self.t], self.prompts)
 
     def target(self, policy: Policy) -> Tensor:
-        """What it should be: epsilon or v, as the network predicts."""
-        kind = policy.schedule.prediction_type
-        return samplers.training_target(policy.alphas_cumprod, self.t, self.clean, self.noise, kind)
+        """What it should be: epsilon, v or the velocity, as the network predicts."""
+        return samplers.training_target(policy.levels, self.t, self.clean, self.noise)
 
     def error(self, policy: Policy, output: Tensor) -> Tensor:
         """d [B]: the mean squared error of an output."""
@@ -53,8 +52,7 @@ class Noised:
 
     def clean_of(self, policy: Policy, output: Tensor) -> Tensor:
         """x_0 [B, C, H, W] that an output says."""
-        kind = policy.schedule.prediction_type
-        return samplers.clean_from_output(policy.alphas_cumprod, self.t, self.x_t, output, kind)
+        return samplers.predict_clean(policy.levels, self.t, self.x_t, output)[0]
 
 
 def mean_square(difference: Tensor) -> Tensor:
@@ -64,7 +62,7 @@ def mean_square(difference: Tensor) -> Tensor:
 
 def draw_levels(policy: Policy, rows: int, levels: Share, generator: torch.Generator) -> Rows:
     """For each of `rows` a training timestep, uniform over the share `levels` (0 the cleanest), and a noise's seed."""
-    total = len(policy.alphas_cumprod)
+    total = len(policy.levels)
     low, high = levels
     u = torch.rand(rows, generator=generator)
     return {
@@ -85,7 +83,7 @@ def noised(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, 
     clean = trajectory.final[rows].to(policy.device)
     noise = samplers.sample_noise(seeds, 0, tuple(clean.shape[1:]))[:, 0].to(policy.device)
     t = t.to(policy.device)
-    x_t = samplers.add_noise(policy.alphas_cumprod, t, clean, noise)
+    x_t = samplers.add_noise(policy.levels, t, clean, noise)
     return Noised(x_t, t, clean, noise, [trajectory.prompts[i] for i in rows.tolist()])
 
 

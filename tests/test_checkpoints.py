@@ -1,0 +1,83 @@
+"""Whole runs on tiny checkpoints of every family, saved and loaded as a user's: they train, stop and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+
+import bench_dfusion
+from bench_dfusion import records, trainer
+from bench_dfusion.records import Record
+
+
+def run(folder: Path, out: Path, algo: str, builder: str) -> Record:
+    """Two rounds."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("\n".join(f"a {colour} bus" for colour in ("red", "blue", "green")))
+    settings = [
+        "track.budget.prompts_per_round=1",
+        "track.budget.samples_per_prompt=4",
+        f"track.budget.reward_queries={12 if builder == 'dfusion' else 8}",
+        'track.prompts.heldout=["a purple cup", "two horses"]',
+        "track.evaluation.images_per_prompt=1",
+        "track.sampler.steps=3",
+        "algo.inner_epochs=1",
+        "track.rewards.clip.model=micro",
+        "track.model.resolution=32",
+    ]
+    return bench_dfusion.run(
+        algo=algo, builder=builder, reward="clip", model=str(folder), prompts=prompts, settings=settings, out=out
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "algo", "builder"),
+    [
+        ("sdxl", "dpo", "dfusion"),
+        ("sd21", "ddpo", "vanilla"),
+        ("sd3", "dpo", "dfusion"),
+        ("flux", "ddpo", "vanilla"),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_record(
+    name: str,
+    algo: str,
+    builder: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = request.getfixturevalue(f"{name}_dir")
+    expected = run(folder, tmp_path / "calm", algo, builder)
+    assert expected.status == "finished" and len(expected.rounds) == 2 and expected.cost.updates > 0
+    improve = trainer.Run._improve
+
+    def stopped(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
+        if number == 1:
+            raise KeyboardInterrupt
+        return improve(self, samples, number)
+
+    monkeypatch.setattr(trainer.Run, "_improve", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "stopped", algo, builder)
+    monkeypatch.undo()
+    record = run(folder, tmp_path / "stopped", algo, builder)
+    assert record.comparable() == expected.comparable()
+
+
+@pytest.mark.parametrize(
+    ("name", "algo", "builder"),
+    [("sdxl", "ddpo", "vanilla"), ("sd3", "ddpo", "vanilla"), ("flux", "dpo", "dfusion")],
+)
+def test_a_run_trains_and_leaves_a_lora_for_diffusers(
+    name: str, algo: str, builder: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(f"{name}_dir")
+    record = run(folder, tmp_path / "runs", algo, builder)
+    assert record.status == "finished" and len(record.rounds) == 2 and record.cost.updates > 0
+    assert record.rounds[0].reward_sd and record.verdicts[0].gain.mean != 0
+    ((path, _),) = records.find(tmp_path)
+    DiffusionPipeline.from_pretrained(folder).load_lora_weights(path.parent)
