@@ -238,11 +238,12 @@ def test_a_checkpoint_with_another_class_of_scheduler_has_the_same_steps(sd_dir:
 
 
 def half(folder: Path, memory: MemorySection | None = None, dtype: str = "bfloat16", **options: Any) -> Policy:
-    adapter, _ = load_adapter(ModelSection(id=str(folder), dtype=dtype), memory=memory)
+    section = ModelSection(id=str(folder), dtype=dtype, resolution=32 if folder.name == "flux" else None)
+    adapter, _ = load_adapter(section, memory=memory)
     return Policy(adapter, steps=4, guidance=3.0, **options)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("sdxl", "bfloat16"), ("pixart", "float16")])
+@pytest.mark.parametrize(("name", "dtype"), [("sdxl", "bfloat16"), ("pixart", "float16"), ("sd3", "float16"), ("flux", "bfloat16")])
 def test_frozen_weights_in_half_precision_and_the_rest_in_float32(
     name: str, dtype: str, request: pytest.FixtureRequest
 ) -> None:
@@ -255,27 +256,28 @@ def test_frozen_weights_in_half_precision_and_the_rest_in_float32(
     again = policy.log_prob(drawn.latents[:, 1], drawn.latents[:, 2], step, PROMPTS)
     torch.testing.assert_close((again.detach() - drawn.log_probs[:, 1]).exp(), torch.ones(2), atol=1e-5, rtol=0)
     again.sum().backward()
-    gradients = [p.grad for n, p in policy.parameters.items() if "lora_B" in n]
+    unused = "transformer_blocks.2.attn.add_q_proj"  # of SD 3's last block, which leaves the text's output out
+    gradients = [p.grad for n, p in policy.parameters.items() if "lora_B" in n and not n.startswith(unused)]
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
     pictures = policy.decode(drawn.final)
     assert pictures.dtype == torch.uint8 and policy.encode(pictures).dtype == torch.float32
     if name == "pixart":
         return
     assert policy.adapter.pipe.vae.dtype == torch.float32  # force_upcast
-    # Rounded weights draw the same picture, and not another.
-    whole = request.getfixturevalue("xl").sample(PROMPTS, SEEDS).final
-    assert 0 < (whole - drawn.final).abs().mean() < 0.1 * (whole - whole.flip(0)).abs().mean()
+    if name == "sdxl":  # rounded weights draw the same picture, and not another
+        whole = request.getfixturevalue("xl").sample(PROMPTS, SEEDS).final
+        assert 0 < (whole - drawn.final).abs().mean() < 0.1 * (whole - whole.flip(0)).abs().mean()
     # D-Fusion too, a reference of another prompt: the capybara's noise with the circle's content.
     target, masks = DFusion(DFusionConfig()).targets(policy, drawn, torch.tensor([0]), torch.tensor([1]))
     assert target.latents.isfinite().all() and 0 < masks.mean() < 1
     assert not torch.allclose(target.final, drawn.final[1:], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "pixart"])
+@pytest.mark.parametrize("name", ["sdxl", "pixart", "sd3", "flux"])
 def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    policy = policy_of(request.getfixturevalue(f"{name}_dir"), guidance=3.0)
+    policy = policy_of(request.getfixturevalue(f"{name}_dir"), guidance=3.0, resolution=32 if name == "flux" else None)
     x = samplers.sample_noise(SEEDS, 0, policy.adapter.latent_shape)[:, 0]
     kept: list[int] = []
 
