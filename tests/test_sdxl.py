@@ -243,7 +243,9 @@ def half(folder: Path, memory: MemorySection | None = None, dtype: str = "bfloat
     return Policy(adapter, steps=4, guidance=3.0, **options)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("sdxl", "bfloat16"), ("pixart", "float16"), ("sd3", "float16"), ("flux", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("sdxl", "bfloat16"), ("pixart", "float16"), ("sd3", "float16"), ("flux", "bfloat16")]
+)
 def test_frozen_weights_in_half_precision_and_the_rest_in_float32(
     name: str, dtype: str, request: pytest.FixtureRequest
 ) -> None:
