@@ -124,7 +124,7 @@ def resolve(
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
     _fit(classes["algo"], classes["builder"], classes["reward"])
-    configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts.heldout)
+    configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts)
     sources = {s: registry.plugins(SECTIONS[s])[names[s]].source for s in ("algo", "builder")}
     sources["reward"] = _source(reward)
     if seed < 0:

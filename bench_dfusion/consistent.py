@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.track import PromptsSection
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]  # (images uint8 [B, H, W, 3], prompts) -> float32 [B]
 
@@ -92,9 +93,9 @@ class Builder(ABC):
         self.config = config
 
     @classmethod
-    def pinned(cls, config: BuilderConfig, heldout: Sequence[str]) -> BuilderConfig:
-        """The config with what it names outside (a dataset, say) fixed by a hash. Raises ValueError where that cannot
-        be used, or holds prompts that are held out."""
+    def pinned(cls, config: BuilderConfig, prompts: PromptsSection) -> BuilderConfig:
+        """The config with what it names outside (a dataset, a file) fixed by its content or a hash. Raises ValueError
+        where that cannot be used with the track's prompts."""
         return config
 
     @abstractmethod

@@ -6,6 +6,7 @@ both as text. The same records give the same bytes, in whatever order they are f
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
@@ -210,7 +211,12 @@ def _variants(configurations: Sequence[dict[str, Any]]) -> list[str]:
         for content in configurations
     ]
     options = sorted({o for f in flat for o in f if any(f.get(o) != g.get(o) for g in flat)})
-    return [", ".join(f"{o}={f[o]}" for o in options if o in f) for f in flat]
+    return [", ".join(f"{o}={_short(f[o])}" for o in options if o in f) for f in flat]
+
+
+def _short(value: str) -> str:
+    """A value that a label has room for: of a long one (D-Fusion's items by prompt) a hash."""
+    return value if len(value) <= 60 else f"#{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
 def table(board: Board) -> pd.DataFrame:

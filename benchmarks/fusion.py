@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from bench_dfusion import statistics, track
 from bench_dfusion.consistent import Samples, references_and_bases
 from bench_dfusion.fusion.builder import DFusion, DFusionConfig
-from bench_dfusion.fusion.masks import ItemTokens
+from bench_dfusion.fusion.masks import ItemTokens, Rules
 from bench_dfusion.micro import oracle, scenes
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
@@ -36,8 +36,8 @@ from bench_dfusion.trainer import make_policy
 class RandomMask(DFusion):
     """The control whose mask has the same area in random places."""
 
-    def mask(self, maps: Tensor, tokens: ItemTokens) -> Tensor:
-        mask = super().mask(maps, tokens)
+    def mask(self, maps: Tensor, tokens: ItemTokens, rules: Sequence[Rules]) -> Tensor:
+        mask = super().mask(maps, tokens, rules)
         g = torch.Generator().manual_seed(0)
         return torch.stack([row[torch.randperm(len(row), generator=g)] for row in mask])
 

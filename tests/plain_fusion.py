@@ -192,16 +192,17 @@ class PlainDFusion:
         layers: tuple[str, ...],
         fused_steps: range,
         tokens: list[list[int]],
-        rule: str | float,
+        rules: list[str | float],
     ) -> Target:
-        """`tokens` are the places of each item's tokens in the reference's prompt, the start token counted."""
+        """`tokens` are the places of each item's tokens in the reference's prompt, the start token counted; `rules` the
+        items' thresholds."""
         latents, means, log_probs = [self.drawn.latents[base, 0].double()], [], []
         masks: dict[int, Tensor] = {}
         for step, (_, _, _, sigma) in enumerate(self.schedule):
             fuse = None
             if step in fused_steps:
                 r = self.reference(reference, step)
-                masks[step] = union(r.map, tokens, rule)
+                masks[step] = union(r.map, tokens, rules)
                 fuse = (masks[step], [{name: kv[name] for name in layers} for kv in r.keys_values])
             mean = self.mean(latents[-1], step, self.drawn.prompts[base], fuse)
             noise = self.drawn.latents[base, step + 1].double() - self.plain(base, step)  # the base's own sigma z
@@ -237,10 +238,10 @@ def nearest(mask: Tensor, positions: int) -> Tensor:
     return mask[places]
 
 
-def union(maps: Tensor, tokens: list[list[int]], rule: str | float) -> Tensor:
+def union(maps: Tensor, tokens: list[list[int]], rules: list[str | float]) -> Tensor:
     """The mask [positions] of a map [positions, tokens]: an item's map is the mean of its tokens' columns."""
     mask = torch.zeros(len(maps), dtype=torch.bool)
-    for places in tokens:
+    for places, rule in zip(tokens, rules, strict=True):
         values = sum((maps[:, p] for p in places[1:]), maps[:, places[0]]) / len(places)
         mask |= values >= cut(values.tolist(), rule)
     return mask

@@ -23,7 +23,7 @@ from bench_dfusion.builders.vanilla import Vanilla
 from bench_dfusion.consistent import PairConfig, Samples, references_and_bases, winning_pairs
 from bench_dfusion.fusion.attention import Taps, resize_mask
 from bench_dfusion.fusion.builder import DFusion, DFusionConfig
-from bench_dfusion.fusion.masks import ItemTokens, item_mask, threshold
+from bench_dfusion.fusion.masks import ItemTokens, Rules, item_mask, threshold
 from bench_dfusion.policy import Policy, Trajectory
 
 STEPS = 4
@@ -50,8 +50,8 @@ class Watched(DFusion):
         super().__init__(config)
         self.masks: list[Tensor] = []
 
-    def mask(self, maps: Tensor, tokens: ItemTokens) -> Tensor:
-        self.masks.append(super().mask(maps, tokens))
+    def mask(self, maps: Tensor, tokens: ItemTokens, rules: Sequence[Rules]) -> Tensor:
+        self.masks.append(super().mask(maps, tokens, rules))
         return self.masks[-1]
 
 
@@ -66,12 +66,13 @@ class Case:
 
     def expected(self, config: DFusionConfig, fused_steps: range) -> list[Target]:
         layers = config.layers or self.policy.adapter.fused_layers()
-        return [
-            self.plain.target(
-                r, b, layers=layers, fused_steps=fused_steps, tokens=self.tokens[r // 4], rule=config.threshold
-            )
-            for r, b in zip(REFERENCES.tolist(), BASES.tolist(), strict=True)
-        ]
+        targets = []
+        for r, b in zip(REFERENCES.tolist(), BASES.tolist(), strict=True):
+            tokens = self.tokens[r // 4]
+            by_hand = (config.thresholds or {}).get(self.drawn.prompts[r])
+            rules = list(by_hand or [config.threshold] * len(tokens))
+            targets.append(self.plain.target(r, b, layers=layers, fused_steps=fused_steps, tokens=tokens, rules=rules))
+        return targets
 
 
 def make_case(folder: Path, guidance: float, prompts: dict[str, tuple[str, list[list[int]]]]) -> Case:
@@ -130,6 +131,15 @@ def own(case: Case, rows: Tensor) -> Trajectory:
         ("sd_v", {"threshold": "mean+1", "steps": (0.25, 0.75)}, range(1, 3)),
         ("sd21", {"threshold": "otsu", "steps": (0.25, 1.0)}, range(1, 4)),
         ("sdxl", {"threshold": "otsu"}, range(0, 4)),
+        (
+            "sd",
+            {
+                "items": {"a black and woolen bus": (4,)},
+                "thresholds": {"a capybara and an axolotl": (0.08, "max*0.5")},
+                "steps": (0.5, 1.0),
+            },
+            range(2, 4),
+        ),
         ("pixart", {"threshold": "otsu"}, range(0, 4)),
         ("pixart", {"threshold": 0.0}, range(0, 4)),
         ("pixart", {"threshold": "max*0.5", "layers": ("transformer_blocks.1.attn1",)}, range(0, 4)),
@@ -562,11 +572,16 @@ def test_a_mask_is_the_union_of_its_items_and_takes_the_threshold_in() -> None:
     )
     # One item of one token and one of two, whose mean is 0.05, 0.5, 0.375, 0.25; the second sample has one item.
     tokens = [[[1], [2, 3]], [[1]]]
-    assert item_mask(maps, tokens, 0.5).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
-    assert item_mask(maps, tokens, 0.3).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert item_mask(maps, tokens, [0.5] * 2).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert item_mask(maps, tokens, [0.3] * 2).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     # Each item has a threshold of its own: half of .5 and half of .5; half of .5.
-    assert item_mask(maps, tokens, "max*0.5").tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert item_mask(maps, tokens, 2.0).sum() == 0
+    assert item_mask(maps, tokens, ["max*0.5"] * 2).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert item_mask(maps, tokens, [2.0] * 2).sum() == 0
+    # By hand: .5 for the one, .375 for the other; the second sample by its own rule.
+    assert item_mask(maps, tokens, [(0.5, 0.375), "max*0.5"]).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    assert item_mask(maps, tokens, [(2.0, 0.375), (0.35,)]).tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    with pytest.raises(ValueError):
+        item_mask(maps, tokens, [(0.5,), 0.5])
 
 
 @pytest.mark.parametrize("options", [{"threshold": "otzu"}, {"threshold": "nan"}, {"layers": ()}])

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from typing import Any
 
 import open_clip
 import pytest
 from clip_bpe import clip_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+from tokenizers import Regex, normalizers, pre_tokenizers
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from bench_dfusion.fusion.items import find_items, item_tokens
 from bench_dfusion.micro.pretrain import make_tokenizer
@@ -242,18 +243,109 @@ def test_partly_cut_words_are_cut() -> None:
         item_tokens(prompt, CLIP, max_length=length - 1)
 
 
-def test_sentencepiece_offsets_with_their_space() -> None:
-    """T5 (PixArt, SD3, FLUX) has no BOS, and the space before a word belongs to its token."""
-    pieces = ["<unk>", "▁", "▁a", "▁red", "▁ri", "ng", "▁cat", "▁and"]
-    backend = Tokenizer(models.Unigram([(p, -float(i)) for i, p in enumerate(pieces)], unk_id=0))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\s{2,}"), "isolated"), pre_tokenizers.Metaspace()]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    prompt = "a red ring and a cat"
+# ---------------------------------------------------------------- T5's tokenizer (PixArt, SD3, FLUX): no BOS, "▁"
+
+# Every letter has a piece, so that any English word is spelled, some by several pieces after a "▁" of its own.
+WORDS = [
+    "▁a",
+    "▁red",
+    "▁and",
+    "▁cat",
+    "▁ri",
+    "ng",
+    "▁rings",
+    "axo",
+    "lot",
+    "▁t",
+    "sh",
+    "▁dog",
+    "▁house",
+    "fish",
+    "▁the",
+]
+PIECES = [
+    *((special, 0.0) for special in ("<pad>", "</s>", "<unk>")),
+    *((piece, -3.0) for piece in WORDS),
+    *((letter, -6.0) for letter in "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'-,."),
+]
+
+
+def t5_tokenizer(split: str = "its own") -> T5TokenizerFast:
+    """As transformers makes it; or split as files converted from SentencePiece have it, the space in a word's offsets."""
+    tokenizer = T5TokenizerFast(vocab=PIECES, extra_ids=0)
+    backend = tokenizer.backend_tokenizer
+    if split != "its own":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=split == "words")
+    if split == "text":
+        spaces = normalizers.Replace(Regex(" {2,}"), "▁")
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(left=False), spaces])
+    return tokenizer
+
+
+SPLITS_OF_T5 = {split: t5_tokenizer(split) for split in ("its own", "words", "text")}
+T5 = pytest.mark.parametrize("tokenizer", SPLITS_OF_T5.values(), ids=SPLITS_OF_T5)
+
+
+def pieces(tokenizer: T5TokenizerFast, prompt: str, items: list[str | int] | None = None, **options: Any) -> list[str]:
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
-    places = item_tokens(prompt, tokenizer)
-    assert [[tokens[i] for i in item] for item in places] == [["▁ri", "ng"], ["▁cat"]]
+    assert tokens[-1] == "</s>"
+    return [" ".join(tokens[i] for i in item) for item in item_tokens(prompt, tokenizer, items, **options)]
+
+
+@T5
+def test_t5s_pieces_of_an_item(tokenizer: T5TokenizerFast) -> None:
+    assert item_tokens("a cat", tokenizer) == [[1]] and item_tokens("cat", tokenizer) == [[0]]
+    assert pieces(tokenizer, "a red ring and a cat") == ["▁ri ng", "▁cat"]
+    assert pieces(tokenizer, "a red ring and a cat", attributes=True) == ["▁red ▁ri ng", "▁cat"]
+    assert pieces(tokenizer, "an axolotl, a t-shirt") == ["axo lot l", "▁t - sh i r t"]
+    assert pieces(tokenizer, "A  Cat   and the DOG.") == ["C a t", "D O G"]  # other pieces than in lower case
+    assert pieces(tokenizer, "the dog's fish") == ["fish"]
+    by_hand = pieces(tokenizer, "A red axolotl near a dog  house", ["dog house", "RED", "red axolotl"])
+    assert by_hand == ["▁dog ▁house", "▁red", "▁red axo lot l"]
+    if tokenizer is SPLITS_OF_T5["text"]:
+        assert pieces(tokenizer, "a  cat  or \ufb01sh  ", ["cat", "\ufb01sh"]) == ["▁cat", "fish"]
+
+
+@T5
+@given(spec=specs, data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_t5s_pieces_spell_the_item_and_nothing_beside_it(
+    tokenizer: T5TokenizerFast, spec: Spec, data: st.DataObject
+) -> None:
+    words = [data.draw(st.sampled_from([w, w.upper(), w.title()])) for w in spec.prompt.split()]
+    prompt = data.draw(st.sampled_from([" ", "  ", "   "])).join(words)
+    spelt = [item.replace(" ", "").replace("▁", "").lower() for item in pieces(tokenizer, prompt)]
+    assert spelt == shapes(spec)
+
+
+@T5
+def test_t5s_end_token_takes_its_place_in_the_limit(tokenizer: T5TokenizerFast) -> None:
+    prompt = "a red axolotl"
+    length = len(tokenizer(prompt).input_ids)
+    assert length == 7  # ▁a ▁red ▁ axo lot l </s>
+    assert item_tokens(prompt, tokenizer, max_length=length) == [[3, 4, 5]]
+    for short in range(1, length):
+        with pytest.raises(ValueError, match="'axolotl' is cut off"):
+            item_tokens(prompt, tokenizer, max_length=short)
+    assert item_tokens(prompt, tokenizer, items=["red"], max_length=3) == [[1]]
+
+
+@pytest.mark.parametrize("tokenizer", [CLIP, *SPLITS_OF_T5.values()], ids=["clip", *SPLITS_OF_T5])
+def test_numbers_count_words_whatever_the_tokenizer(tokenizer: CLIPTokenizer) -> None:
+    """In the official repository's file item 4 of the first prompt is the bus, which CLIP has as its token 6."""
+    prompts: dict[str, dict[int, str]] = {
+        "a black and woolen bus": {4: "bus", 3: "woolen"},
+        "the computer below the counter": {1: "computer", 4: "counter"},
+        "a dog, a  T-shirt and a dog": {1: "dog", 4: "T-shirt"},
+    }
+    for prompt, words in prompts.items():
+        once = {n: w for n, w in words.items() if w != "dog"}
+        assert item_tokens(prompt, tokenizer, list(once)) == item_tokens(prompt, tokenizer, list(once.values()))
+    first, both = (item_tokens("a dog, a  T-shirt and a dog", tokenizer, [dog])[0] for dog in (1, "dog"))
+    assert len(both) > len(first) and both[: len(first)] == first
+    for number in (-1, 2, 8):  # 2 is the comma
+        with pytest.raises(ValueError, match=rf"item {number} is no word of the prompt 'a dog, a"):
+            item_tokens("a dog, a  T-shirt and a dog", tokenizer, [number])
 
 
 def test_slow_tokenizers_are_refused() -> None:

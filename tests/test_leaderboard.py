@@ -118,6 +118,12 @@ def test_an_option_that_only_one_configuration_has_tells_it_apart() -> None:
     assert [r.variant for r in leaderboard.rows(board)] == ["", 'algo.guard="a,b"']
 
 
+def test_a_label_has_no_room_for_a_long_value() -> None:
+    both = [{f"a cat of breed {n}": ["cat"] for n in range(k)} for k in (5, 6)]
+    labels = [r.variant for r in leaderboard.rows(Board(tuple(record(options={"items": items}) for items in both)))]
+    assert len(set(labels)) == 2 and all(re.fullmatch(r"algo\.items=#[0-9a-f]{8}", label) for label in labels)
+
+
 def test_a_row_shows_what_its_records_say() -> None:
     of_seed = [record(gains=[g] * 4, seed=i) for i, g in enumerate((0.1, 0.2, 0.3))]
     dear = changed(of_seed[2], "cost.seconds", {"sample": 10.0})

@@ -9,7 +9,6 @@ and 0. There are no trajectories, so only algorithms that learn from finished pi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from bench_dfusion.consistent import Builder, BuilderConfig, ConsistentSamples, 
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.registry import UsageError
 from bench_dfusion.seeds import passes
+from bench_dfusion.track import PromptsSection
 
 
 class OfflineConfig(BuilderConfig):
@@ -47,12 +47,12 @@ class Offline(Builder):
         self._pairs = pairs.read(config.pairs)
 
     @classmethod
-    def pinned(cls, config: BuilderConfig, heldout: Sequence[str]) -> BuilderConfig:
+    def pinned(cls, config: BuilderConfig, prompts: PromptsSection) -> BuilderConfig:
         assert isinstance(config, OfflineConfig)
         if not config.pairs:
             raise UsageError("the builder offline needs a dataset: give --pairs PATH_OR_HUB_ID")
         found = pairs.read(config.pairs)
-        never = set(heldout)
+        never = set(prompts.heldout)
         held = [p for p in found.prompts if p in never]
         if held:
             raise UsageError(

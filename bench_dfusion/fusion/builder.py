@@ -21,10 +21,13 @@ from bench_dfusion.consistent import (
     references_and_bases,
     winning_pairs,
 )
+from bench_dfusion.fusion import by_hand
 from bench_dfusion.fusion.attention import Taps
 from bench_dfusion.fusion.items import item_tokens
-from bench_dfusion.fusion.masks import ItemTokens, item_mask, threshold
+from bench_dfusion.fusion.masks import ItemTokens, Rules, item_mask, threshold
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.registry import UsageError
+from bench_dfusion.track import PromptsSection
 
 
 class DFusionConfig(PairConfig):
@@ -42,8 +45,23 @@ class DFusionConfig(PairConfig):
         "otsu", description="mask threshold: a probability (official: 0 to 0.03 by hand), 'mean+K', 'max*K' or 'otsu'"
     )
     attributes: bool = Field(False, description="count an item's attributes among its tokens (official: nouns only)")
-    items: dict[str, tuple[str, ...]] | None = Field(
-        None, description="items by hand, for each prompt the words; None: head nouns are found"
+    items: dict[str, tuple[int | str, ...]] | None = Field(
+        None, description="items by hand, for each prompt the words, or their numbers from 0; else head nouns are found"
+    )
+    items_file: str | None = Field(
+        None,
+        exclude=True,  # its content is in `items`
+        description="JSON or TOML file of `items` (the official repository's item files as they are)",
+    )
+    thresholds: dict[str, tuple[float | str, ...]] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,  # cells of before this option keep their hash
+        description="thresholds by hand, for each prompt one for each item in order; else `threshold`",
+    )
+    thresholds_file: str | None = Field(
+        None,
+        exclude=True,
+        description="JSON or TOML file of `thresholds` (the official repository's mask files as they are)",
     )
     map_side: int | None = Field(
         None,
@@ -59,6 +77,16 @@ class DFusionConfig(PairConfig):
             raise ValueError(f"threshold {rule!r} is not finite")
         return rule
 
+    @field_validator("items", mode="before")
+    @classmethod
+    def _items(cls, content: object) -> by_hand.Items | None:
+        return None if content is None else by_hand.items(content)
+
+    @field_validator("thresholds", mode="before")
+    @classmethod
+    def _thresholds(cls, content: object) -> by_hand.Thresholds | None:
+        return None if content is None else by_hand.thresholds(content)
+
 
 class DFusion(Builder):
     """Targets start from a base's noise and take a reference's content by mask-guided self-attention fusion."""
@@ -68,6 +96,25 @@ class DFusion(Builder):
     paper = "Hu, Zhang, Kuang 2025 (D-Fusion, ICML)"
     Config: ClassVar[type[BuilderConfig]] = DFusionConfig
     config: DFusionConfig
+
+    @classmethod
+    def pinned(cls, config: BuilderConfig, prompts: PromptsSection) -> BuilderConfig:
+        """The config with the items and thresholds that its files give the track's prompts."""
+        assert isinstance(config, DFusionConfig)
+        known = [*prompts.train, *prompts.validation, *prompts.heldout]
+        items = by_hand.given(by_hand.items, "items", config.items, config.items_file, known)
+        thresholds = by_hand.given(by_hand.thresholds, "thresholds", config.thresholds, config.thresholds_file, known)
+        try:
+            by_hand.check_counts(items, thresholds)
+        except ValueError as error:
+            raise UsageError(f"{config.thresholds_file or 'builder.thresholds'}: {error}") from None
+        return config.model_copy(update={"items": items, "thresholds": thresholds})
+
+    def __init__(self, config: DFusionConfig):
+        super().__init__(config)
+        for option in ("items", "thresholds"):
+            if getattr(config, f"{option}_file") and getattr(config, option) is None:
+                raise ValueError(f"builder.{option}_file has not been read: DFusion.pinned(config, prompts) reads it")
 
     def queries(self, drawn: int) -> int:
         return drawn + drawn // 2
@@ -124,6 +171,7 @@ class DFusion(Builder):
         reference_prompts = [drawn.prompts[i] for i in unique.tolist()]
         prompts = [drawn.prompts[i] for i in bases.tolist()]
         tokens = [self._tokens(policy, p) for p in reference_prompts]
+        rules = [(self.config.thresholds or {}).get(p, self.config.threshold) for p in reference_prompts]
         noise = samplers.sample_noise(drawn.seeds[bases], len(schedule), tuple(drawn.latents.shape[2:])).to(device)
         first, last = (round(share * len(schedule)) for share in self.config.steps)
         total = torch.zeros(len(bases), taps.positions, device=device)
@@ -135,7 +183,7 @@ class DFusion(Builder):
             with taps.recording():
                 policy.mean(drawn.latents[unique, i].to(device), step[: len(unique)], reference_prompts)
             conditional = taps.maps[-len(unique) :]  # the second half of both branches, or all of one
-            mask = self.mask(conditional, tokens)[which]
+            mask = self.mask(conditional, tokens, rules)[which]
             total += mask
             both = torch.cat([which + b * len(unique) for b in range(policy.branches)])
             keys_values = {name: (k[both], v[both]) for name, (k, v) in taps.keys_values.items()}
@@ -147,9 +195,9 @@ class DFusion(Builder):
         trajectory = Trajectory(latents.cpu(), log_probs.cpu(), drawn.seeds[bases].clone(), prompts)
         return trajectory, (total / max(1, last - first)).view(-1, side, side).cpu()
 
-    def mask(self, maps: Tensor, tokens: ItemTokens) -> Tensor:
+    def mask(self, maps: Tensor, tokens: ItemTokens, rules: Sequence[Rules]) -> Tensor:
         """The mask [R, positions] of references from their cross-attention maps [R, positions, tokens]."""
-        return item_mask(maps, tokens, self.config.threshold)
+        return item_mask(maps, tokens, rules)
 
     def _taps(self, policy: Policy) -> Taps:
         layers = self.config.layers or policy.adapter.fused_layers()

@@ -30,7 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -366,14 +366,16 @@ _LEXICON: dict[str, frozenset[str]] = {
 def item_tokens(
     prompt: str,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[str] | None = None,
+    items: Sequence[str | int] | None = None,
     attributes: bool = False,
     max_length: int | None = None,
 ) -> list[list[int]]:
-    """For each item the places of its text tokens in the tokenizer's encoding of the prompt, counted with BOS as 0.
+    """For each item the places of its text tokens in the tokenizer's encoding of the prompt, special tokens counted:
+    the first word's is 1 after CLIP's BOS, and 0 with T5, which has none.
 
-    `items` given by hand are words or phrases of the prompt, whole words in any case; one that stands there
-    twice has the tokens of both. Else `find_items` finds them, with their attributes where asked.
+    `items` given by hand are words or phrases of the prompt, whole words in any case, one that stands there twice has
+    the tokens of both; or numbers of words (see `spans_of`). Else `find_items` finds them, with their attributes where
+    asked. A space that has a token of its own is no part of an item.
     `max_length` in tokens, special ones included; None is the tokenizer's own limit. Give the prompt as the
     pipeline hands it to its tokenizer (PixArt lower-cases it, which changes the tokens of a cased tokenizer).
     Raises ValueError for an item that is not in the prompt or that truncation cuts.
@@ -387,11 +389,11 @@ def item_tokens(
     elif isinstance(items, str) or not items:
         raise ValueError(f"items is a list of words of the prompt, not {items!r}")
     else:
-        named = [(item, _spans_of(item, prompt)) for item in items]
+        named = [(str(item), spans_of(item, prompt)) for item in items]
     # A limit of 1e30 is how transformers says that there is none.
     limit = max_length if max_length is not None else min(tokenizer.model_max_length, 2**31 - 1)
-    whole = tokenizer(prompt, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    kept = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=limit)["offset_mapping"]
+    whole = _offsets(tokenizer, prompt, verbose=False)
+    kept = _offsets(tokenizer, prompt, truncation=True, max_length=limit)
     if len(kept) > limit:  # transformers gives up where the special tokens alone do not fit
         raise ValueError(f"max_length {limit} has no room for a prompt")
     result = []
@@ -407,8 +409,19 @@ def item_tokens(
     return result
 
 
-def _spans_of(item: str, prompt: str) -> tuple[Span, ...]:
-    """Where a word or phrase stands in the prompt, any case and spacing, whole words only."""
+def spans_of(item: str | int, prompt: str) -> tuple[Span, ...]:
+    """Where a word or phrase stands in the prompt, any case and spacing, whole words only; or the word of a number.
+
+    Numbers count words and punctuation marks from 0, as the official repository's files do: whatever the tokenizer, and
+    without its special tokens. Raises ValueError where there is no such word.
+    """
+    if isinstance(item, int):
+        found = [m.span() for m in _TOKEN.finditer(prompt)]
+        if not 0 <= item < len(found) or not re.match(f"[{_MARKS}]", prompt[found[item][0]]):
+            raise ValueError(
+                f"the item {item} is no word of the prompt {prompt!r}: give the word, or its number, the first one's is 0"
+            )
+        return (found[item],)
     pattern = r"\s+".join(re.escape(part) for part in item.split())
     whole = rf"(?<![{_MARKS}])(?<![{_MARKS}]-){pattern}(?!-?[{_MARKS}])"
     spans = tuple(m.span() for m in re.finditer(whole, prompt, re.IGNORECASE)) if pattern else ()
@@ -417,6 +430,14 @@ def _spans_of(item: str, prompt: str) -> tuple[Span, ...]:
     return spans
 
 
+def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str, **options: Any) -> list[Span]:
+    """The characters that each token stands for: none, (0, 0), for special tokens and for a space alone."""
+    encoded = tokenizer(prompt, return_offsets_mapping=True, **options)
+    # T5 spells a word that its vocabulary lacks as "▁" and pieces, and gives the mark the first letter's place.
+    pieces = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    return [(0, 0) if piece == "▁" else span for piece, span in zip(pieces, encoded["offset_mapping"], strict=True)]
+
+
 def _covering(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """The tokens that share a character with a span; special tokens have no characters."""
+    """The tokens that share a character with a span."""
     return [i for i, (start, end) in enumerate(offsets) if any(start < stop and end > begin for begin, stop in spans)]

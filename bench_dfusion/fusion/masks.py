@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 ItemTokens = Sequence[Sequence[Sequence[int]]]  # [sample][item][token index]
+Rule = str | float  # see `threshold`
+Rules = Rule | Sequence[Rule]  # of a sample: one for all its items, or one for each
 
 
 def item_maps(maps: Tensor, tokens: ItemTokens) -> list[Tensor]:
@@ -21,14 +23,16 @@ def item_maps(maps: Tensor, tokens: ItemTokens) -> list[Tensor]:
     ]
 
 
-def threshold(values: Tensor, rule: str | float) -> Tensor:
-    """The thresholds [items] of item maps [items, positions] by a rule.
+def threshold(values: Tensor, rule: Rules) -> Tensor:
+    """The thresholds [items] of item maps [items, positions] by a rule, or by each item's own.
 
     a number         that probability for every item (the official repository: 0 to 0.03, by hand)
     "mean+K"         mean plus K standard deviations over the positions
     "max*K"          K times the item's largest value
     "otsu"           the split that maximises the variance between the two sides (Otsu 1979)
     """
+    if not isinstance(rule, int | float | str):
+        return torch.cat([threshold(row[None], own) for row, own in zip(values, rule, strict=True)])
     if isinstance(rule, int | float):
         return torch.full((len(values),), float(rule), device=values.device)
     try:
@@ -53,9 +57,9 @@ def _otsu(values: Tensor) -> Tensor:
     return ordered[1 + int(between.argmax())]
 
 
-def item_mask(maps: Tensor, tokens: ItemTokens, rule: str | float = "otsu") -> Tensor:
-    """The union over items of map >= threshold: [B, positions], 0 or 1, float32."""
+def item_mask(maps: Tensor, tokens: ItemTokens, rules: Sequence[Rules]) -> Tensor:
+    """The union over items of map >= threshold: [B, positions], 0 or 1, float32. `rules` are B."""
     masks = []
-    for values in item_maps(maps, tokens):
+    for values, rule in zip(item_maps(maps, tokens), rules, strict=True):
         masks.append((values >= threshold(values, rule)[:, None]).any(0))
     return torch.stack(masks).float()
