@@ -55,7 +55,7 @@ def _plain(policy: Policy, builder: DFusion, drawn: Trajectory, references: Tens
         with taps.recording():
             mean = policy.mean(x_t, step, prompts)
         both = torch.cat([which + b * len(unique) for b in range(policy.branches)])
-        mask = builder.mask(taps.maps[-len(unique) :], tokens)[which].repeat(policy.branches, 1)
+        mask = builder.mask(taps.maps[-len(unique) :], tokens, ["otsu"] * len(unique))[which].repeat(policy.branches, 1)
         kept[i] = {name: (k[both], v[both]) for name, (k, v) in taps.keys_values.items()}, mask
         return mean
 

@@ -292,7 +292,7 @@ def t5_places(pieces: list[str]) -> list[list[int]]:
     text, found = "".join(pieces), []
     for word in ("▁capybara", "▁axolotl"):
         start = text.index(word)
-        inside = range(start + 1, start + len(word) + 1)
+        inside = range(start + 2, start + len(word) + 1)  # a "▁" of its own is no piece of the word
         found.append([i for i, end in enumerate(ends) if end in inside])
     return found
 

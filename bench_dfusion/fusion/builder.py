@@ -210,7 +210,7 @@ class DFusion(Builder):
 
     def _tokens(self, policy: Policy, prompt: str) -> list[list[int]]:
         """For each item the columns of the attention maps that name it, in every stretch of the text."""
-        by_hand = (self.config.items or {}).get(prompt)
+        words = (self.config.items or {}).get(prompt)
         adapter = policy.adapter
         parts = [
             [
@@ -218,7 +218,7 @@ class DFusion(Builder):
                 for tokens in item_tokens(
                     adapter.text(prompt),
                     part.tokenizer,
-                    items=by_hand,
+                    items=words,
                     attributes=self.config.attributes,
                     max_length=part.length,
                 )
