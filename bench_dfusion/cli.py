@@ -76,6 +76,10 @@ def run(
     config: Annotated[Path | None, typer.Option(help="A TOML file with sections algo, builder, reward, track.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where run directories go.")] = Path("runs"),
     device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that share each run, one a GPU; the record is the same for any number."),
+    ] = 1,
     keep_pairs: Annotated[
         Literal["all", "last", "none"] | None,
         typer.Option(help="Rounds whose pairs stay, for pairs export (default: all; over 128 px the last)."),
@@ -105,7 +109,7 @@ def run(
     if push is not None and len(numbers) > 1:
         raise UsageError("--push-to-hub takes one run: give --seed N, and a repository for each")
     from bench_dfusion import config as configs
-    from bench_dfusion import display
+    from bench_dfusion import display, parallel
     from bench_dfusion.leaderboard import Board
     from bench_dfusion.trainer import run_cell
 
@@ -129,6 +133,8 @@ def run(
         from bench_dfusion.publish import connect
 
         hub = connect(push)
+    if processes > 1 and parallel.size() == 1:
+        raise typer.Exit(parallel.launch(processes, sys.argv[1:]))
     records = []
     for cell in cells:
         try:
@@ -136,6 +142,8 @@ def run(
         except KeyboardInterrupt:
             out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
             raise typer.Exit(130) from None
+    if not parallel.first():
+        return
     for cell, record in zip(cells, records, strict=True):
         display.record(record, folder / cell.folder, out)
     if len(records) > 1:

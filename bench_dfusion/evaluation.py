@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench_dfusion import samplers, statistics
+from bench_dfusion import parallel, samplers, statistics
 from bench_dfusion.config import judges_of
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
@@ -48,7 +48,7 @@ def evaluate(policy: Policy, track: Track, judges: Mapping[str, Reward], trained
         trained = draw(policy, prompts, k, progress.advance)
         with policy.reference():
             base = draw(policy, prompts, k, progress.advance)
-    verdicts = judge(judges, base, trained, track, trained_on)
+    verdicts = parallel.once(lambda: judge(judges, base, trained, track, trained_on))
     embed = next((j for j in judges.values() if hasattr(j, "embed")), None)
     return Evaluation(verdicts, drift(policy, base, trained, k, embed), base, trained)
 
@@ -119,19 +119,23 @@ def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: R
     Diversity is measured in the image embedding of `embed` where it has one, else in pixels.
     """
     difference = trained.images.float() - base.images.float()
-    kl = []
     steps = policy.schedule.stochastic.nonzero()[:, 0].tolist()
     trajectory = trained.trajectory
-    with torch.no_grad():
-        for rows in torch.arange(0, len(trajectory), per_prompt).split(policy.batch):  # one image of each prompt
-            prompts = [trajectory.prompts[i] for i in rows.tolist()]
-            for i in steps:
-                x_t = trajectory.latents[rows, i].to(policy.device)
-                step = torch.full((len(rows),), i, device=policy.device)
-                mean = policy.mean(x_t, step, prompts)
-                with policy.reference():
-                    other = policy.mean(x_t, step, prompts)
-                kl.append(samplers.gaussian_kl(mean, other, policy.schedule.std[step]).cpu())
+
+    @torch.no_grad()
+    def kl_of(rows: Tensor) -> Tensor:
+        prompts, found = [trajectory.prompts[i] for i in rows.tolist()], []
+        for i in steps:
+            x_t = trajectory.latents[rows, i].to(policy.device)
+            step = torch.full((len(rows),), i, device=policy.device)
+            mean = policy.mean(x_t, step, prompts)
+            with policy.reference():
+                other = policy.mean(x_t, step, prompts)
+            found.append(samplers.gaussian_kl(mean, other, policy.schedule.std[step]).cpu())
+        return torch.cat(found)
+
+    rows = torch.arange(0, len(trajectory), per_prompt)  # one image of each prompt
+    kl = torch.cat(parallel.each(kl_of, rows.split(policy.batch)))
     embedded, space = [], "pixels"
     for drawn in (base, trained):
         if embed is not None and hasattr(embed, "embed"):
@@ -147,7 +151,7 @@ def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: R
     ]
     return Drift(
         pixels=float(difference.square().flatten(1).mean(1).sqrt().mean()),
-        kl=float(torch.cat(kl).mean()),
+        kl=float(kl.mean()),
         diversity_base=diversity[0],
         diversity_trained=diversity[1],
         diversity_space=space,

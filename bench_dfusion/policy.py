@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from bench_dfusion import files, lora, samplers
+from bench_dfusion import files, lora, parallel, samplers
 from bench_dfusion.models.base import Adapter, Conditioning, guided
 from bench_dfusion.samplers import Levels, Schedule
 
@@ -62,8 +62,8 @@ class Trajectory:
 @torch.no_grad()
 def in_batches(policy: Policy, function: Callable[..., Tensor], *columns: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """`function` of many rows of columns [R], a policy's batch at a time, without gradients: [R, *shape] on the CPU."""
-    parts = zip(*(c.split(policy.batch) for c in columns), strict=True) if len(columns[0]) else ()
-    return torch.cat([torch.zeros(0, *shape), *(function(*part).cpu() for part in parts)])
+    parts = list(zip(*(c.split(policy.batch) for c in columns), strict=True)) if len(columns[0]) else []
+    return torch.cat([torch.zeros(0, *shape), *parallel.each(lambda part: function(*part).cpu(), parts)])
 
 
 class Policy:
@@ -155,11 +155,14 @@ class Policy:
         self, prompts: Sequence[str], seeds: Tensor, advance: Callable[[int], None] = lambda n: None
     ) -> Trajectory:
         """Draw one trajectory for each (prompt, seed); `advance` is told the number of samples done."""
-        parts = []
-        for i in range(0, len(prompts), self.batch):
-            parts.append(self._sample(list(prompts[i : i + self.batch]), seeds[i : i + self.batch]))
-            advance(len(parts[-1]))
-        return Trajectory.cat(parts)
+
+        def draw(start: int) -> Trajectory:
+            rows = slice(start, start + self.batch)
+            drawn = self._sample(list(prompts[rows]), seeds[rows])
+            advance(len(drawn) * parallel.size())
+            return drawn
+
+        return Trajectory.cat(parallel.each(draw, range(0, len(prompts), self.batch)))
 
     def _sample(self, prompts: list[str], seeds: Tensor) -> Trajectory:
         noise = samplers.sample_noise(seeds, len(self.schedule), self.adapter.latent_shape).to(self.device)
@@ -191,17 +194,21 @@ class Policy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of x_0 [B, C, H, W]: uint8 [B, H, W, 3] on the CPU."""
-        parts = []
-        for part in latents.split(self.batch):
+
+        def decode(part: Tensor) -> Tensor:
             images = self.adapter.decode(part.to(self.device))
-            parts.append((images * 255).round().byte().permute(0, 2, 3, 1).cpu())
-        return torch.cat(parts)
+            return (images * 255).round().byte().permute(0, 2, 3, 1).cpu()
+
+        return torch.cat(parallel.each(decode, latents.split(self.batch)))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """x_0 float32 [B, C, H, W] on the CPU of pictures uint8 [B, H, W, 3]."""
-        parts = (p.to(self.device).permute(0, 3, 1, 2).float() / 255 for p in images.split(self.batch))
-        return torch.cat([self.adapter.encode_images(p).cpu() for p in parts])
+
+        def encode(part: Tensor) -> Tensor:
+            return self.adapter.encode_images(part.to(self.device).permute(0, 3, 1, 2).float() / 255).cpu()
+
+        return torch.cat(parallel.each(encode, images.split(self.batch)))
 
     # the reference and the weights
 

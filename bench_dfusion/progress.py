@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench_dfusion import parallel
+
 LINE_EVERY = 20.0  # s between lines where the output is no terminal
 
 console = Console(stderr=True)
@@ -42,6 +44,9 @@ class Bar:
 @contextmanager
 def bar(label: str, total: float, done: float = 0.0) -> Iterator[Bar]:
     """Show the progress of one task while the block runs."""
+    if not parallel.first():
+        yield Bar(label, total, done, Progress(disable=True))
+        return
     if not console.is_terminal:
         yield Bar(label, total, done)
         return

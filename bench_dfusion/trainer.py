@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from bench_dfusion import evaluation, files, model_card, pairs, pictures, records
+from bench_dfusion import evaluation, files, model_card, pairs, parallel, pictures, records
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
@@ -74,8 +74,9 @@ def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs
     except ValueError as error:  # a model, builder, reward or prompt that does not fit
         raise UsageError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
-    with files.locked(folder / ".lock", f"another process is running {folder}"):
-        files.write_json(folder / "cell.json", cell.description)
+    with parallel.writing(files.locked(folder / ".lock", f"another process is running {folder}")):
+        if parallel.first():
+            files.write_json(folder / "cell.json", cell.description)
         run.restore()
         run.train()
         return run.finish()
@@ -86,7 +87,7 @@ class Run:
 
     def __init__(self, cell: Cell, folder: Path, device: str | None = None, keep_pairs: pairs.Keep | None = None):
         self.cell, self.folder, self.keep_pairs = cell, folder, keep_pairs
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = parallel.join(device) or torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         track = cell.track
         prompts = [*track.prompts.train, *track.prompts.heldout]
         self.reward: Reward = cell.reward(cell.reward_config, self.device)
@@ -130,19 +131,16 @@ class Run:
                 except Collapse as error:
                     self.failure = str(error)
                     break
-                self.progress.network_evaluations += self.policy.network_evaluations - before
-                with self.progress.phase("pairs"):
-                    pairs.keep(self.folder / "pairs", samples, self.cell.reward.name, number, self.keep_pairs)
+                self.progress.network_evaluations += parallel.total(self.policy.network_evaluations - before)
                 self.progress.round += 1
-                if self.progress.round == self.rounds:
-                    pictures.triples(self.folder / "triples.png", samples)
-                self._save()
+                if parallel.first():
+                    self._leave(samples, number)
                 rewards = [r["reward"] for r in self.progress.rounds]
                 now = f"loss {metrics.get('loss', 0):.3g}"
                 if samples.drawn:
                     now = f"reward {rewards[-1]:.3f} (first round {rewards[0]:.3f})"
                 progress.advance(1, now)
-        if self.failure is not None:
+        if self.failure is not None and parallel.first():
             files.write_json(self.folder / "failure.json", {"round": self.progress.round, "evidence": self.failure})
 
     def _collect(self, number: int) -> ConsistentSamples:
@@ -162,7 +160,7 @@ class Run:
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with self.progress.phase("score"):
-            rewards = self.reward.score(images, prompts).float()
+            rewards = parallel.once(lambda: self.reward.score(images, prompts).float())
         self.progress.queries += len(images)
         if rewards.shape != (len(images),):
             raise Collapse(f"reward {self.reward.name} returned shape {tuple(rewards.shape)} for {len(images)} images")
@@ -177,6 +175,12 @@ class Run:
         config = self.cell.algorithm_config
         sums: dict[str, float] = {}
         count = 0
+
+        def loss_of(piece: Tensor) -> tuple[Tensor, dict[str, float]]:
+            loss = self.algorithm.loss(self.policy, samples, {k: v[piece] for k, v in batch.items()})
+            said = {k: float(v.detach()) * len(piece) for k, v in {"loss": loss.value, **loss.metrics}.items()}
+            return loss.value * (len(piece) / len(part)), said
+
         with self.progress.phase("prepare"):
             rows = self.algorithm.prepare(self.policy, samples, generator)
         total = len(next(iter(rows.values())))
@@ -187,12 +191,11 @@ class Run:
                 for part in order.tensor_split(min(config.updates, total)):
                     self.optimizer.zero_grad(set_to_none=True)
                     batch = self.algorithm.batch(self.policy, samples, {k: v[part] for k, v in rows.items()})
-                    for piece in torch.arange(len(part)).split(at_once):
-                        loss = self.algorithm.loss(self.policy, samples, {k: v[piece] for k, v in batch.items()})
-                        (loss.value * (len(piece) / len(part))).backward()
-                        for name, value in {"loss": loss.value, **loss.metrics}.items():
-                            sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(piece)
-                        count += len(piece)
+                    for said in parallel.add_gradients(
+                        self.parameters, torch.arange(len(part)).split(at_once), loss_of
+                    ):
+                        sums |= {name: sums.get(name, 0.0) + value for name, value in said.items()}
+                    count += len(part)
                     norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_norm))
                     if not math.isfinite(norm):
                         raise Collapse(f"round {number}: the gradient's norm is {norm}")
@@ -229,6 +232,14 @@ class Run:
                 f"round {number}: mean reward {entry.reward:.4f} fell below {floor:.4f}, {COLLAPSE} sd of round 0"
             )
 
+    def _leave(self, samples: ConsistentSamples, number: int) -> None:
+        """Write what a finished round leaves."""
+        with self.progress.phase("pairs"):
+            pairs.keep(self.folder / "pairs", samples, self.cell.reward.name, number, self.keep_pairs)
+        if self.progress.round == self.rounds:
+            pictures.triples(self.folder / "triples.png", samples)
+        self._save()
+
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
         tensors |= files.optimizer_tensors(self.optimizer)
@@ -256,8 +267,8 @@ class Run:
         self.progress = Progress(**meta["progress"])
 
     def finish(self) -> Record:
-        """Evaluate (unless the run failed), write LoRA, pictures and record."""
-        track, policy, cell = self.cell.track, self.policy, self.cell
+        """Evaluate (unless the run failed); the first process writes LoRA, pictures and record."""
+        track, policy = self.cell.track, self.policy
         verdicts: list[records.Verdict] = []
         drift: records.Drift | None = None
         if self.failure is None:
@@ -265,8 +276,14 @@ class Run:
             with self.progress.phase("evaluate"):
                 done = evaluation.evaluate(policy, track, self.judges, self.reward.fingerprints())
             verdicts, drift = done.verdicts, done.drift
-            pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
-            self.progress.network_evaluations += policy.network_evaluations - before
+            if parallel.first():
+                pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
+            self.progress.network_evaluations += parallel.total(policy.network_evaluations - before)
+        return parallel.once(lambda: self._record(verdicts, drift))
+
+    def _record(self, verdicts: list[records.Verdict], drift: records.Drift | None) -> Record:
+        """Write LoRA, card and record."""
+        track, policy, cell = self.cell.track, self.policy, self.cell
         policy.save_lora(self.folder)
         code, dirty = records.code_state()
         record = Record(
@@ -291,7 +308,8 @@ class Run:
                 updates=self.progress.updates,
                 seconds={k: round(v, 2) for k, v in self.progress.seconds.items()},
                 peak_memory_mb=round(records.peak_memory_mb(self.device), 1),
-                device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+                device=(f"{parallel.size()} × " if parallel.size() > 1 else "")
+                + (torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"),
             ),
             provenance=records.Provenance(
                 code=code,

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion import samplers
+from bench_dfusion import parallel, samplers
 from bench_dfusion.consistent import (
     Builder,
     BuilderConfig,
@@ -105,21 +105,22 @@ def check_branching(policy: Policy, step: int, where: str) -> None:
 @torch.no_grad()
 def endings(policy: Policy, drawn: Trajectory, rows: Tensor, step: int, seeds: Tensor) -> Trajectory:
     """Trajectories of `rows` [M] up to the latent before step number `step`, denoised on with the noise of `seeds` [M]."""
-    parts = []
-    for own, new in zip(rows.split(policy.batch), seeds.split(policy.batch), strict=True):
+
+    def end(part: tuple[Tensor, Tensor]) -> Trajectory:
+        own, new = part
         parent = drawn[own]
         noise = samplers.sample_noise(new, len(policy.schedule), tuple(parent.latents.shape[2:]))[:, 1 + step :]
         shared = parent.latents[:, step].to(policy.device)
         latents, log_probs = policy.denoise(shared, noise.to(policy.device), parent.prompts)
-        parts.append(
-            Trajectory(
-                torch.cat([parent.latents[:, :step], latents.cpu()], 1),
-                torch.cat([parent.log_probs[:, :step], log_probs.cpu()], 1),
-                new.clone(),
-                parent.prompts,
-            )
+        return Trajectory(
+            torch.cat([parent.latents[:, :step], latents.cpu()], 1),
+            torch.cat([parent.log_probs[:, :step], log_probs.cpu()], 1),
+            new.clone(),
+            parent.prompts,
         )
-    return Trajectory.cat(parts)
+
+    parts = zip(rows.split(policy.batch), seeds.split(policy.batch), strict=True)
+    return Trajectory.cat(parallel.each(end, list(parts)))
 
 
 def best_against_worst(

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from bench_dfusion import samplers
+from bench_dfusion import parallel, samplers
 from bench_dfusion.algorithm import Share
 from bench_dfusion.consistent import (
     Builder,
@@ -154,11 +154,11 @@ class DFusion(Builder):
         """
         taps = self._taps(policy)
         order = references.argsort(stable=True)  # bases of one reference side by side, in one batch
-        parts, masks = [], []
-        for rows in order.split(policy.batch):
-            trajectory, mask = self._targets(policy, taps, drawn, references[rows], bases[rows])
-            parts.append(trajectory)
-            masks.append(mask)
+
+        def denoise(rows: Tensor) -> tuple[Trajectory, Tensor]:
+            return self._targets(policy, taps, drawn, references[rows], bases[rows])
+
+        parts, masks = zip(*parallel.each(denoise, order.split(policy.batch)), strict=True)
         back = order.argsort()
         return Trajectory.cat(parts)[back], torch.cat(masks)[back]
 

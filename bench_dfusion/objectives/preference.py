@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion import registry
+from bench_dfusion import parallel, registry
 from bench_dfusion.algorithm import AlgorithmConfig, Rows
 
 DISCOPOP_TAU = 0.05  # Lu et al. 2024, §4
@@ -138,11 +138,15 @@ def loser_scale(scores: Callable[[Rows], tuple[Tensor, Tensor]], rows: Rows, bat
     and the network's output [2B, ...] that they are of; g are the gradients of their sums in it, over all the rows,
     of which `batch` at a time go through the network.
     """
-    along = limit = torch.zeros(())
-    for part in torch.arange(len(next(iter(rows.values())))).split(batch):
+
+    def products(part: Tensor) -> tuple[Tensor, Tensor]:
         value, output = scores({name: column[part] for name, column in rows.items()})
         g_w, g_l = torch.autograd.grad(value.sum(), output)[0].chunk(2)
-        along, limit = along + (g_l * g_w).sum().cpu(), limit + (1 - mu) * (g_w**2).sum().cpu()
+        return (g_l * g_w).sum().cpu(), (1 - mu) * (g_w**2).sum().cpu()
+
+    along = limit = torch.zeros(())
+    for a, b in parallel.each(products, torch.arange(len(next(iter(rows.values())))).split(batch)):
+        along, limit = along + a, limit + b
     return torch.where(along > 0, (limit / along).clamp(max=1), torch.ones(()))
 
 

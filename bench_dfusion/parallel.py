@@ -1,0 +1,167 @@
+"""One run in several processes: the batches are dealt out, and every process goes on with all that came of them.
+
+A batch is what one process makes of it, and gradients are added in the order of their pieces, so a run ends the same
+whatever the number of processes. All of them hold the same LoRA and optimiser; only the first writes files. Joined by
+`accelerate launch`, torchrun or `bench-dfusion run --processes N`, which set the environment that accelerate reads.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the command's other verbs need none
+    import torch
+
+T = TypeVar("T")
+Result = TypeVar("Result")
+PATIENCE = timedelta(hours=12)  # a reward may score for long while the others wait
+_objects: Any = None  # the process group that carries results through the CPU's memory
+
+
+def size() -> int:
+    """The number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join(device: str | None = None) -> torch.device | None:
+    """Meet the other processes and return this one's device; None where there are no others."""
+    global _objects
+    if size() == 1:
+        return None
+    import torch.distributed
+    from accelerate import PartialState
+
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    if _objects is None:
+        _objects = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return state.device
+
+
+def each(function: Callable[[T], Result], parts: Sequence[T]) -> list[Result]:
+    """`function` of every part, in order; each is computed by one process and given to all."""
+    if size() == 1:
+        return [function(part) for part in parts]
+    own = [function(part) for part in parts[_rank() :: size()]]
+    columns = _gather(own)
+    return [columns[i % size()][i // size()] for i in range(len(parts))]
+
+
+def once(function: Callable[[], Result]) -> Result:
+    """What the first process computes, for all."""
+    return each(lambda _: function(), [None])[0]
+
+
+def total(value: int) -> int:
+    """The sum over the processes."""
+    return value if size() == 1 else sum(_gather(value))
+
+
+def add_gradients(
+    parameters: Sequence[torch.nn.Parameter],
+    pieces: Sequence[T],
+    loss: Callable[[T], tuple[torch.Tensor, Result]],
+) -> list[Result]:
+    """Add the gradients of the losses of all `pieces` to the parameters', in their order; returns what `loss` said of each."""
+    if size() == 1:
+        found = []
+        for piece in pieces:
+            value, said = loss(piece)
+            value.backward()
+            found.append(said)
+        return found
+    found = []
+    for start in range(0, len(pieces), size()):
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        own: Any = None
+        if start + _rank() < len(pieces):
+            value, said = loss(pieces[start + _rank()])
+            value.backward()
+            own = [None if p.grad is None else p.grad.cpu() for p in parameters], said
+        for p, gradient in zip(parameters, before, strict=True):
+            p.grad = gradient
+        for theirs in _gather(own)[: len(pieces) - start]:
+            for p, gradient in zip(parameters, theirs[0], strict=True):
+                if gradient is not None:
+                    gradient = gradient.to(p.device)
+                    p.grad = gradient if p.grad is None else p.grad + gradient
+            found.append(theirs[1])
+    return found
+
+
+def writing(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+    """`context` in the first process, nothing in the others."""
+    return context if first() else nullcontext()
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def _gather(value: Any) -> list[Any]:
+    import torch.distributed
+
+    found: list[Any] = [None] * size()
+    torch.distributed.all_gather_object(found, value, group=_objects)
+    return found
+
+
+# --- launching
+
+
+def launch(processes: int, words: Sequence[str]) -> int:
+    """Run the command with `words` in so many processes on this machine; returns its exit status.
+
+    The first process speaks; what another says is shown if that one fails. One that fails ends all.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    command = [sys.executable, "-m", "bench_dfusion.cli", *words]
+    children, logs = [], [tempfile.TemporaryFile() for _ in range(processes - 1)]  # noqa: SIM115
+    for rank in range(processes):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": logs[rank - 1]} if rank else {}
+        own = {**threads, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(subprocess.Popen(command, env=own, **quiet))  # type: ignore[call-overload]
+    try:
+        while all(child.poll() is None for child in children):
+            time.sleep(0.1)
+        failed = next((i for i, child in enumerate(children) if child.poll()), None)
+        if failed is None:
+            return max(abs(child.wait()) for child in children)
+        time.sleep(0.5)  # for the first process, which may have failed by the same mistake, to say it
+    except KeyboardInterrupt:
+        failed = 0
+        for child in children:  # a terminal has told them all, a plain kill only this process
+            child.send_signal(signal.SIGINT)
+        return children[0].wait() or 130
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+        for child in children:
+            child.wait()
+    if failed and children[0].returncode in (0, -signal.SIGTERM, 130):
+        logs[failed - 1].seek(0)
+        print(f"process {failed} failed:\n{logs[failed - 1].read().decode(errors='replace')[-2000:]}", file=sys.stderr)
+        return children[failed].returncode
+    return children[0].returncode

@@ -1,0 +1,100 @@
+"""A run in several processes ends as in one: the same record and LoRA to the last bit, and a clear end where one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import TINY, command
+
+from bench_dfusion import files, records
+from bench_dfusion.records import Record
+
+# Batches smaller than a round's samples, so that there is something to deal out.
+WORDS = ("run", "--reward", "clip", "--device", "cpu", *TINY, "--set=track.batch=3", "--keep-pairs=none")
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def left(folder: Path) -> tuple[Record, str]:
+    ((path, record),) = records.find(folder)
+    return record, files.sha256(path.with_name(LORA))
+
+
+def run(cwd: Path, algo: str, builder: str, processes: int) -> tuple[Record, str]:
+    done = command(*WORDS, "--algo", algo, "--builder", builder, f"--processes={processes}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("record.json") == 1
+    return left(cwd)
+
+
+def same(cwd: Path, algo: str, builder: str, *numbers: int) -> None:
+    found = []
+    for n in (1, *numbers):
+        (cwd / str(n)).mkdir()
+        found.append(run(cwd / str(n), algo, builder, n))
+    alone, alone_lora = found[0]
+    assert alone.cost.updates > 0
+    for n, (record, lora) in zip(numbers, found[1:], strict=True):
+        assert record.comparable() == alone.comparable() and lora == alone_lora
+        cost, expected = record.cost, alone.cost
+        assert (cost.reward_queries, cost.network_evaluations) == (
+            expected.reward_queries,
+            expected.network_evaluations,
+        )
+        assert cost.device == f"{n} × cpu"
+
+
+def test_two_processes_end_as_one(tmp_path: Path) -> None:
+    same(tmp_path, "dpo", "dfusion", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algo", "builder"), [("dpo", "dfusion"), ("kto", "branch"), ("nft", "vanilla"), ("draft", "vanilla")]
+)
+def test_any_number_of_processes_ends_as_one(algo: str, builder: str, tmp_path: Path) -> None:
+    same(tmp_path, algo, builder, 2, 3)
+
+
+@pytest.mark.slow
+def test_torchrun_launches_it_too(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    words = [*launcher, "bench_dfusion.cli", *WORDS, "--algo=dpo", "--out=torchrun"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, own = left(tmp_path / "torchrun")
+    (tmp_path / "alone").mkdir()
+    alone, lora = run(tmp_path / "alone", "dpo", "dfusion", 1)
+    assert found.comparable() == alone.comparable() and own == lora and found.cost.device == "2 × cpu"
+
+
+def test_a_mistake_is_said_once_and_before_others_start(tmp_path: Path) -> None:
+    done = command(*WORDS, "--algo=dpq", "--processes=3", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("did you mean dpo") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_which_any_number_resumes(tmp_path: Path) -> None:
+    (tmp_path / "calm").mkdir()
+    expected, lora = run(tmp_path / "calm", "dpo", "dfusion", 1)
+    words = [sys.executable, "-m", "bench_dfusion.cli", *WORDS, "--algo=dpo", "--processes=2"]
+    parent = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("runs/*/*/checkpoint.safetensors")):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True).stdout.split()
+    second = next(c for c in children if b"RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode not in (0, None) and "process 1 failed" in said
+    assert not [c for c in children if Path(f"/proc/{c}/exe").exists()]
+    assert not records.find(tmp_path / "runs")
+    done = command(*WORDS, "--algo=dpo", "--processes=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record, own = left(tmp_path / "runs")
+    assert record.comparable() == expected.comparable() and own == lora
