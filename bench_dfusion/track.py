@@ -285,8 +285,10 @@ def validate(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
 
 
 def _fields(model: type[BaseModel], path: Sequence[object]) -> dict[str, Any]:
-    """The fields of the model that lies at `path` within a model."""
+    """The fields of the model that lies at `path` within a model: none in a table of free keys."""
     for part in path:
+        if str(part) not in model.model_fields:
+            return {}
         annotation = model.model_fields[str(part)].annotation
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
     return dict(model.model_fields)
