@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import copysign, hypot
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from bench_dfusion.reward_models.clip import image_size, open_clip_model
@@ -45,7 +45,8 @@ DETECTIONS = 100  # pairs of query and class of one picture (mmdet: max_per_imag
 Box = tuple[int, int, int, int]  # left, top, right, bottom (pixels); right and bottom are outside
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """What a prompt asks for; `position`: where it is, seen from the prompt's other object, which stands before it."""
 
     name: str
@@ -95,7 +96,7 @@ def parse(prompt: str) -> tuple[Asked, ...]:
         if match[2] == "and" and (first.colour is None) == (second.colour is None):
             return first, second
         if match[2] != "and" and first.colour is second.colour is None:
-            return second, first._replace(position=match[2])
+            return second, replace(first, position=match[2])
     raise ValueError(
         f"the reward geneval scores GenEval's prompts, not {prompt!r}: 'a photo of a bus', '... a bus and an apple', "
         "'... two buses', '... a red bus', '... a bus left of (right of, above, below) an apple', "
