@@ -97,9 +97,8 @@ def judge(
             Verdict(
                 judge=name,
                 metric=judge_reward.unit,
-                # The oracle's graded and full scores are one judge: training on either makes the other a ceiling too.
                 trained_on=fingerprint in trained_on.values()
-                or (judge_reward.name == "oracle" and "oracle" in trained_on),
+                or (judge_reward.one_judge and judge_reward.name in trained_on),
                 base=float(scores[0].mean()),
                 trained=float(scores[1].mean()),
                 gain=Gain(mean=interval.mean, low=interval.low, high=interval.high, kind=interval.kind),

@@ -21,6 +21,7 @@ class Reward(ABC):
     name, summary, paper   one line each for `bench-dfusion list rewards`
     unit                   what a score means and its range
     differentiable         whether gradients flow through `score_tensors`
+    one_judge              whether its options make no other judge of it: trained on under one, it ranks under none
     """
 
     name: ClassVar[str]
@@ -29,6 +30,7 @@ class Reward(ABC):
     unit: ClassVar[str]
     Config: ClassVar[type[RewardConfig]] = RewardConfig
     differentiable: ClassVar[bool] = False
+    one_judge: ClassVar[bool] = False
 
     def __init__(self, config: RewardConfig, device: torch.device | str = "cpu"):
         self.config = config

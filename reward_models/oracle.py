@@ -25,6 +25,7 @@ class Oracle(Reward):
     paper = "this project, docs/micro.md"
     unit = "share of what the prompt asks for, in [0, 1]"
     Config: ClassVar[type[RewardConfig]] = OracleConfig
+    one_judge = True
     config: OracleConfig
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
