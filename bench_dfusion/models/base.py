@@ -188,6 +188,9 @@ class Adapter(ABC):
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
                 part.to(device)
 
+    def tune_for_cuda(self) -> None:
+        """What a GPU needs to be right, or fast: nothing, but for some families."""
+
     def tune_for_cpu(self) -> None:
         """What makes a CPU fast and changes results by rounding only (measured on the embedded model).
 

@@ -65,6 +65,8 @@ def load_adapter(
         adapter.set_resolution(model.resolution)
     if torch.device(device).type == "cpu":
         adapter.tune_for_cpu()
+    elif torch.device(device).type == "cuda":
+        adapter.tune_for_cuda()
     if memory is not None:
         adapter.save_memory(memory)
     return adapter, digest
