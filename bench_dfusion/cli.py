@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import signal
 import sys
 import warnings
@@ -565,6 +567,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+# What is wrong with a disk or a path, not with the program.
+MENDED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number of an error; safetensors only has it in its text."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2; SIGTERM ends it as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -587,6 +599,11 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
+        if _errno(error) in MENDED:
+            print(
+                f"bench-dfusion: {registry.plain(error)}; the same command goes on when that is mended", file=sys.stderr
+            )
+            sys.exit(2)
         # typer brings its own copy of click, whose exceptions it does not export: known by their method.
         if not hasattr(error, "format_message"):
             raise

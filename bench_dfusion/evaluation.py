@@ -64,10 +64,12 @@ def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
 
 
 def draw(policy: Policy, prompts: Sequence[str], per_prompt: int, advance: Callable[[int], None]) -> Drawn:
-    """Sample with noise that depends on (prompt, image index) alone."""
+    """Sample with noise that depends on (prompt, image index) alone. Raises FloatingPointError where a latent is not finite."""
     each = [p for p in prompts for _ in range(per_prompt)]
     seeds = torch.tensor([seed_of("evaluation", p, i) for p in prompts for i in range(per_prompt)])
     trajectory = policy.sample(each, seeds, advance)
+    if not trajectory.latents.isfinite().all():
+        raise FloatingPointError("evaluation: the network's predictions are not finite")
     return Drawn(policy.decode(trajectory.final), trajectory)
 
 

@@ -65,14 +65,20 @@ def save_tensors(
     meta: Mapping[str, Any] | None = None,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors, a JSON-able `meta` and further words of the file's header as one safetensors file, atomically."""
+    """Write tensors, a JSON-able `meta` and further words of the file's header as one safetensors file, atomically.
+
+    With a `meta` the file carries the hash of its content, which safetensors itself does not.
+    """
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        save_file(contiguous, temporary, metadata={"meta": json.dumps(dict(meta or {})), **(header or {})})
+        words = {"meta": json.dumps(dict(meta or {})), **(header or {})}
+        if meta is not None:
+            words["sha256"] = _content_sha256(contiguous, words["meta"])
+        save_file(contiguous, temporary, metadata=words)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -82,13 +88,27 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: the tensors (on the CPU) and `meta`."""
+    """Read what `save_tensors` wrote: the tensors (on the CPU) and `meta`. Raises ValueError where a byte is another."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-    return tensors, meta
+        words = file.metadata() or {}
+    meta = words.get("meta", "{}")
+    if "sha256" in words and words["sha256"] != _content_sha256(tensors, meta):
+        raise ValueError("its content is not what was written")
+    return tensors, json.loads(meta)
+
+
+def _content_sha256(tensors: Mapping[str, torch.Tensor], meta: str) -> str:
+    import torch
+
+    total = hashlib.sha256(meta.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -153,6 +153,8 @@ class Run:
         with self.algorithm.collecting(self.policy):
             with self.progress.phase("sample"):
                 trajectory = self.policy.sample(prompts, seeds)
+                if not trajectory.latents.isfinite().all():
+                    raise Collapse(f"round {number}: the network's predictions are not finite")
                 images = self.policy.decode(trajectory.final)
             drawn = Samples(trajectory, images, self._score(images, prompts))
             with self.progress.phase("build"):
@@ -273,11 +275,14 @@ class Run:
         drift: records.Drift | None = None
         if self.failure is None:
             before = policy.network_evaluations
-            with self.progress.phase("evaluate"):
-                done = evaluation.evaluate(policy, track, self.judges, self.reward.fingerprints())
-            verdicts, drift = done.verdicts, done.drift
-            if parallel.first():
-                pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
+            try:
+                with self.progress.phase("evaluate"):
+                    done = evaluation.evaluate(policy, track, self.judges, self.reward.fingerprints())
+                verdicts, drift = done.verdicts, done.drift
+                if parallel.first():
+                    pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
+            except FloatingPointError as error:
+                self.failure = str(error)
             self.progress.network_evaluations += parallel.total(policy.network_evaluations - before)
         return parallel.once(lambda: self._record(verdicts, drift))
 

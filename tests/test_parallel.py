@@ -73,6 +73,7 @@ def test_torchrun_launches_it_too(tmp_path: Path) -> None:
     assert found.comparable() == alone.comparable() and own == lora and found.cost.device == "2 × cpu"
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once_and_before_others_start(tmp_path: Path) -> None:
     done = command(*WORDS, "--algo=dpq", "--processes=3", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("did you mean dpo") == 1 and not list(tmp_path.iterdir())
