@@ -257,6 +257,13 @@ class Adapter(ABC):
         return dict(tensors), {}
 
 
+def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, encoder: Any) -> Tensor:
+    """Token numbers [B, length] of prompts, padded and cut, on the text encoder's device."""
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids: Tensor = tokens.input_ids.to(encoder.device)
+    return ids
+
+
 def guided(adapter: Adapter, latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
     """The guided output u + w (c - u) (Ho & Salimans 2022) in float32; one branch where w is 1.
 

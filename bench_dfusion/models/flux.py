@@ -10,7 +10,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from bench_dfusion.models.base import Conditioning, TextPart
+from bench_dfusion.models.base import Conditioning, TextPart, token_ids
 from bench_dfusion.models.mmdit import MMDiTAdapter, text_block
 
 PATCH = 2  # the pipeline packs 2 x 2 places of the latent into one token
@@ -60,16 +60,10 @@ class FluxAdapter(MMDiTAdapter):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """T5's states and CLIP's pooled one."""
         clip, t5 = self.pipe.text_encoder, self.pipe.text_encoder_2
-        ids = [
-            tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            for tokenizer, length in (
-                (self.pipe.tokenizer, self.pipe.tokenizer_max_length),
-                (self.pipe.tokenizer_2, self.text_length),
-            )
-        ]
-        pooled = clip(ids[0].input_ids.to(clip.device)).pooler_output
-        return {"states": t5(ids[1].input_ids.to(t5.device))[0], "pooled": pooled}
+        pooled = clip(token_ids(self.pipe.tokenizer, prompts, self.pipe.tokenizer_max_length, clip)).pooler_output
+        return {"states": t5(token_ids(self.pipe.tokenizer_2, prompts, self.text_length, t5))[0], "pooled": pooled}
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         states, side = conditioning["states"], latents.shape[-1] // PATCH

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench_dfusion.models.base import Conditioning, TextPart
+from bench_dfusion.models.base import Conditioning, TextPart, token_ids
 from bench_dfusion.models.mmdit import MMDiTAdapter, text_block
 
 T5_LENGTH = 256  # the pipeline's own
@@ -39,11 +39,11 @@ class SD3Adapter(MMDiTAdapter):
             (self.pipe.tokenizer, self.pipe.text_encoder),
             (self.pipe.tokenizer_2, self.pipe.text_encoder_2),
         ):
-            output = encoder(_ids(tokenizer, prompts, self.text_length, encoder), output_hidden_states=True)
+            output = encoder(token_ids(tokenizer, prompts, self.text_length, encoder), output_hidden_states=True)
             states.append(output.hidden_states[-2])
             pooled.append(output[0])
         encoder = self.pipe.text_encoder_3
-        t5 = encoder(_ids(self.pipe.tokenizer_3, prompts, T5_LENGTH, encoder))[0]
+        t5 = encoder(token_ids(self.pipe.tokenizer_3, prompts, T5_LENGTH, encoder))[0]
         clip = torch.cat(states, -1)
         clip = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {"states": torch.cat([clip.to(t5), t5], 1), "pooled": torch.cat(pooled, -1)}
@@ -71,8 +71,3 @@ class SD3Adapter(MMDiTAdapter):
         if attn.norm_added_k is not None:
             of_text = attn.norm_added_k(of_text)
         return text_block(query, torch.cat([key, of_text], 1), slice(key.shape[1], None))
-
-
-def _ids(tokenizer: Any, prompts: Sequence[str], length: int, encoder: Any) -> Tensor:
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return tokens.input_ids.to(encoder.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_dfusion.models.base import Conditioning
+from bench_dfusion.models.base import Conditioning, token_ids
 from bench_dfusion.models.unet import UNetAdapter
 
 
@@ -46,10 +46,7 @@ class SDXLAdapter(UNetAdapter):
             (self.pipe.tokenizer, self.pipe.text_encoder),
             (self.pipe.tokenizer_2, self.pipe.text_encoder_2),
         ):
-            ids = tokenizer(
-                list(prompts), padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
-            ).input_ids
-            output = encoder(ids.to(encoder.device), output_hidden_states=True)
+            output = encoder(token_ids(tokenizer, prompts, self.text_length, encoder), output_hidden_states=True)
             states.append(output.hidden_states[-2])
             pooled = output[0]  # of the second: its projected end-of-text state
         conditioning = {"states": torch.cat([s.to(states[-1]) for s in states], -1), "pooled": pooled}
