@@ -64,6 +64,12 @@ class Aesthetic(Reward):
                 f"reward aesthetic: {config.model} embeds in {width} dimensions, the MLP takes {WIDTHS[0]}"
             )
 
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        name: str = config.model  # type: ignore[attr-defined]
+        head = 4 * sum(a * b + b for a, b in pairwise(WIDTHS))
+        return None if name.startswith("hf-hub:") else head + open_clip_bytes(cls.name, name, visual=True)
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = []
         with torch.no_grad():

@@ -21,5 +21,9 @@ class Given(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError(f"{self.name} scores nothing")
 
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        return 0
+
     def fingerprint(self) -> str:
         return "given"

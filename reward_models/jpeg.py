@@ -38,6 +38,10 @@ class JpegIncompressibility(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.tensor([self.sign * len(encode(i)) / 1000 for i in images.numpy()], dtype=torch.float32)
 
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        return 0
+
     def fingerprint(self) -> str:
         """The rule, and what this machine's encoder makes of a fixed picture: another encoder scores otherwise."""
         sample = np.random.RandomState(0).randint(0, 256, (32, 32, 3)).astype(np.uint8)

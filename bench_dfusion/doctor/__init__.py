@@ -1,0 +1,586 @@
+"""What a run will need of a device, estimated before anything is loaded.
+
+The networks are made on the meta device from the checkpoint's configs, with the run's own LoRA, and the run's own code
+(policy, builder, algorithm) is run on them and traced (`trace.py`), at the run's batch size but for few samples and
+steps. What the trace cannot see is added: weights by part, the optimiser's state, cached embeddings, on a CPU the
+round's samples and the process itself, and a margin. Times are the traced operations over rates that this device
+reaches (`device.py`).
+
+Not counted: what rewards and judges take while they score, beside their weights; the time they take; what the host of
+a GPU holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from bench_dfusion import micro, track
+from bench_dfusion.algorithm import Algorithm
+from bench_dfusion.config import Cell, judges_of
+from bench_dfusion.config import resolve as resolve_cell
+from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
+from bench_dfusion.doctor import configs, device
+from bench_dfusion.doctor.trace import Cost, tracing
+from bench_dfusion.models.base import Adapter
+from bench_dfusion.models.loading import dtype, load_adapter, quiet
+from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.registry import UsageError
+from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.track import Track
+from bench_dfusion.trainer import make_policy, round_prompts
+
+MARGIN = 0.1  # of what is allocated and freed again: a caching allocator's gaps, kernels' workspaces
+CONTEXT = 600_000_000  # bytes: a CUDA context with its libraries' kernels; assumed, where no GPU is here to ask
+FEW = 4  # steps that a builder is traced for; what it costs at all of them is scaled up
+STAND_INS = 40  # prompts where the track leaves them to the user and none are given
+
+
+class Phase(BaseModel):
+    """A part of a run: the bytes that lie on the device while it runs, by what they are, and how long it takes."""
+
+    name: str
+    parts: dict[str, int] = Field(description="bytes at the phase's peak by what they are")
+    seconds: float | None = Field(None, description="in a round (evaluation: once)")
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+class Change(BaseModel):
+    """What could be set otherwise, and the peak if it were, alone."""
+
+    settings: dict[str, Any] = Field(description="options of the track")
+    peak: int = Field(description="bytes")
+    saves: int = Field(description="bytes less than without it")
+    note: str = Field("", description="what it costs")
+
+
+class Estimate(BaseModel):
+    """What `bench-dfusion doctor` says."""
+
+    model: str
+    device: str
+    cell: str
+    available: int = Field(description="bytes that the device has for a run")
+    phases: list[Phase]
+    parameters: dict[str, int] = Field(description="of each network, and of the LoRA (count)")
+    on_disk: dict[str, int] = Field(description="bytes of each part's weights files")
+    changes: list[Change] = Field([], description="where it does not fit, cheapest first")
+    smallest: dict[str, Any] | None = Field(None, description="the smallest set of changes that fits")
+    smallest_peak: int | None = None
+    rates: device.Rates | None = None
+    rounds: int
+    notes: list[str]
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda p: p.peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.peak <= self.available
+
+    @property
+    def round_seconds(self) -> float | None:
+        """Seconds of a round without the reward's."""
+        own = [p.seconds for p in self.phases if p.seconds is not None and p.name != "evaluate"]
+        return sum(own) if own else None
+
+    def as_json(self) -> str:
+        derived = {"fits": self.fits, "peak": self.peak.peak, "peak_phase": self.peak.name}
+        return json.dumps({**derived, "round_seconds": self.round_seconds, **self.model_dump(mode="json")}, indent=1)
+
+
+def estimate(cell: Cell, where: torch.device, memory_gb: float | None = None) -> Estimate:
+    """What a cell needs of a device, and what to change where that is more than it has.
+
+    memory_gb   the device's memory in the place of what is free on it (1e9 bytes)
+    Raises UsageError where the checkpoint's configs cannot be had or the cell cannot run.
+    """
+    if memory_gb is not None and not memory_gb > 0:
+        raise UsageError(f"--memory-gb must be more than 0, not {memory_gb:g}")
+    doctor = _Doctor(cell, where, fresh=memory_gb is not None)
+    available = int(memory_gb * 1e9) if memory_gb is not None else device.free(where)
+    try:
+        found = doctor.phases(cell.track)
+        changes: list[Change] = []
+        smallest = None
+        if max(p.peak for p in found) > available:
+            changes = list(doctor.changes(available))
+            smallest = doctor.smallest([c.settings for c in changes if c.saves > 0], available)
+        rates = None
+        if device.present(where):
+            rates = device.measure(where, dtype(cell.track.model.dtype))
+            doctor.time(found, rates)
+    except ValueError as error:  # a builder, algorithm or prompt that does not fit the model
+        raise UsageError(str(error)) from error
+    return Estimate(
+        model=cell.track.model.id,
+        device=str(where),
+        cell=f"{cell.algorithm.name} on {cell.builder.name} samples, reward {cell.reward.name}, track {cell.track.id}",
+        available=available,
+        phases=found,
+        parameters=doctor.parameters(cell.track),
+        on_disk={name: s.size for name, s in doctor.stored.items()},
+        changes=changes,
+        smallest=smallest,
+        smallest_peak=doctor.peak(changed(cell.track, smallest)) if smallest else None,
+        rates=rates,
+        rounds=doctor.rounds,
+        notes=doctor.notes,
+    )
+
+
+def resolve(
+    *,
+    track_source: str | None = None,
+    model: str | None = None,
+    prompts: Path | None = None,
+    settings: list[str] | None = None,
+    config: Path | None = None,
+    algo: str = "dpo",
+    builder: str | None = None,
+    reward: str | None = None,
+) -> tuple[Cell, list[str]]:
+    """The cell as `run` would have it, and remarks; prompts stand in where the track leaves them to the user."""
+    source = track_source or ("micro" if model is None else "paper")
+    settings, notes = list(settings or []), []
+    content = track.read(source)
+    given = track.read_toml(config).get("track", {}) if config else {}
+    if prompts is None and not any("prompts" in c for c in (content, given)) and ".prompts." not in "".join(settings):
+        words = [f"a photo of a cat and a dog, number {i}" for i in range(STAND_INS + 10)]
+        settings += [f"track.prompts.train={json.dumps(words[:STAND_INS])}"]
+        settings += [f"track.prompts.heldout={json.dumps(words[STAND_INS:])}"]
+        notes.append(f"{STAND_INS} prompts stand in for those of --prompts: their number moves the cached embeddings alone")
+    cell = resolve_cell(
+        track_source=source,
+        model=model,
+        prompts=prompts,
+        settings=settings,
+        config=config,
+        algo=algo,
+        builder=builder,
+        reward=reward or "clip",
+    )
+    if not cell.builder.draws:
+        raise UsageError(f"builder {cell.builder.name} is of offline pairs: the doctor estimates builders that draw")
+    return cell, notes
+
+
+def changed(settings: Track, changes: dict[str, Any]) -> Track:
+    """A track with options changed: `batch`, `model.dtype`, `memory.OPTION`."""
+    content = settings.model_dump()
+    for name, value in changes.items():
+        section, _, option = name.rpartition(".")
+        (content[section] if section else content)[option] = value
+    return Track.model_validate(content)
+
+
+class StandIn(Reward):
+    """The reward of a trace: later pictures score higher, so that every pair is kept; what it does is not counted."""
+
+    name, summary, paper, unit = "stand-in", "none", "none", "1"
+    differentiable = True
+
+    def __init__(self) -> None:
+        super().__init__(RewardConfig())
+        self._scored = 0
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        first, self._scored = self._scored, self._scored + len(images)
+        return torch.arange(first, self._scored, dtype=torch.float32)
+
+    def score_tensors(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.flatten(1).mean(1)
+
+    def fingerprint(self) -> str:
+        return "none"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What running a phase once showed: bytes above what was there, those autograd kept, and its cost for a round."""
+
+    peak: int
+    kept: int
+    cost: Cost
+
+
+class _Doctor:
+    """One cell's estimates under changed options; what was traced once is kept."""
+
+    def __init__(self, cell: Cell, where: torch.device, fresh: bool):
+        self.cell, self.where = cell, where
+        self.cpu = where.type == "cpu"
+        self.notes: list[str] = []
+        self._traced: dict[tuple[Any, ...], Traced] = {}
+        self._built: ConsistentSamples | None = None
+        self._policies: dict[str, Policy] = {}
+        self.process = device.own_memory() if self.cpu else CONTEXT if fresh else 0
+        model = cell.track.model
+        if model.id == "micro" or Path(model.id).is_dir():
+            self.folder = micro.PIPELINE if model.id == "micro" else Path(model.id)
+            if not (self.folder / "model_index.json").is_file():
+                raise UsageError(f"{self.folder} is no diffusers pipeline directory: it has no model_index.json")
+            self.stored = configs.stored(self.folder)
+        else:
+            self.folder, self.stored = configs.from_hub(model.id, model.revision)
+        self._scorers()
+        settings = cell.track
+        self.drawn = settings.budget.prompts_per_round * settings.budget.samples_per_prompt
+        builder, algorithm = cell.builder(cell.builder_config), cell.algorithm(cell.algorithm_config)
+        self.made = builder.queries(self.drawn) - self.drawn
+        a_round = builder.queries(self.drawn) + algorithm.queries(self.drawn)
+        self.rounds = settings.budget.reward_queries // a_round
+        if settings.model.autocast:
+            self.notes.append("autocast is not traced: the network computes in its own dtype here")
+        for part, files in self.stored.items():
+            own = getattr(self.policy(settings).adapter.pipe, part, None)
+            count = sum(p.numel() for n, p in own.named_parameters() if "lora_" not in n) if own is not None else 0
+            if own is not None and files.parameters is not None and abs(count - files.parameters) > 0.001 * count:
+                self.notes.append(f"{part}: its files hold {files.parameters:,} numbers, its config makes {count:,}")
+
+    # the pieces
+
+    def _scorers(self) -> None:
+        """The weights of the reward and of each judge; both are loaded where they are the same model, too."""
+        cell = self.cell
+        scorers = {f"reward {cell.reward.name}": (cell.reward, cell.reward_config)}
+        scorers |= {f"judge {name}": value for name, value in judges_of(cell.track).items()}
+        self.scorers = {name: cls.weights_bytes(options) for name, (cls, options) in scorers.items()}
+        unknown = [name for name, size in self.scorers.items() if size is None]
+        if unknown:
+            self.notes.append(f"not counted, since their size is not known before they are loaded: {', '.join(unknown)}")
+
+    def policy(self, settings: Track) -> Policy:
+        """The policy on the meta device, set to save what memory the track says."""
+        kind = settings.model.dtype
+        if kind not in self._policies:
+            with quiet():
+                networks = configs.modules(self.folder, dtype(kind))
+                section = settings.model.model_copy(update={"id": str(self.folder)})
+                adapter, _ = load_adapter(section, "meta", networks=networks)
+            if self.cpu:
+                adapter.tune_for_cpu()
+            self._policies[kind] = make_policy(settings, adapter, 0, torch.device("meta"))
+        policy = self._policies[kind]
+        policy.batch = settings.batch
+        network, vae = policy.adapter.network, getattr(policy.adapter.pipe, "vae", None)
+        for part, switch in ((network, "gradient_checkpointing"), (vae, "gradient_checkpointing"), (vae, "slicing")):
+            getattr(part, f"disable_{switch}", lambda: None)()
+        wanted = {"gradient_checkpointing", "vae_slicing"}
+        policy.adapter.save_memory(track.MemorySection(**settings.memory.model_dump(include=wanted)))
+        return policy
+
+    def parameters(self, settings: Track) -> dict[str, int]:
+        policy = self.policy(settings)
+        lora = sum(p.numel() for p in policy.parameters.values())
+        found = {name: sum(p.numel() for p in part.parameters()) for name, part in _networks(policy.adapter).items()}
+        found[policy.adapter.network_name] -= lora
+        return {**found, "LoRA": lora}
+
+    def _weights(self, settings: Track) -> dict[str, int]:
+        """The bytes of each network, of the LoRA, and of what training adds to it."""
+        policy = self.policy(settings)
+        lora = sum(p.nbytes for p in policy.parameters.values())
+        found = {name: configs.bytes_of(part) for name, part in _networks(policy.adapter).items()}
+        found[policy.adapter.network_name] -= lora
+        return {**found, "LoRA": lora, "gradients": lora, "AdamW": 2 * lora}
+
+    # traces
+
+    def _trace(self, name: str, settings: Track) -> Traced:
+        memory = settings.memory
+        depends = {"train": [memory.gradient_checkpointing], "decode": [memory.vae_slicing]}
+        if self.cell.algorithm.needs_gradient:
+            depends["train"].append(memory.vae_slicing)
+        key = (name, settings.batch, settings.model.dtype, *depends.get(name, []))
+        if key not in self._traced:
+            run: Callable[[Policy], Traced] = getattr(self, f"_{name}")
+            self._traced[key] = run(self.policy(settings))
+        return self._traced[key]
+
+    def _some(self, policy: Policy) -> tuple[list[str], Tensor]:
+        """Prompts and seeds of as many whole prompts' samples as fill a batch of what a builder makes of them."""
+        settings = self.cell.track
+        each = settings.budget.samples_per_prompt
+        wanted = min(self.drawn, each * math.ceil(2 * policy.batch / each))
+        return round_prompts(settings, 0, 0)[:wanted], torch.arange(wanted)
+
+    def _encode(self, policy: Policy) -> Traced:
+        policy._encoded.clear()
+        with tracing() as trace:
+            policy.condition([self.cell.track.prompts.train[0]])
+        return Traced(trace.peak, 0, trace.cost)
+
+    def _sample(self, policy: Policy) -> Traced:
+        prompts, seeds = self._some(policy)
+        prompts, seeds = prompts[: policy.batch], seeds[: policy.batch]
+        self._condition(policy, prompts)
+        short = shortened(policy, 2)
+        with tracing() as trace, self._algorithm(policy).collecting(policy):
+            short.sample(prompts, seeds)
+        steps = len(policy.schedule)
+        cost = trace.cost * (1 / len(short.schedule))
+        whole = cost.in_batches(self.drawn * steps, policy.batch, len(prompts))
+        return Traced(trace.peak + self._latents(policy, short, len(prompts)), 0, whole)
+
+    def _decode(self, policy: Policy) -> Traced:
+        rows = min(policy.batch, self.drawn)
+        latents = torch.zeros((), device="meta").expand(rows, *policy.adapter.latent_shape)
+        with tracing() as trace:
+            policy.decode(latents)
+        return Traced(trace.peak, 0, trace.cost.in_batches(self.drawn + self.made, policy.batch, rows))
+
+    def _build(self, policy: Policy) -> Traced:
+        short = shortened(policy, FEW)
+        drawn = self._drawn(short)
+        self._condition(policy, drawn.prompts)
+        with tracing() as trace:
+            built = self._builder().build(_without_decoding(short), drawn, StandInAfter(len(drawn)).score)
+        if self._built is None:
+            self._built = built
+        scale = len(policy.schedule) / len(short.schedule)
+        cost = trace.cost.in_batches(self.drawn * scale, len(drawn), len(drawn))
+        rows = min(policy.batch, len(drawn))
+        return Traced(trace.peak + self._latents(policy, short, rows), 0, cost)
+
+    def _train(self, policy: Policy) -> Traced:
+        samples = self._consistent(policy)
+        algorithm, config = self._algorithm(policy), self.cell.algorithm_config
+        every = copy.copy(policy)
+        every.batch, every.network_evaluations = 10**9, 0  # one forward, whose memory nobody asks for
+        with tracing() as before:
+            rows = algorithm.prepare(every, samples, torch.Generator().manual_seed(0))
+        total = len(next(iter(rows.values())))
+        if not total:
+            raise UsageError(f"{algorithm.name} finds nothing to train on in what {self.cell.builder.name} builds")
+        scale = self.drawn / samples.drawn
+        at_once = max(1, policy.batch // algorithm.samples_per_row)
+        piece = min(at_once, total, max(1, math.ceil(total * scale / config.updates)))
+        for p in policy.parameters.values():
+            p.grad = torch.empty_like(p)  # as in every step but the first of a part: a part of the table of its own
+        try:
+            with tracing() as trace, torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda t: t):
+                batch = algorithm.batch(policy, samples, {k: v[:piece] for k, v in rows.items()})
+                loss = algorithm.loss(policy, samples, batch).value
+                kept = trace.kept
+                loss.backward()
+        finally:
+            for p in policy.parameters.values():
+                p.grad = None
+        cost = trace.cost.in_batches(total * scale * config.inner_epochs, piece, piece)
+        if done := every.network_evaluations:
+            branches = 1 if policy.guidance == 1 else 2
+            cost += before.cost.in_batches(done * scale, branches * policy.batch, done)
+        return Traced(trace.peak, kept, cost)
+
+    def _algorithm(self, policy: Policy) -> Algorithm:
+        algorithm: Algorithm = self.cell.algorithm(self.cell.algorithm_config)
+        algorithm.setup(policy, StandIn())
+        return algorithm
+
+    def _builder(self) -> Builder:
+        return self.cell.builder(self.cell.builder_config)
+
+    def _drawn(self, policy: Policy) -> Samples:
+        """Drawn samples with nothing in them."""
+        prompts, seeds = self._some(policy)
+        steps, rows = len(policy.schedule), len(prompts)
+        latents = torch.zeros(()).expand(rows, steps + 1, *policy.adapter.latent_shape)
+        trajectory = Trajectory(latents, torch.zeros(rows, steps), seeds, prompts)
+        return Samples(trajectory, torch.zeros(rows, 1, 1, 3, dtype=torch.uint8), torch.arange(rows).float())
+
+    def _consistent(self, policy: Policy) -> ConsistentSamples:
+        """What the builder made when it was traced, at all the steps."""
+        if self._built is None:
+            self._build(policy)
+        built = self._built
+        assert built is not None
+        old, steps = built.samples.trajectory, len(policy.schedule)
+        self._condition(policy, old.prompts)
+        latents = torch.zeros(()).expand(len(old), steps + 1, *old.latents.shape[2:])
+        whole = Trajectory(latents, torch.zeros(len(old), steps), old.seeds, old.prompts)
+        return dataclasses.replace(built, samples=dataclasses.replace(built.samples, trajectory=whole))
+
+    def _condition(self, policy: Policy, prompts: Sequence[str]) -> None:
+        with tracing():
+            policy.condition(prompts)
+
+    def _latents(self, policy: Policy, short: Policy, rows: int) -> int:
+        """The noise and the latents, on the device, of the steps that were not traced."""
+        steps = len(policy.schedule) - len(short.schedule)
+        return 2 * steps * rows * math.prod(policy.adapter.latent_shape) * 4
+
+    # what lies on the device
+
+    def phases(self, settings: Track) -> list[Phase]:
+        """The phases of a run with the memory that each takes at its peak."""
+        memory, policy = settings.memory, self.policy(settings)
+        weights = self._weights(settings)
+        moves = not self.cpu  # to the CPU and back is nothing on a CPU
+        follows = self.cell.algorithm.needs_gradient  # its training runs through the decoder and the reward
+        text = {name for name in weights if name.startswith("text_encoder")}
+        resting = text if memory.offload_text and moves else set()
+        gone = text if memory.drop_text else resting
+        vae = {"vae"} if memory.offload_vae and moves and not follows else set()
+        known = {name: size for name, size in self.scorers.items() if size}
+        scorers = known
+        if memory.offload_rewards and moves:
+            scorers = {name: size for name, size in known.items() if follows and name.startswith("reward ")}
+        trained = {name: weights.pop(name) for name in ("LoRA", "gradients", "AdamW")}
+        traced = {name: self._trace(name, settings) for name in ("encode", "sample", "decode", "build", "train")}
+        prompts = len(settings.prompts.train) + len(settings.prompts.heldout) + (settings.sampler.guidance != 1)
+        one = next(iter(policy._encoded.values()))
+        trained["cached embeddings"] = prompts * sum(t.nbytes for t in one.values())
+        process = {"process" if self.cpu else "CUDA context": self.process}
+
+        def phase(name: str, without: set[str], parts: dict[str, int], traced: Traced | None = None) -> Phase:
+            lying = {n: s for n, s in {**process, **weights, **scorers}.items() if n not in without} | parts
+            if traced is not None:
+                lying["kept for the backward"] = traced.kept
+                lying["activations"] = traced.peak - traced.kept
+                lying["margin"] = round(MARGIN * traced.peak)
+            return Phase(name=name, parts={n: s for n, s in lying.items() if s})
+
+        drawn, built = self._host(policy, self.drawn), self._host(policy, self.drawn + self.made)
+        evaluated = self._host(policy, 2 * len(settings.prompts.heldout) * settings.evaluation.images_per_prompt)
+        one_more = max((size for name, size in known.items() if name not in scorers), default=0)
+        samples, most = "samples of the round", max(("sample", "decode"), key=lambda n: traced[n].peak)
+        return [
+            phase("load", resting | vae, {"LoRA": trained["LoRA"]}),
+            phase("encode", vae, {**trained, samples: 0}, traced["encode"]),
+            # Parts are put together at the end of sampling and of building: both copies are there.
+            phase("sample", gone | vae, {**trained, samples: 2 * drawn}, traced["sample"]),
+            phase("decode", gone, {**trained, samples: 2 * drawn}, traced["decode"]),
+            phase("score", gone | vae, {**trained, samples: 2 * drawn, "the scorer": one_more}),
+            phase("build", gone | vae, {**trained, samples: 2 * built}, traced["build"]),
+            phase("train", gone | vae, {**trained, samples: built}, traced["train"]),
+            phase("evaluate", gone | (vae if most == "sample" else set()), {**trained, samples: evaluated}, traced[most]),
+        ]
+
+    def _host(self, policy: Policy, samples: int) -> int:
+        """The bytes of samples' trajectories and pictures, which the host keeps: on a CPU they are the device's."""
+        if not self.cpu:
+            return 0
+        steps, side = len(policy.schedule), policy.adapter.image_side
+        return samples * ((steps + 1) * math.prod(policy.adapter.latent_shape) * 4 + 3 * side * side)
+
+    def peak(self, settings: Track) -> int:
+        return max(p.peak for p in self.phases(settings))
+
+    # what to change
+
+    def changes(self, available: int) -> Iterator[Change]:
+        """Each change alone, those that cost least first."""
+        settings = self.cell.track
+        now = self.peak(settings)
+        costs = {
+            "memory.drop_text": "",
+            "memory.offload_text": "moves between new prompts",
+            "memory.offload_vae": "moves twice a round",
+            "memory.offload_rewards": "moves twice a round",
+            "memory.vae_slicing": "slower decoding",
+            "memory.gradient_checkpointing": "a second forward in each training step",
+        }
+        for option, note in costs.items():
+            if getattr(settings.memory, option.partition(".")[2]):
+                continue
+            try:
+                peak = self.peak(changed(settings, {option: True}))
+            except ValueError:  # the model has no such thing
+                continue
+            yield Change(settings={option: True}, peak=peak, saves=now - peak, note=note)
+        if settings.batch > 1:
+            batch = self._batch(settings, {}, available)
+            peak = self.peak(changed(settings, {"batch": batch}))
+            yield Change(settings={"batch": batch}, peak=peak, saves=now - peak, note="more calls of the network")
+        if settings.model.dtype == "float32":
+            half = {"model.dtype": "bfloat16"}
+            peak = self.peak(changed(settings, half))
+            yield Change(settings=half, peak=peak, saves=now - peak, note="other numbers: another track")
+
+    def _batch(self, settings: Track, others: dict[str, Any], available: int) -> int:
+        """The largest of the batch's halves that fits beside other changes, 1 where none does."""
+        batch = settings.batch
+        while batch > 1:
+            batch //= 2
+            if self.peak(changed(settings, {**others, "batch": batch})) <= available:
+                break
+        return max(1, batch)
+
+    def smallest(self, useful: list[dict[str, Any]], available: int) -> dict[str, Any] | None:
+        """The fewest changes with which it fits, the cheapest of those; None where all together do not suffice."""
+        settings = self.cell.track
+        everything = {name: value for change in useful for name, value in change.items()}
+        if "batch" in everything:
+            everything["batch"] = 1
+        if self.peak(changed(settings, everything)) > available:
+            return None
+        for size in range(1, len(useful) + 1):
+            for some in itertools.combinations(useful, size):
+                chosen = {name: value for change in some for name, value in change.items()}
+                if "batch" in chosen:
+                    others = {name: value for name, value in chosen.items() if name != "batch"}
+                    chosen["batch"] = self._batch(settings, others, available)
+                if self.peak(changed(settings, chosen)) <= available:
+                    return chosen
+        return everything
+
+    # time
+
+    def time(self, phases: list[Phase], rates: device.Rates) -> None:
+        """Fill in the seconds of each phase in a round, and of the evaluation at the end."""
+        settings = self.cell.track
+        costs = {name: self._trace(name, settings).cost for name in ("sample", "decode", "build", "train")}
+        by_name = {p.name: p for p in phases}
+        for name, cost in costs.items():
+            by_name[name].seconds = rates.seconds(cost)
+        each = settings.evaluation.images_per_prompt
+        # Base and trained are drawn, and one image of each prompt goes through both again at each step.
+        evaluated = len(settings.prompts.heldout) * (2 * each + 2) / self.drawn
+        pictures = len(settings.prompts.heldout) * 2 * each / (self.drawn + self.made)
+        by_name["evaluate"].seconds = rates.seconds(costs["sample"] * evaluated + costs["decode"] * pictures)
+
+
+class StandInAfter(StandIn):
+    """Scores above all of the first samples."""
+
+    def __init__(self, first: int):
+        super().__init__()
+        self._scored = first
+
+
+def shortened(policy: Policy, steps: int) -> Policy:
+    """The same policy with fewer steps of its schedule."""
+    short, total = copy.copy(policy), len(policy.schedule)
+    keep = torch.linspace(0, total - 1, min(steps, total)).round().long()
+    fields = {f.name: getattr(policy.schedule, f.name) for f in dataclasses.fields(policy.schedule)}
+    kept = {n: v[keep] for n, v in fields.items() if isinstance(v, Tensor) and v.shape[:1] == (total,)}
+    short.schedule = dataclasses.replace(policy.schedule, **kept)
+    return short
+
+
+def _without_decoding(policy: Policy) -> Policy:
+    """The same policy that makes no pictures: decoding is a phase of its own."""
+    blank = copy.copy(policy)
+    blank.decode = lambda latents: torch.zeros(len(latents), 1, 1, 3, dtype=torch.uint8)  # type: ignore[method-assign]
+    return blank
+
+
+def _networks(adapter: Adapter) -> dict[str, torch.nn.Module]:
+    return {n: p for n, p in adapter.pipe.components.items() if isinstance(p, torch.nn.Module)}
+
