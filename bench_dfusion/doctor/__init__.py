@@ -36,6 +36,7 @@ from bench_dfusion.doctor.trace import Cost, tracing
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import dtype, load_adapter, quiet
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.progress import console
 from bench_dfusion.registry import UsageError
 from bench_dfusion.reward import Reward, RewardConfig
 from bench_dfusion.track import Track
@@ -44,6 +45,9 @@ from bench_dfusion.trainer import make_policy, round_prompts
 MARGIN = 0.1  # of what is allocated and freed again: a caching allocator's gaps, kernels' workspaces
 CONTEXT = 600_000_000  # bytes: a CUDA context with its libraries' kernels; assumed, where no GPU is here to ask
 FEW = 4  # steps that a builder is traced for; what it costs at all of them is scaled up
+EMBEDDINGS = "cached embeddings"
+ORDER = ("load", "encode", "sample", "decode", "score", "build", "train", "evaluate")
+RUNS = ("encode", "sample", "decode", "build", "train", "evaluate")  # the network in it
 STAND_INS = 40  # prompts where the track leaves them to the user and none are given
 
 
@@ -120,7 +124,7 @@ def estimate(cell: Cell, where: torch.device, memory_gb: float | None = None) ->
         smallest = None
         if max(p.peak for p in found) > available:
             changes = list(doctor.changes(available))
-            smallest = doctor.smallest([c.settings for c in changes if c.saves > 0], available)
+            smallest = doctor.smallest([c.settings for c in changes], available)
         rates = None
         if device.present(where):
             rates = device.measure(where, dtype(cell.track.model.dtype))
@@ -164,7 +168,9 @@ def resolve(
         words = [f"a photo of a cat and a dog, number {i}" for i in range(STAND_INS + 10)]
         settings += [f"track.prompts.train={json.dumps(words[:STAND_INS])}"]
         settings += [f"track.prompts.heldout={json.dumps(words[STAND_INS:])}"]
-        notes.append(f"{STAND_INS} prompts stand in for those of --prompts: their number moves the cached embeddings alone")
+        notes.append(
+            f"{STAND_INS} prompts stand in for those of --prompts: their number moves the cached embeddings alone"
+        )
     cell = resolve_cell(
         track_source=source,
         model=model,
@@ -229,6 +235,7 @@ class _Doctor:
         self._traced: dict[tuple[Any, ...], Traced] = {}
         self._built: ConsistentSamples | None = None
         self._policies: dict[str, Policy] = {}
+        self._lying: dict[str, dict[str, int]] = {}  # by dtype
         self.process = device.own_memory() if self.cpu else CONTEXT if fresh else 0
         model = cell.track.model
         if model.id == "micro" or Path(model.id).is_dir():
@@ -263,10 +270,12 @@ class _Doctor:
         self.scorers = {name: cls.weights_bytes(options) for name, (cls, options) in scorers.items()}
         unknown = [name for name, size in self.scorers.items() if size is None]
         if unknown:
-            self.notes.append(f"not counted, since their size is not known before they are loaded: {', '.join(unknown)}")
+            self.notes.append(
+                f"not counted, since their size is not known before they are loaded: {', '.join(unknown)}"
+            )
 
     def policy(self, settings: Track) -> Policy:
-        """The policy on the meta device, set to save what memory the track says."""
+        """The policy on the meta device, in the dtype of a track."""
         kind = settings.model.dtype
         if kind not in self._policies:
             with quiet():
@@ -275,8 +284,18 @@ class _Doctor:
                 adapter, _ = load_adapter(section, "meta", networks=networks)
             if self.cpu:
                 adapter.tune_for_cpu()
-            self._policies[kind] = make_policy(settings, adapter, 0, torch.device("meta"))
-        policy = self._policies[kind]
+            policy = self._policies[kind] = make_policy(settings, adapter, 0, torch.device("meta"))
+            self._traced["encode", kind] = self._encode(policy)
+            lora = sum(p.nbytes for p in policy.parameters.values())
+            weights = {name: configs.bytes_of(part) for name, part in _networks(adapter).items()}
+            weights[adapter.network_name] -= lora
+            one = sum(t.nbytes for encoded in policy._encoded.values() for t in encoded.values())
+            self._lying[kind] = {**weights, "LoRA": lora, "gradients": lora, "AdamW": 2 * lora, EMBEDDINGS: one}
+        return self._policies[kind]
+
+    def _set_up(self, settings: Track) -> Policy:
+        """The policy with the batch and the ways to save activations of a track."""
+        policy = self.policy(settings)
         policy.batch = settings.batch
         network, vae = policy.adapter.network, getattr(policy.adapter.pipe, "vae", None)
         for part, switch in ((network, "gradient_checkpointing"), (vae, "gradient_checkpointing"), (vae, "slicing")):
@@ -292,45 +311,46 @@ class _Doctor:
         found[policy.adapter.network_name] -= lora
         return {**found, "LoRA": lora}
 
-    def _weights(self, settings: Track) -> dict[str, int]:
-        """The bytes of each network, of the LoRA, and of what training adds to it."""
-        policy = self.policy(settings)
-        lora = sum(p.nbytes for p in policy.parameters.values())
-        found = {name: configs.bytes_of(part) for name, part in _networks(policy.adapter).items()}
-        found[policy.adapter.network_name] -= lora
-        return {**found, "LoRA": lora, "gradients": lora, "AdamW": 2 * lora}
-
     # traces
 
     def _trace(self, name: str, settings: Track) -> Traced:
+        if name == "encode":
+            self.policy(settings)
+            return self._traced["encode", settings.model.dtype]
+        if name == "evaluate":
+            return max((self._trace(n, settings) for n in ("sample", "decode")), key=lambda t: t.peak)
         memory = settings.memory
         depends = {"train": [memory.gradient_checkpointing], "decode": [memory.vae_slicing]}
         if self.cell.algorithm.needs_gradient:
             depends["train"].append(memory.vae_slicing)
         key = (name, settings.batch, settings.model.dtype, *depends.get(name, []))
+        if name == "train" and self._built is None:
+            self._trace("build", self.cell.track)
         if key not in self._traced:
             run: Callable[[Policy], Traced] = getattr(self, f"_{name}")
-            self._traced[key] = run(self.policy(settings))
+            with console.status(f"tracing {name}, batch {settings.batch}, {settings.model.dtype}"):
+                self._traced[key] = run(self._set_up(settings))
         return self._traced[key]
 
     def _some(self, policy: Policy) -> tuple[list[str], Tensor]:
-        """Prompts and seeds of as many whole prompts' samples as fill a batch of what a builder makes of them."""
+        """Prompts and seeds of as many samples as fill a batch of what a builder makes of them, four and four; the first
+        time of whole prompts, since groups are trained on."""
         settings = self.cell.track
-        each = settings.budget.samples_per_prompt
+        each = 4 if self._built is not None else settings.budget.samples_per_prompt
         wanted = min(self.drawn, each * math.ceil(2 * policy.batch / each))
         return round_prompts(settings, 0, 0)[:wanted], torch.arange(wanted)
 
     def _encode(self, policy: Policy) -> Traced:
-        policy._encoded.clear()
         with tracing() as trace:
-            policy.condition([self.cell.track.prompts.train[0]])
+            for prompt in self.cell.track.prompts.train[:1]:
+                policy._encoded[prompt] = policy.adapter.encode([prompt])
         return Traced(trace.peak, 0, trace.cost)
 
     def _sample(self, policy: Policy) -> Traced:
         prompts, seeds = self._some(policy)
         prompts, seeds = prompts[: policy.batch], seeds[: policy.batch]
         self._condition(policy, prompts)
-        short = shortened(policy, 2)
+        short = shortened(policy, 1)
         with tracing() as trace, self._algorithm(policy).collecting(policy):
             short.sample(prompts, seeds)
         steps = len(policy.schedule)
@@ -406,8 +426,6 @@ class _Doctor:
 
     def _consistent(self, policy: Policy) -> ConsistentSamples:
         """What the builder made when it was traced, at all the steps."""
-        if self._built is None:
-            self._build(policy)
         built = self._built
         assert built is not None
         old, steps = built.samples.trajectory, len(policy.schedule)
@@ -427,10 +445,13 @@ class _Doctor:
 
     # what lies on the device
 
-    def phases(self, settings: Track) -> list[Phase]:
-        """The phases of a run with the memory that each takes at its peak."""
+    def _layout(self, settings: Track) -> dict[str, dict[str, int]]:
+        """For each phase the bytes of what lies on the device while it runs, without what it allocates and frees."""
         memory, policy = settings.memory, self.policy(settings)
-        weights = self._weights(settings)
+        weights = dict(self._lying[settings.model.dtype])
+        trained = {name: weights.pop(name) for name in ("LoRA", "gradients", "AdamW")}
+        prompts = len(settings.prompts.train) + len(settings.prompts.heldout) + (settings.sampler.guidance != 1)
+        trained[EMBEDDINGS] = prompts * weights.pop(EMBEDDINGS)
         moves = not self.cpu  # to the CPU and back is nothing on a CPU
         follows = self.cell.algorithm.needs_gradient  # its training runs through the decoder and the reward
         text = {name for name in weights if name.startswith("text_encoder")}
@@ -441,36 +462,57 @@ class _Doctor:
         scorers = known
         if memory.offload_rewards and moves:
             scorers = {name: size for name, size in known.items() if follows and name.startswith("reward ")}
-        trained = {name: weights.pop(name) for name in ("LoRA", "gradients", "AdamW")}
-        traced = {name: self._trace(name, settings) for name in ("encode", "sample", "decode", "build", "train")}
-        prompts = len(settings.prompts.train) + len(settings.prompts.heldout) + (settings.sampler.guidance != 1)
-        one = next(iter(policy._encoded.values()))
-        trained["cached embeddings"] = prompts * sum(t.nbytes for t in one.values())
-        process = {"process" if self.cpu else "CUDA context": self.process}
-
-        def phase(name: str, without: set[str], parts: dict[str, int], traced: Traced | None = None) -> Phase:
-            lying = {n: s for n, s in {**process, **weights, **scorers}.items() if n not in without} | parts
-            if traced is not None:
-                lying["kept for the backward"] = traced.kept
-                lying["activations"] = traced.peak - traced.kept
-                lying["margin"] = round(MARGIN * traced.peak)
-            return Phase(name=name, parts={n: s for n, s in lying.items() if s})
-
+        one_more = max((size for name, size in known.items() if name not in scorers), default=0)
+        everything = {"process" if self.cpu else "CUDA context": self.process, **weights, **scorers}
         drawn, built = self._host(policy, self.drawn), self._host(policy, self.drawn + self.made)
         evaluated = self._host(policy, 2 * len(settings.prompts.heldout) * settings.evaluation.images_per_prompt)
-        one_more = max((size for name, size in known.items() if name not in scorers), default=0)
-        samples, most = "samples of the round", max(("sample", "decode"), key=lambda n: traced[n].peak)
-        return [
-            phase("load", resting | vae, {"LoRA": trained["LoRA"]}),
-            phase("encode", vae, {**trained, samples: 0}, traced["encode"]),
-            # Parts are put together at the end of sampling and of building: both copies are there.
-            phase("sample", gone | vae, {**trained, samples: 2 * drawn}, traced["sample"]),
-            phase("decode", gone, {**trained, samples: 2 * drawn}, traced["decode"]),
-            phase("score", gone | vae, {**trained, samples: 2 * drawn, "the scorer": one_more}),
-            phase("build", gone | vae, {**trained, samples: 2 * built}, traced["build"]),
-            phase("train", gone | vae, {**trained, samples: built}, traced["train"]),
-            phase("evaluate", gone | (vae if most == "sample" else set()), {**trained, samples: evaluated}, traced[most]),
-        ]
+        without = {"load": resting | vae, "encode": vae, "decode": gone, "evaluate": gone}
+        # Parts are put together at the end of sampling and of building: both copies are there.
+        host = {"sample": 2 * drawn, "decode": 2 * drawn, "score": 2 * drawn, "build": 2 * built, "train": built}
+        layout = {}
+        for name in ORDER:
+            lying = {n: size for n, size in everything.items() if n not in without.get(name, gone | vae)}
+            lying |= {"LoRA": trained["LoRA"]} if name == "load" else trained
+            lying["samples of the round"] = evaluated if name == "evaluate" else host.get(name, 0)
+            lying["the scorer"] = one_more if name in ("score", "evaluate") else 0
+            layout[name] = lying
+        return layout
+
+    def phases(self, settings: Track) -> list[Phase]:
+        """The phases of a run with the memory that each takes at its peak."""
+        found = []
+        for name, parts in self._layout(settings).items():
+            if name in RUNS:
+                traced = self._trace(name, settings)
+                parts["kept for the backward"] = traced.kept
+                parts["activations"] = traced.peak - traced.kept
+                parts["margin"] = round(MARGIN * traced.peak)
+            found.append(Phase(name=name, parts={part: size for part, size in parts.items() if size}))
+        return found
+
+    def peak(self, settings: Track) -> int:
+        """The bytes of the largest phase, of a track that asks for no more than the cell's."""
+        return self._most(settings, 0)
+
+    def fits(self, settings: Track, available: int) -> bool:
+        return self._most(settings, available) <= available
+
+    def _most(self, settings: Track, enough: int) -> int:
+        """The peak where it is above `enough`. What the cell's own track takes bounds what any change takes, so that
+        phases which cannot be the peak are not traced again."""
+
+        def size(name: str, of: Track) -> int:
+            return lying[name] + (round((1 + MARGIN) * self._trace(name, of).peak) if name in RUNS else 0)
+
+        lying = {name: sum(parts.values()) for name, parts in self._layout(settings).items()}
+        bounds = {name: size(name, self.cell.track) for name in ORDER}
+        most = 0
+        for name in sorted(ORDER, key=lambda n: -bounds[n]):
+            if bounds[name] > max(most, enough):
+                most = max(most, size(name, settings))
+            if most > enough > 0:
+                break
+        return most
 
     def _host(self, policy: Policy, samples: int) -> int:
         """The bytes of samples' trajectories and pictures, which the host keeps: on a CPU they are the device's."""
@@ -481,6 +523,9 @@ class _Doctor:
 
     def peak(self, settings: Track) -> int:
         return max(p.peak for p in self.phases(settings))
+
+    def fits(self, settings: Track, available: int) -> bool:
+        return all(p.peak <= available for p in self.phases(settings))
 
     # what to change
 
@@ -505,7 +550,7 @@ class _Doctor:
                 continue
             yield Change(settings={option: True}, peak=peak, saves=now - peak, note=note)
         if settings.batch > 1:
-            batch = self._batch(settings, {}, available)
+            batch = self._batch(settings, {}, available) or 1
             peak = self.peak(changed(settings, {"batch": batch}))
             yield Change(settings={"batch": batch}, peak=peak, saves=now - peak, note="more calls of the network")
         if settings.model.dtype == "float32":
@@ -513,14 +558,12 @@ class _Doctor:
             peak = self.peak(changed(settings, half))
             yield Change(settings=half, peak=peak, saves=now - peak, note="other numbers: another track")
 
-    def _batch(self, settings: Track, others: dict[str, Any], available: int) -> int:
-        """The largest of the batch's halves that fits beside other changes, 1 where none does."""
-        batch = settings.batch
-        while batch > 1:
-            batch //= 2
-            if self.peak(changed(settings, {**others, "batch": batch})) <= available:
-                break
-        return max(1, batch)
+    def _batch(self, settings: Track, others: dict[str, Any], available: int) -> int | None:
+        """The largest of the batch's halves that fits beside other changes; None where 1 does not."""
+        halves = [settings.batch // 2**n for n in range(1, settings.batch.bit_length())]
+        if not self.fits(changed(settings, {**others, "batch": 1}), available):
+            return None
+        return next(b for b in halves if self.fits(changed(settings, {**others, "batch": b}), available))
 
     def smallest(self, useful: list[dict[str, Any]], available: int) -> dict[str, Any] | None:
         """The fewest changes with which it fits, the cheapest of those; None where all together do not suffice."""
@@ -528,17 +571,20 @@ class _Doctor:
         everything = {name: value for change in useful for name, value in change.items()}
         if "batch" in everything:
             everything["batch"] = 1
-        if self.peak(changed(settings, everything)) > available:
+        if not self.fits(changed(settings, everything), available):
             return None
         for size in range(1, len(useful) + 1):
             for some in itertools.combinations(useful, size):
                 chosen = {name: value for change in some for name, value in change.items()}
                 if "batch" in chosen:
                     others = {name: value for name, value in chosen.items() if name != "batch"}
-                    chosen["batch"] = self._batch(settings, others, available)
-                if self.peak(changed(settings, chosen)) <= available:
+                    batch = self._batch(settings, others, available)
+                    if batch is None:
+                        continue
+                    chosen["batch"] = batch
+                if self.fits(changed(settings, chosen), available):
                     return chosen
-        return everything
+        return None
 
     # time
 
@@ -583,4 +629,3 @@ def _without_decoding(policy: Policy) -> Policy:
 
 def _networks(adapter: Adapter) -> dict[str, torch.nn.Module]:
     return {n: p for n, p in adapter.pipe.components.items() if isinstance(p, torch.nn.Module)}
-

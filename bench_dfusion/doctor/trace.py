@@ -84,14 +84,12 @@ class Trace(TorchDispatchMode):
             self._count(func, args, kwargs, out, inputs, outputs)
         return out
 
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         given = {t.untyped_storage()._cdata for t in inputs}
-        for t in outputs:
-            self._alloc(t.untyped_storage())
-        changes = func._schema.is_mutable
-        if changes or any(t.untyped_storage()._cdata not in given for t in outputs):  # a view costs nothing
+        made = [t.untyped_storage() for t in outputs if t.untyped_storage()._cdata not in given]
+        for storage in made:
+            self._alloc(storage)
+        if made or func._schema.is_mutable:  # a view costs nothing
             self.operations += 1
             self.moved += sum(t.nbytes for t in {id(t): t for t in [*inputs, *outputs]}.values())
         packet = func._overloadpacket
