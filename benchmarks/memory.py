@@ -32,8 +32,10 @@ from diffusers import (
 
 from bench_dfusion import doctor, files, records
 from bench_dfusion.config import Cell
+from bench_dfusion.consistent import Samples
 from bench_dfusion.micro import pretrain
-from bench_dfusion.trainer import Run
+from bench_dfusion.seeds import seed_of
+from bench_dfusion.trainer import Run, round_prompts
 
 CHECKPOINTED = "track.memory.gradient_checkpointing=true"
 CONFIGURATIONS: dict[str, tuple[str, list[str]]] = {  # the pipeline and what is set
@@ -139,7 +141,7 @@ def measure(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
     start = meter.now()
     with meter("load"):
         run = Run(cell, folder, str(device))
-    policy, builder, algorithm = run.policy, run.builder, run.algorithm
+    policy, builder = run.policy, run.builder
     decode, score = policy.decode, run._score
     inside: dict[str, float] = {}
 
@@ -151,10 +153,6 @@ def measure(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
             return result
 
         return timed
-
-    from bench_dfusion.consistent import Samples
-    from bench_dfusion.seeds import seed_of
-    from bench_dfusion.trainer import round_prompts
 
     prompts = round_prompts(cell.track, cell.seed, 0)
     seeds = torch.tensor([seed_of("train", cell.seed, 0, p, i) for i, p in enumerate(prompts)])

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from bench_dfusion.reward_models.clip import image_size, open_clip_model
+from bench_dfusion.reward_models.clip import image_size, open_clip_bytes, open_clip_model
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional

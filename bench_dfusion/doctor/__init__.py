@@ -32,6 +32,7 @@ from bench_dfusion.config import Cell, judges_of
 from bench_dfusion.config import resolve as resolve_cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
 from bench_dfusion.doctor import configs, device
+from bench_dfusion.doctor.device import Rates
 from bench_dfusion.doctor.trace import Cost, tracing
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import dtype, load_adapter, quiet
@@ -85,7 +86,7 @@ class Estimate(BaseModel):
     changes: list[Change] = Field([], description="where it does not fit, cheapest first")
     smallest: dict[str, Any] | None = Field(None, description="the smallest set of changes that fits")
     smallest_peak: int | None = None
-    rates: device.Rates | None = None
+    rates: Rates | None = None
     rounds: int
     notes: list[str]
 
@@ -521,12 +522,6 @@ class _Doctor:
         steps, side = len(policy.schedule), policy.adapter.image_side
         return samples * ((steps + 1) * math.prod(policy.adapter.latent_shape) * 4 + 3 * side * side)
 
-    def peak(self, settings: Track) -> int:
-        return max(p.peak for p in self.phases(settings))
-
-    def fits(self, settings: Track, available: int) -> bool:
-        return all(p.peak <= available for p in self.phases(settings))
-
     # what to change
 
     def changes(self, available: int) -> Iterator[Change]:
@@ -588,7 +583,7 @@ class _Doctor:
 
     # time
 
-    def time(self, phases: list[Phase], rates: device.Rates) -> None:
+    def time(self, phases: list[Phase], rates: Rates) -> None:
         """Fill in the seconds of each phase in a round, and of the evaluation at the end."""
         settings = self.cell.track
         costs = {name: self._trace(name, settings).cost for name in ("sample", "decode", "build", "train")}
@@ -615,7 +610,7 @@ def shortened(policy: Policy, steps: int) -> Policy:
     short, total = copy.copy(policy), len(policy.schedule)
     keep = torch.linspace(0, total - 1, min(steps, total)).round().long()
     fields = {f.name: getattr(policy.schedule, f.name) for f in dataclasses.fields(policy.schedule)}
-    kept = {n: v[keep] for n, v in fields.items() if isinstance(v, Tensor) and v.shape[:1] == (total,)}
+    kept: dict[str, Any] = {n: v[keep] for n, v in fields.items() if isinstance(v, Tensor) and v.shape[:1] == (total,)}
     short.schedule = dataclasses.replace(policy.schedule, **kept)
     return short
 
