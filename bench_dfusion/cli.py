@@ -237,6 +237,62 @@ def _names(text: str, option: str, names: list[str] | None = None) -> list[str]:
     return names
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers pipeline directory or Hub id instead of the track's.")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
+    ] = None,
+    algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")] = "dpo",
+    reward: Annotated[str | None, typer.Option(help="Training reward, as in run (default: clip).")] = None,
+    builder: Annotated[str | None, typer.Option(help="Builder of the consistent samples (default: dfusion).")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Training prompts, as in run.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="SECTION.OPTION=VALUE: algo., builder., reward., track.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with sections algo, builder, reward, track.")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="The device's memory (10⁹ bytes) in the place of what is free on it now."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Estimate the memory and the time of a run before anything is loaded, and what to change where it does not fit.
+
+    Configs are read, no weights: a model of the Hub is not downloaded.
+
+    Exit status: 0 where it fits, 1 where not, 2 on a mistake.
+    """
+    _load_files(plugin)
+    from bench_dfusion import display
+    from bench_dfusion import doctor as doctors
+    from bench_dfusion.doctor import device as devices
+
+    where = devices.find(device, memory_gb)
+    cell, notes = doctors.resolve(
+        track_source=track,
+        model=model,
+        prompts=prompts,
+        settings=settings,
+        config=config,
+        algo=algo,
+        builder=builder,
+        reward=reward,
+    )
+    found = doctors.estimate(cell, where, memory_gb)
+    found.notes[:0] = notes
+    if as_json:
+        print(found.as_json())
+    else:
+        display.estimate(found, out)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 @app.command("eval")
 def evaluate(
     run_folder: Annotated[Path | None, typer.Argument(metavar="RUN", help="The directory of a finished run.")] = None,

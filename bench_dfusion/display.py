@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,12 @@ from rich.table import Table
 
 from bench_dfusion import leaderboard
 from bench_dfusion.leaderboard import Board, signed
+from bench_dfusion.progress import duration
 from bench_dfusion.records import Drift, Record, Verdict
 from bench_dfusion.registry import plain
 
 if TYPE_CHECKING:
+    from bench_dfusion.doctor import Estimate
     from bench_dfusion.merge import Merged
     from bench_dfusion.rescore import Evaluation, Rescored
 
@@ -35,6 +37,72 @@ def record(record: Record, folder: Path, out: Console) -> None:
     out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
     names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
     out.print(f"{_text(folder)}/: {', '.join(n for n in names if (folder / n).exists())}")
+
+
+def estimate(found: Estimate, out: Console) -> None:
+    """What a run needs of a device, phase by phase, whether that fits, and what to change where it does not."""
+    groups = {
+        "trained": ("LoRA", "gradients", "AdamW"),
+        "activations": ("activations", "kept for the backward"),
+        "margin": ("margin",),
+        "other": ("process", "CUDA context", "cached embeddings", "samples of the round"),
+    }
+    out.print(_text(f"{found.model} on {found.device}: {found.cell}"), highlight=False, soft_wrap=True)
+    sizes = [f"{name} {count / 1e6:,.1f} M" for name, count in found.parameters.items()]
+    disk = sum(found.on_disk.values())
+    stored = f"; {_gb(disk)} on disk" if disk else ""
+    out.print(_text(f"parameters: {', '.join(sizes)}{stored}"), style="dim", soft_wrap=True)
+    grid = Table(box=None, pad_edge=False)
+    for column in ("phase", "peak", "weights", *groups, "time"):
+        grid.add_column(column, justify="left" if column == "phase" else "right")
+    for p in found.phases:
+        sums = [sum(p.parts.get(part, 0) for part in parts) for parts in groups.values()]
+        once = "" if p.seconds is None else ("once " if p.name == "evaluate" else "") + duration(p.seconds)
+        cells = [_gb(p.peak), _gb(p.peak - sum(sums)), *(_gb(size) for size in sums), once]
+        grid.add_row(p.name, *cells, style="bold" if p.name == found.peak.name else None)
+    out.print(grid)
+    largest = sorted(found.peak.parts.items(), key=lambda part: -part[1])
+    parts = ", ".join(f"{name} {_gb(size)}" for name, size in largest if size >= 5e6)
+    out.print(_text(f"peak: {found.peak.name}, {_gb(found.peak.peak)}: {parts}"), highlight=False, soft_wrap=True)
+    if found.round_seconds is not None and found.rates is not None:
+        ending = next(p.seconds or 0.0 for p in found.phases if p.name == "evaluate")
+        whole = found.rounds * found.round_seconds + ending
+        out.print(
+            f"time without the reward's: {duration(found.round_seconds)} a round, {duration(whole)} for {found.rounds} "
+            f"rounds and the evaluation, at {found.rates.flops / 1e12:.3g} TFLOP/s and "
+            f"{found.rates.bandwidth / 1e9:.3g} GB/s measured here",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        out.print("time: not estimated, this device is not here to measure", highlight=False)
+    for note in found.notes:
+        out.print(_text(f"note: {note}"), style="dim", soft_wrap=True)
+    if found.fits:
+        out.print(f"[green]fits[/green]: {_gb(found.peak.peak)} of {_gb(found.available)}", highlight=False)
+        return
+    out.print(f"[red]does not fit[/red]: {_gb(found.peak.peak)} of {_gb(found.available)}", highlight=False)
+    changes = Table(box=None, pad_edge=False)
+    for column in ("change", "saves", "peak then", "costs"):
+        changes.add_column(
+            column, justify="right" if column in ("saves", "peak then") else "left", no_wrap=column == "change"
+        )
+    for c in found.changes:
+        changes.add_row(_text(_set(c.settings)), _gb(c.saves), _gb(c.peak), c.note)
+    out.print(changes)
+    if found.smallest is None:
+        out.print("all of these together do not fit: a smaller model or a larger device", highlight=False)
+        return
+    what = f"the smallest set that fits, {_gb(found.smallest_peak or 0)}: {_set(found.smallest)}"
+    out.print(_text(what), highlight=False, soft_wrap=True)
+
+
+def _set(settings: Mapping[str, object]) -> str:
+    return " ".join(f"--set track.{name}={str(value).lower()}" for name, value in settings.items())
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def evaluation(found: Evaluation, folder: Path, out: Console) -> None:

@@ -57,9 +57,12 @@ def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
     """The track's judges by name. Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot
     score a held-out prompt.
     """
-    judges = {text: cls(options, device) for text, (cls, options) in judges_of(track).items()}
-    for loaded in judges.values():
+    judges = {}
+    for text, (cls, options) in judges_of(track).items():
+        loaded = judges[text] = cls(options, device)
         loaded.check(track.prompts.heldout)
+        if track.memory.offload_rewards:
+            loaded.rest()
     return judges
 
 
@@ -88,10 +91,11 @@ def judge(
         by_template.setdefault(templates.get(prompt, "all"), []).append(i)
     verdicts = []
     for name, judge_reward in judges.items():
-        scores = [
-            judge_reward.score(d.images, d.trajectory.prompts).float().view(-1, k).mean(1).numpy()
-            for d in (base, trained)
-        ]
+        with judge_reward.scoring():
+            scores = [
+                judge_reward.score(d.images, d.trajectory.prompts).float().view(-1, k).mean(1).numpy()
+                for d in (base, trained)
+            ]
         gains = (scores[1] - scores[0]).astype(float)
         interval = statistics.paired_gain(gains[None])
         fingerprint = judge_reward.fingerprint()
@@ -141,7 +145,7 @@ def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: R
     for drawn in (base, trained):
         if embed is not None and hasattr(embed, "embed"):
             space = f"{embed.name} image embedding"
-            with torch.no_grad():
+            with torch.no_grad(), embed.scoring():
                 parts = [embed.embed(p.permute(0, 3, 1, 2).float() / 255).cpu() for p in drawn.images.split(128)]
             embedded.append(torch.cat(parts))
         else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RewardConfig(BaseModel):
@@ -31,6 +32,7 @@ class Reward(ABC):
     Config: ClassVar[type[RewardConfig]] = RewardConfig
     differentiable: ClassVar[bool] = False
     one_judge: ClassVar[bool] = False
+    resting = False  # whether its networks stay on the CPU between scores (see `rest`)
 
     def __init__(self, config: RewardConfig, device: torch.device | str = "cpu"):
         self.config = config
@@ -62,3 +64,34 @@ class Reward(ABC):
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError, before any compute, if this reward cannot score a prompt."""
+
+    # memory
+
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        """The memory that its weights take on the device, known before they are loaded; None: not known."""
+        return None
+
+    def networks(self) -> list[nn.Module]:
+        """Its networks in this process."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
+
+    def rest(self) -> None:
+        """From now on its networks are on its device only inside `scoring`, else on the CPU."""
+        self.resting = True
+        self._move("cpu")
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Inside, its networks are on its device."""
+        if self.resting:
+            self._move(self.device)
+        try:
+            yield
+        finally:
+            if self.resting:
+                self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        for network in self.networks():
+            network.to(device)

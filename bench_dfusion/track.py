@@ -103,6 +103,15 @@ class MemorySection(Section):
     offload_text: bool = Field(
         False, description="text encoders stay on the CPU and go to the device only while they encode new prompts"
     )
+    drop_text: bool = Field(
+        False, description="every prompt is encoded before the first round, then the text encoders leave memory"
+    )
+    offload_vae: bool = Field(
+        False, description="the autoencoder stays on the CPU and goes to the device only while it decodes or encodes"
+    )
+    offload_rewards: bool = Field(
+        False, description="reward and judges stay on the CPU and go to the device only while they score"
+    )
 
 
 NOT_FIXED = {"algorithms", "builders", "tuned", "tuning", "memory"}

@@ -93,6 +93,8 @@ class Run:
         self.reward: Reward = cell.reward(cell.reward_config, self.device)
         if cell.builder.draws:
             self.reward.check(prompts)
+        if track.memory.offload_rewards and not cell.algorithm.needs_gradient:
+            self.reward.rest()
         self.judges = evaluation.load_judges(track, self.device)
         adapter, self.model_sha256 = load_adapter(track.model, self.device, track.memory)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
@@ -100,6 +102,11 @@ class Run:
         self.builder.check(self.policy, prompts)
         self.algorithm: Algorithm = cell.algorithm(cell.algorithm_config)
         self.algorithm.setup(self.policy, self.reward)
+        if track.memory.drop_text:
+            if not cell.builder.draws:
+                raise UsageError("offline pairs bring prompts as they come: leave track.memory.drop_text off")
+            self.policy.condition(prompts)
+            adapter.drop_text()
         config = cell.algorithm_config
         self.parameters = list(self.policy.parameters.values())
         self.optimizer = torch.optim.AdamW(
@@ -161,7 +168,7 @@ class Run:
                 return self.builder.build(self.policy, drawn, self._score)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        with self.progress.phase("score"):
+        with self.progress.phase("score"), self.reward.scoring():
             rewards = parallel.once(lambda: self.reward.score(images, prompts).float())
         self.progress.queries += len(images)
         if rewards.shape != (len(images),):

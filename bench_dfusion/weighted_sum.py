@@ -13,11 +13,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field, SerializeAsAny
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench_dfusion import registry, track
 from bench_dfusion.registry import UsageError
@@ -150,6 +150,15 @@ class WeightedSum(Reward):
     def check(self, prompts: Sequence[str]) -> None:
         for reward in self.components.values():
             reward.check(prompts)
+
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        own = cast(SumConfig, config).components
+        found = [part.reward.weights_bytes(own[name].options) for name, part in cls.parts.items()]
+        return None if None in found else sum(cast("list[int]", found))
+
+    def networks(self) -> list[nn.Module]:
+        return [network for reward in self.components.values() for network in reward.networks()]
 
 
 def configure(

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from bench_dfusion.reward_models.clip import image_size, open_clip_model
+from bench_dfusion.reward_models.clip import image_size, open_clip_bytes, open_clip_model
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,6 +63,12 @@ class Aesthetic(Reward):
             raise UsageError(
                 f"reward aesthetic: {config.model} embeds in {width} dimensions, the MLP takes {WIDTHS[0]}"
             )
+
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        name: str = config.model  # type: ignore[attr-defined]
+        head = 4 * sum(a * b + b for a, b in pairwise(WIDTHS))
+        return None if name.startswith("hf-hub:") else head + open_clip_bytes(cls.name, name, visual=True)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = []

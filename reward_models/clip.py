@@ -47,6 +47,13 @@ def open_clip_model(
     return model, PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
 
 
+def open_clip_bytes(reward: str, name: str, visual: bool = False) -> int:
+    """The bytes of an architecture's weights in float32, of its image tower alone if `visual`; nothing is loaded."""
+    model, _ = open_clip_model(reward, name, None, torch.device("meta"), empty=True)
+    part = model.visual if visual else model
+    return sum(t.nbytes for t in [*part.parameters(), *part.buffers()])
+
+
 def image_size(preprocess: Any) -> int:
     """The side of the square that a `PreprocessCfg` asks for (px)."""
     size = preprocess.size
@@ -84,6 +91,13 @@ class Clip(Reward):
             self.name, self._source, None if local else config.pretrained, self.device
         )
         self.tokenizer = open_clip.get_tokenizer(self._source)
+
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        name: str = config.model  # type: ignore[attr-defined]
+        if name.startswith("hf-hub:"):
+            return None
+        return open_clip_bytes(cls.name, f"local-dir:{micro.CLIP}" if name == "micro" else name)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         text = self._texts(prompts)

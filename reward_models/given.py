@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bench_dfusion.reward import Reward
+from bench_dfusion.reward import Reward, RewardConfig
 
 
 class Given(Reward):
@@ -20,6 +20,10 @@ class Given(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError(f"{self.name} scores nothing")
+
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        return 0
 
     def fingerprint(self) -> str:
         return "given"

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench_dfusion.reward import Reward
+from bench_dfusion.reward import Reward, RewardConfig
 
 QUALITY = 95
 
@@ -37,6 +37,10 @@ class JpegIncompressibility(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.tensor([self.sign * len(encode(i)) / 1000 for i in images.numpy()], dtype=torch.float32)
+
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        return 0
 
     def fingerprint(self) -> str:
         """The rule, and what this machine's encoder makes of a fixed picture: another encoder scores otherwise."""

@@ -32,6 +32,10 @@ class Oracle(Reward):
         verdicts = (oracle.judge(i, p) for i, p in zip(images.numpy(), prompts, strict=True))
         return torch.tensor([getattr(v, self.config.score) for v in verdicts], dtype=torch.float32)
 
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        return 0
+
     def fingerprint(self) -> str:
         source = inspect.getsource(oracle) + inspect.getsource(scenes) + self.config.score
         return hashlib.sha256(source.encode()).hexdigest()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from bench_dfusion.reward_models.clip import open_clip_bytes
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
@@ -53,6 +54,11 @@ class PickScore(Reward):
             raise weights.missing(self.name, config.model, "model", error) from None
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.preprocess = (images.crop_size["height"], tuple(images.image_mean), tuple(images.image_std))
+
+    @classmethod
+    def weights_bytes(cls, config: RewardConfig) -> int | None:
+        own = config.model == cls.Config.model_fields["model"].default  # type: ignore[attr-defined]
+        return open_clip_bytes(cls.name, "ViT-H-14") if own else None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         size, parts = self.config.batch, []

@@ -51,7 +51,7 @@ class Adapter(ABC):
                 part.requires_grad_(False).eval()
         # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
-        self.offload_text = False
+        self.offload_text = self.offload_vae = False
         self._latent_side: int | None = None
         vae = getattr(pipe, "vae", None)
         if vae is not None and getattr(vae.config, "force_upcast", False):
@@ -124,10 +124,10 @@ class Adapter(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32; gradients flow where they are enabled."""
-        vae = self.pipe.vae
         scale, shift = self._latent_scale(latents)
-        scaled = (latents.float() / scale + shift).to(vae.dtype)
-        return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        with self.with_vae(latents.device) as vae:
+            scaled = (latents.float() / scale + shift).to(vae.dtype)
+            return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def _latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """(scale, shift) of what the network sees: scale · (the autoencoder's latent − shift)."""
@@ -147,8 +147,8 @@ class Adapter(ABC):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents [B, C, H, W] of pictures [B, 3, H, W] in [0, 1]: the posterior's mean where the autoencoder has one."""
-        vae = self.pipe.vae
-        encoded = vae.encode((images * 2 - 1).to(vae.dtype))
+        with self.with_vae(images.device) as vae:
+            encoded = vae.encode((images * 2 - 1).to(vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         scale, shift = self._latent_scale(latents)
         return (latents.float() - shift) * scale
@@ -168,25 +168,48 @@ class Adapter(ABC):
             if not hasattr(vae, "enable_slicing"):
                 raise ValueError(f"{type(vae).__name__} has no slicing: leave memory.vae_slicing off")
             cast(Any, vae).enable_slicing()
-        self.offload_text = options.offload_text
-        if self.offload_text:
-            self._move_text_encoders("cpu")
+        self.offload_text, self.offload_vae = options.offload_text, options.offload_vae
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every part to `device`, but those that are offloaded to the CPU."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module):
+                resting = (self.offload_text and _is_text(name)) or (self.offload_vae and name == "vae")
+                part.to("cpu" if resting else device)
 
     @contextmanager
     def encoding(self, device: torch.device) -> Iterator[None]:
-        """Inside, the text encoders are on `device`, also where they are offloaded."""
-        if self.offload_text:
-            self._move_text_encoders(device)
+        """Inside, the text encoders are on `device`, also where they are offloaded. Raises ValueError where dropped."""
+        encoders = [p for name, p in self.pipe.components.items() if _is_text(name) and isinstance(p, nn.Module)]
+        if not encoders:
+            raise ValueError("a new prompt, and the text encoders are dropped: leave memory.drop_text off")
         try:
+            for encoder in encoders if self.offload_text else ():
+                encoder.to(device)
             yield
         finally:
-            if self.offload_text:
-                self._move_text_encoders("cpu")
+            for encoder in encoders if self.offload_text else ():
+                encoder.to("cpu")
 
-    def _move_text_encoders(self, device: torch.device | str) -> None:
-        for name, part in self.pipe.components.items():
-            if name.startswith("text_encoder") and isinstance(part, nn.Module):
-                part.to(device)
+    def drop_text(self) -> None:
+        """Free the text encoders: no new prompt can be encoded."""
+        for name in [name for name in self.pipe.components if _is_text(name)]:
+            setattr(self.pipe, name, None)
+
+    @contextmanager
+    def with_vae(self, device: torch.device) -> Iterator[Any]:
+        """Inside, the autoencoder is on `device`, also where it is offloaded.
+
+        Where gradients flow through it, it stays there: the backward pass needs its weights.
+        """
+        vae = self.pipe.vae
+        if self.offload_vae:
+            vae.to(device)
+        try:
+            yield vae
+        finally:
+            if self.offload_vae and not torch.is_grad_enabled():
+                vae.to("cpu")
 
     def tune_for_cuda(self) -> None:
         """What a GPU needs to be right, or fast: nothing, but for some families."""
@@ -262,6 +285,11 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, encoder: Any)
     tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = tokens.input_ids.to(encoder.device)
     return ids
+
+
+def _is_text(name: str) -> bool:
+    """Whether a part of a pipeline is a text encoder."""
+    return name.startswith("text_encoder")
 
 
 def guided(adapter: Adapter, latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,20 @@ def dtype(name: str) -> torch.dtype:
 
 
 def load_adapter(
-    model: ModelSection, device: torch.device | str = "cpu", memory: MemorySection | None = None
+    model: ModelSection,
+    device: torch.device | str = "cpu",
+    memory: MemorySection | None = None,
+    networks: Mapping[str, Any] | None = None,
 ) -> tuple[Adapter, str]:
-    """The adapter of a pipeline and the hash of its files. Raises UsageError where either is not as asked."""
+    """The adapter of a pipeline and the hash of its files. Raises UsageError where either is not as asked.
+
+    networks   parts of the pipeline to take in the place of its directory's; nothing is then hashed
+    """
     folder = micro.PIPELINE if model.id == "micro" else Path(model.id)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UsageError(f"{folder} is no diffusers pipeline directory: it has no model_index.json")
-        digest = files.tree_sha256(folder)
+        digest = files.tree_sha256(folder) if networks is None else "none"
     elif model.id == "micro":
         raise UsageError(f"the embedded weights are not at {folder}: run python -m bench_dfusion.micro.pretrain")
     else:
@@ -51,15 +57,14 @@ def load_adapter(
         raise UsageError(f"{model.id} is a {name}; supported are {', '.join(sorted(adapters))}")
     source: Any = folder if digest else DiffusionPipeline.download(model.id, revision=model.revision)
     digest = digest or files.tree_sha256(Path(source))
-    if model.sha256 and model.sha256 != digest:
+    if networks is None and model.sha256 and model.sha256 != digest:
         raise UsageError(f"{model.id}: its files hash to {digest[:12]}…, the track fixes {model.sha256[:12]}…")
-    with _quiet():
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype))
+    with quiet():
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype), **(networks or {}))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = adapters[name].read_scheduler(pipe.scheduler)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # never asked, and as large as a text encoder
-    pipe.to(device)
     adapter = adapters[name](pipe)
     if model.resolution is not None:
         adapter.set_resolution(model.resolution)
@@ -69,6 +74,7 @@ def load_adapter(
         adapter.tune_for_cuda()
     if memory is not None:
         adapter.save_memory(memory)
+    adapter.to(device)
     return adapter, digest
 
 
@@ -83,7 +89,7 @@ def adapters_by_pipeline() -> dict[str, type[Adapter]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without diffusers' and transformers' remarks on loading, which a user can do nothing about."""
     verbosity = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
