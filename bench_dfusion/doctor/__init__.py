@@ -257,7 +257,11 @@ class _Doctor:
             self.notes.append("autocast is not traced: the network computes in its own dtype here")
         for part, files in self.stored.items():
             own = getattr(self.policy(settings).adapter.pipe, part, None)
-            count = sum(v.numel() for n, v in own.state_dict().items() if "lora_" not in n) if own is not None else 0
+            count = 0
+            if own is not None:
+                stored = own.state_dict().keys() & dict(own.named_buffers()).keys()
+                count = sum(p.numel() for n, p in own.named_parameters() if "lora_" not in n)
+                count += sum(b.numel() for n, b in own.named_buffers() if n in stored)
             if own is not None and files.parameters is not None and abs(count - files.parameters) > 0.001 * count:
                 self.notes.append(f"{part}: its files hold {files.parameters:,} numbers, its config makes {count:,}")
 
