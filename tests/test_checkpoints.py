@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
+from tiny import policy_of
 
 import bench_dfusion
 from bench_dfusion import records, trainer
 from bench_dfusion.records import Record
 
 
-def run(folder: Path, out: Path, algo: str, builder: str) -> Record:
+def run(folder: Path, out: Path, algo: str, builder: str, *more: str) -> Record:
     """Two rounds."""
     prompts = out.parent / "prompts.txt"
     prompts.write_text("\n".join(f"a {colour} bus" for colour in ("red", "blue", "green")))
@@ -29,7 +31,13 @@ def run(folder: Path, out: Path, algo: str, builder: str) -> Record:
         "track.model.resolution=32",
     ]
     return bench_dfusion.run(
-        algo=algo, builder=builder, reward="clip", model=str(folder), prompts=prompts, settings=settings, out=out
+        algo=algo,
+        builder=builder,
+        reward="clip",
+        model=str(folder),
+        prompts=prompts,
+        settings=[*settings, *more],
+        out=out,
     )
 
 
@@ -81,3 +89,20 @@ def test_a_run_trains_and_leaves_a_lora_for_diffusers(
     assert record.rounds[0].reward_sd and record.verdicts[0].gain.mean != 0
     ((path, _),) = records.find(tmp_path)
     DiffusionPipeline.from_pretrained(folder).load_lora_weights(path.parent)
+
+
+def test_what_saves_memory_changes_no_number(sd3_dir: Path, tmp_path: Path) -> None:
+    plain = run(sd3_dir, tmp_path / "plain", "dpo", "dfusion")
+    options = ("drop_text", "offload_vae", "offload_rewards", "offload_text")
+    saved = run(sd3_dir, tmp_path / "saved", "dpo", "dfusion", *(f"track.memory.{o}=true" for o in options))
+    assert saved.verdicts == plain.verdicts and [r.metrics for r in saved.rounds] == [r.metrics for r in plain.rounds]
+
+
+def test_dropped_text_encoders_are_gone(sd3_dir: Path) -> None:
+    policy = policy_of(sd3_dir)
+    known = policy.condition(["a red bus"])
+    policy.adapter.drop_text()
+    assert policy.adapter.pipe.text_encoder_3 is policy.adapter.pipe.text_encoder is None
+    assert all(torch.equal(v, known[k]) for k, v in policy.condition(["a red bus"]).items())
+    with pytest.raises(ValueError, match="drop_text off"):
+        policy.condition(["a blue bus"])
