@@ -1,0 +1,470 @@
+"""The doctor's estimates against what loading, training steps and autograd really take, on tiny pipelines of real classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_dfusion.reward_models.clip import Clip, ClipConfig
+from bench_dfusion.reward_models.jpeg import JpegCompressibility
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from processes import command
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench_dfusion import doctor, evaluation, trainer
+from bench_dfusion.config import Cell
+from bench_dfusion.consistent import ConsistentSamples, Samples
+from bench_dfusion.doctor import configs, device
+from bench_dfusion.doctor.trace import Cost, tracing
+from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.registry import UsageError
+from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.track import MemorySection, ModelSection
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+PROMPTS = ["a red circle", "two blue rings", "a green cross", "a cat and a dog"]
+SMALL = [
+    "track.batch=4",
+    "track.sampler.steps=4",
+    "track.budget.prompts_per_round=2",
+    "track.budget.samples_per_prompt=4",
+    'track.evaluation.judges=["jpeg-compressibility"]',
+    f"track.prompts.train={json.dumps(PROMPTS)}",
+    'track.prompts.heldout=["a capybara", "an axolotl"]',
+]
+CHECKPOINTED = "track.memory.gradient_checkpointing=true"
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast this machine is matters to no test."""
+    monkeypatch.setattr(device, "SECONDS", 0.01)
+
+
+def cell_of(folder: Path, *settings: str, **options: Any) -> Cell:
+    cell, _ = doctor.resolve(
+        model=str(folder), settings=[*SMALL, *settings], reward="jpeg-compressibility", **{"algo": "dpo", **options}
+    )
+    return cell
+
+
+def part(found: doctor.Estimate, phase: str, name: str) -> int:
+    return next(p for p in found.phases if p.name == phase).parts.get(name, 0)
+
+
+# ---------------------------------------------------------------- what is counted exactly
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sd", "float32"), ("sdxl", "bfloat16"), ("pixart", "float16")])
+def test_weights_lora_and_optimiser_are_those_of_a_loaded_policy(
+    name: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"{name}_dir")
+    cell = cell_of(folder, f"track.model.dtype={dtype}", "track.lora.rank=3")
+    found = doctor.estimate(cell, GPU, memory_gb=10)
+    adapter, _ = load_adapter(cell.track.model)
+    for n, module in adapter.pipe.components.items():
+        if isinstance(module, nn.Module):
+            size = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+            assert part(found, "sample", n) == size, n
+            assert found.parameters[n] == sum(p.numel() for p in module.parameters())
+    policy = trainer.make_policy(cell.track, adapter, 0, CPU)
+    lora = list(policy.parameters.values())
+    optimiser = torch.optim.AdamW(lora)
+    for p in lora:
+        p.grad = torch.zeros_like(p)
+    optimiser.step()
+    state = [t for s in optimiser.state.values() for n, t in s.items() if n != "step"]
+    assert part(found, "train", "AdamW") == sum(t.nbytes for t in state)
+    assert part(found, "train", "LoRA") == part(found, "train", "gradients") == sum(p.nbytes for p in lora)
+    assert found.parameters["LoRA"] == sum(p.numel() for p in lora)
+    policy.condition([*PROMPTS, "a capybara", "an axolotl"])
+    assert len(policy._encoded) == 7  # and the empty one
+    cached = sum(t.nbytes for encoded in policy._encoded.values() for t in encoded.values())
+    assert part(found, "train", "cached embeddings") == cached
+
+
+def real_samples(policy: Policy) -> ConsistentSamples:
+    """Eight samples of noise, four pairs."""
+    generator, steps = torch.Generator().manual_seed(0), len(policy.schedule)
+    latents = torch.randn(8, steps + 1, *policy.adapter.latent_shape, generator=generator)
+    trajectory = Trajectory(latents, torch.zeros(8, steps), torch.arange(8), [PROMPTS[i % 4] for i in range(8)])
+    samples = Samples(trajectory, torch.zeros(8, 1, 1, 3, dtype=torch.uint8), torch.arange(8).float())
+    pairs = torch.stack([torch.arange(4, 8), torch.arange(4)], 1)
+    return ConsistentSamples(samples, 8, pairs, torch.arange(8), torch.cat([pairs[:, :1], pairs.flip(1)], 1))
+
+
+def kept_by_a_step(cell: Cell, rows: int) -> int:
+    """Bytes that autograd keeps for `rows` rows of a DPO step of a loaded policy, each storage once, without weights."""
+    adapter, _ = load_adapter(cell.track.model, memory=cell.track.memory)
+    policy = trainer.make_policy(cell.track, adapter, 0, CPU)
+    samples, algorithm = real_samples(policy), cell.algorithm(cell.algorithm_config)
+    prepared = algorithm.prepare(policy, samples, torch.Generator().manual_seed(0))
+    known = {t.untyped_storage().data_ptr() for t in [*adapter.network.parameters(), *adapter.network.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # alive, so that no other gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        algorithm.loss(policy, samples, {k: v[:rows] for k, v in prepared.items()})
+    return sum(s.nbytes() for s in kept.values())
+
+
+@pytest.mark.parametrize(("name", "settings"), [("sd", []), ("sd", [CHECKPOINTED]), ("pixart", ["track.batch=2"])])
+def test_what_autograd_keeps_is_what_it_really_keeps(
+    name: str, settings: list[str], request: pytest.FixtureRequest
+) -> None:
+    cell = cell_of(request.getfixturevalue(f"{name}_dir"), *settings)
+    estimated = part(doctor.estimate(cell, CPU), "train", "kept for the backward")
+    assert estimated == pytest.approx(kept_by_a_step(cell, cell.track.batch), rel=0.01)
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+def test_operations_are_those_of_the_real_network(sd_dir: Path, processor: type) -> None:
+    """Floating-point operations as torch counts them on real tensors; the fused kernel's, which it does not know on a CPU,
+    are those of the matrix products in the open (its backward multiplies once more)."""
+    real, _ = load_adapter(ModelSection(id=str(sd_dir)))
+    shadow, _ = load_adapter(ModelSection(id=str(sd_dir)), "meta", networks=configs.modules(sd_dir, torch.float32))
+    shadow.network.set_attn_processor(processor())  # type: ignore[operator]
+
+    def step(adapter: Any, where: str) -> None:
+        x = torch.zeros(3, 4, 16, 16, device=where, requires_grad=True)
+        states = torch.zeros(3, 77, 16, device=where)
+        adapter.predict(x, torch.zeros(3, device=where), {"states": states}).sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        step(real, "cpu")
+    with tracing() as trace:
+        step(shadow, "meta")
+    exact = processor is AttnProcessor
+    assert trace.flops == pytest.approx(counter.get_total_flops(), rel=1e-9 if exact else 0.03)
+    assert exact or trace.flops > counter.get_total_flops()
+
+
+def test_a_trace_by_hand() -> None:
+    """x [1000, 10] of 40,000 bytes, w [10, 10] of 400: the product is alive beside x, then what the backward makes."""
+    w = torch.empty(10, 10, device="meta", requires_grad=True)
+    with tracing() as trace, torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda t: t):
+        x = torch.empty(1000, 10, device="meta")
+        y = x @ w.t()  # keeps x; a view of the weight is no storage of its own
+        assert (trace.live, trace.kept) == (80_000, 40_000)
+        z = y.relu()  # keeps its result
+        del y
+        assert (trace.live, trace.peak, trace.kept) == (80_000, 120_000, 80_000)
+        assert trace.cost.flops == 2 * 1000 * 10 * 10
+        z.sum().backward()
+        assert w.grad is not None and trace.cost.flops == 2 * 2 * 1000 * 10 * 10
+        host = z.detach().cpu()
+        assert host.device.type == "cpu" and not host.any() and z.sum().item() == 0
+        del x, z
+        assert trace.live == 400  # the gradient
+    assert Cost(10, 20, 3).in_batches(rows=40, batch=4, traced=4) == Cost(100, 200, 30)
+
+
+def test_the_times_are_the_operations_over_what_was_measured() -> None:
+    rates = device.Rates(flops=1e9, bandwidth=1e8, overhead=1e-3, overlaps=False)
+    assert rates.seconds(Cost(2e9, 1e8, 500)) == pytest.approx(2 + 1 + 0.5)
+    assert rates.model_copy(update={"overlaps": True}).seconds(Cost(2e9, 1e8, 500)) == pytest.approx(3)
+
+
+def test_a_round_is_scaled_from_what_was_traced(sd_dir: Path) -> None:
+    """Twice the prompts of a round are twice the time, by the same operations; twice the steps twice the sampling's."""
+    whole = {}
+    for key, settings in {
+        "one": [],
+        "prompts": ["track.budget.prompts_per_round=4"],
+        "steps": ["track.sampler.steps=8"],
+    }.items():
+        cell = cell_of(sd_dir, *settings)
+        found = doctor._Doctor(cell, CPU, fresh=False)
+        whole[key] = {n: found._trace(n, cell.track).cost.flops for n in ("sample", "decode", "build", "train")}
+    for name, value in whole["one"].items():
+        assert whole["prompts"][name] == pytest.approx(2 * value)
+        assert whole["steps"][name] == pytest.approx(value * (1 if name == "decode" else 2), rel=0.02)
+    # 8 drawn samples, 4 steps, 2 branches: as many evaluations, each of the network's own cost.
+    adapter, _ = load_adapter(cell.track.model)
+    policy = trainer.make_policy(cell.track, adapter, 0, CPU)
+    policy.condition(PROMPTS)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        policy.mean(torch.zeros(4, 4, 16, 16), torch.zeros(4, dtype=torch.long), PROMPTS)
+    assert whole["one"]["sample"] == pytest.approx(2 * 4 * counter.get_total_flops())
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+def test_checkpointing_and_slicing_lower_what_they_should(sd_dir: Path) -> None:
+    plain, saving = (
+        doctor.estimate(cell_of(sd_dir, *settings), GPU, memory_gb=10)
+        for settings in ([], [CHECKPOINTED, "track.memory.vae_slicing=true"])
+    )
+    assert part(saving, "train", "kept for the backward") < part(plain, "train", "kept for the backward") / 2
+    assert part(saving, "decode", "activations") < part(plain, "decode", "activations") / 2
+    assert part(saving, "sample", "activations") == part(plain, "sample", "activations")
+
+
+def test_what_is_advised_fits_and_nothing_less_does(sd_dir: Path) -> None:
+    plain = doctor.estimate(cell_of(sd_dir), GPU, memory_gb=10)
+    assert plain.fits and not plain.changes and plain.peak.name == "train"
+    limit = (plain.peak.peak - 0.75 * sum(plain.peak.parts[p] for p in ("activations", "kept for the backward"))) / 1e9
+    tight = doctor.estimate(cell_of(sd_dir), GPU, memory_gb=limit)
+    assert not tight.fits and tight.smallest and tight.smallest_peak is not None
+
+    def again(changes: dict[str, Any]) -> doctor.Estimate:
+        settings = [f"track.{name}={json.dumps(value)}" for name, value in changes.items()]
+        return doctor.estimate(cell_of(sd_dir, *settings), GPU, memory_gb=limit)
+
+    advised = again(tight.smallest)
+    assert advised.fits and advised.peak.peak == tight.smallest_peak
+    for change in tight.changes:
+        alone = again(change.settings)
+        assert alone.peak.peak == change.peak == tight.peak.peak - change.saves, change
+    for name in tight.smallest if len(tight.smallest) > 1 else ():
+        assert not again({k: v for k, v in tight.smallest.items() if k != name}).fits
+    hopeless = doctor.estimate(cell_of(sd_dir), GPU, memory_gb=0.0001)
+    assert not hopeless.fits and hopeless.changes and hopeless.smallest is None
+
+
+def test_where_parts_lie_while_they_are_offloaded(sd_dir: Path) -> None:
+    options = ("offload_text", "offload_vae", "drop_text")
+    cells = {o: cell_of(sd_dir, f"track.memory.{o}=true") for o in options}
+    lies = {
+        o: {p.name for p in doctor.estimate(cell, GPU, memory_gb=10).phases if name in p.parts}
+        for (o, cell), name in zip(cells.items(), ("text_encoder", "vae", "text_encoder"), strict=True)
+    }
+    assert lies == {
+        "offload_text": {"encode"},
+        "offload_vae": {"decode", "evaluate"},
+        "drop_text": {"load", "encode"},
+    }
+    on_cpu = doctor.estimate(cells["offload_vae"], CPU)  # to the CPU and back is nothing there
+    assert all("vae" in p.parts for p in on_cpu.phases)
+
+
+@pytest.mark.parametrize(
+    ("algo", "builder"), [("draft", "vanilla"), ("dgpo", "dfusion"), ("nft", "branch"), ("sft", "same-noise")]
+)
+def test_any_algorithm_and_builder_can_be_estimated(algo: str, builder: str, sd_dir: Path) -> None:
+    settings = [] if algo != "draft" else ['track.evaluation.judges=["clip"]', "track.rewards.clip.model=micro"]
+    cell, _ = doctor.resolve(
+        model=str(sd_dir),
+        algo=algo,
+        builder=builder,
+        settings=[*SMALL, *settings],
+        reward="clip" if algo == "draft" else "jpeg-compressibility",
+    )
+    found = doctor.estimate(cell, CPU)
+    assert part(found, "train", "kept for the backward") > 0 and found.round_seconds and found.rounds > 0
+    if algo == "draft":  # gradients flow through the decoder
+        assert part(found, "train", "kept for the backward") > part(found, "decode", "activations") / 4
+
+
+def test_scorers_count_what_they_weigh_and_say_where_it_is_unknown(sd_dir: Path) -> None:
+    size = Clip.weights_bytes(ClipConfig(model="micro"))
+    loaded = Clip(ClipConfig(model="micro"))
+    assert size == sum(t.nbytes for t in [*loaded.model.parameters(), *loaded.model.buffers()])
+    settings = ['track.evaluation.judges=["clip"]', "track.rewards.clip.model=micro"]
+    found = doctor.estimate(cell_of(sd_dir, *settings), GPU, memory_gb=10)
+    assert part(found, "train", "judge clip") == size
+    away = doctor.estimate(cell_of(sd_dir, *settings, "track.memory.offload_rewards=true"), GPU, memory_gb=10)
+    assert part(away, "train", "judge clip") == 0 and part(away, "score", "the scorer") == size
+    cell, _ = doctor.resolve(model=str(sd_dir), settings=SMALL, reward="hpsv3")
+    assert "not counted" in " ".join(doctor.estimate(cell, GPU, memory_gb=10).notes)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def hollow(source: Path, folder: Path) -> Path:
+    """A pipeline directory whose weights files end after their headers."""
+    shutil.copytree(source, folder)
+    for file in folder.rglob("*.safetensors"):
+        data = file.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        file.write_bytes(data[: 8 + length])
+    return folder
+
+
+def test_the_command_reads_no_weights(sd_dir: Path, tmp_path: Path) -> None:
+    folder = hollow(sd_dir, tmp_path / "hollow")
+    with pytest.raises(Exception, match="safetensors|header|Incomplete"):
+        DiffusionPipeline.from_pretrained(folder)
+    words = ("doctor", "--model", str(folder), "--device", "cpu", *(f"--set={s}" for s in SMALL))
+    done = command(*words, "--memory-gb", "0.05", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "does not fit" in done.stdout and "--set track.batch=1" in done.stdout and not done.stderr
+
+
+def test_it_fits_and_says_so_in_words_and_in_json(sd_dir: Path, said: Any, tmp_path: Path) -> None:
+    words = ("doctor", "--model", sd_dir, "--reward", "jpeg-compressibility", *(f"--set={s}" for s in SMALL))
+    status, out, _ = said(*words, "--device", "cuda", "--memory-gb", 4, cwd=tmp_path)
+    assert status == 0 and "fits: " in out and "4.00 GB" in out and "not estimated" in out
+    status, out, _ = said(*words, "--device", "cpu", "--json", cwd=tmp_path)
+    found = json.loads(out)
+    assert status == 0 and found["fits"] and found["peak_phase"] == "train"
+    assert [p["name"] for p in found["phases"]] == list(doctor.ORDER)
+    assert found["peak"] == max(sum(p["parts"].values()) for p in found["phases"])
+    assert found["round_seconds"] > 0 and found["rates"]["flops"] > 1e8
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--memory-gb", "0"), "--memory-gb must be more than 0"),
+        (("--device", "abacus"), "unknown device 'abacus'"),
+        (("--device", "cuda:7"), "give --memory-gb"),
+        (("--model", "no/such-dir"), "no model 'no/such-dir'"),
+        (("--builder", "offline", "--set=builder.pairs=x"), ""),
+        (("--set", "track.batch=0"), "track.batch"),
+        (("--algo", "dop"), "did you mean dpo"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    words: tuple[str, ...], expected: str, refused: Any, tmp_path: Path
+) -> None:
+    assert expected in refused("doctor", *words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "foreign", "weights"])
+def test_a_checkpoint_that_cannot_be_read_is_refused(fault: str, sd_dir: Path, refused: Any, tmp_path: Path) -> None:
+    folder = hollow(sd_dir, tmp_path / "sd")
+    config, index = folder / "unet" / "config.json", folder / "model_index.json"
+    if fault == "missing":
+        config.unlink()
+    elif fault == "damaged":
+        config.write_text('{"_class_name": "UNet2DConditionModel", "down_block_types": ["NoSuchBlock"]}')
+    elif fault == "foreign":
+        index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
+    else:
+        next((folder / "unet").glob("*.safetensors")).write_bytes(b"no header")
+    line = refused("doctor", "--model", folder, *(f"--set={s}" for s in SMALL), cwd=tmp_path)
+    wanted = {"missing": "no unet/config.json", "damaged": "makes no UNet", "foreign": "supported are"}
+    assert wanted.get(fault, "is no safetensors file") in line
+
+
+def test_a_config_that_is_not_of_its_weights_is_told(sd_dir: Path, tmp_path: Path) -> None:
+    folder = hollow(sd_dir, tmp_path / "sd")
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "layers_per_block": 2}))
+    notes = doctor.estimate(cell_of(folder), GPU, memory_gb=10).notes
+    assert any(note.startswith("unet: its files hold") for note in notes)
+    assert not doctor.estimate(cell_of(sd_dir), GPU, memory_gb=10).notes
+
+
+def test_a_model_of_the_hub_is_estimated_without_its_weights(sd_dir: Path, hub: Any, tmp_path: Path) -> None:
+    files = {str(p.relative_to(sd_dir)): p.read_bytes() for p in sd_dir.rglob("*") if p.is_file()}
+    hub.create("org/tiny", files)
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    words = ("doctor", "--device", "cpu", "--json", *(f"--set={s}" for s in SMALL), "--reward", "jpeg-compressibility")
+    done = command(*words, "--model", "org/tiny", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    there, here = json.loads(done.stdout), doctor.estimate(cell_of(sd_dir), CPU)
+    assert there["parameters"] == here.parameters and there["on_disk"] == here.on_disk and there["notes"] == here.notes
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    gone = command(*words, "--model", "org/none", cwd=tmp_path, env=env)
+    assert gone.returncode == 2 and "no model 'org/none'" in gone.stderr and len(gone.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- parts that leave the device
+
+
+def test_the_autoencoder_is_on_the_device_only_while_it_works(sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = load_adapter(ModelSection(id=str(sdxl_dir)))
+    adapter, _ = load_adapter(ModelSection(id=str(sdxl_dir)), memory=MemorySection(offload_vae=True))
+    moves: list[str] = []
+    vae = adapter.pipe.vae
+    monkeypatch.setattr(vae, "to", lambda where, **_: moves.append(str(where)) or vae)
+    vae.decoder.register_forward_pre_hook(lambda *_: moves.append("decodes"))
+    vae.encoder.register_forward_pre_hook(lambda *_: moves.append("encodes"))
+    latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images = adapter.decode(latents)
+        assert torch.equal(images, plain.decode(latents))
+    assert torch.equal(adapter.encode_images(images), plain.encode_images(images))
+    assert moves == ["cpu", "decodes", "cpu", "cpu", "encodes", "cpu"]
+    moves.clear()
+    adapter.decode(latents.requires_grad_()).sum().backward()
+    assert moves == ["cpu", "decodes"]  # it stays for the backward pass
+    moves.clear()
+    adapter.to("meta")
+    assert moves == ["cpu"] and next(adapter.network.parameters()).is_meta
+
+
+class Scale(Reward):
+    """The pictures' mean times a weight; `places` remembers where that was asked to go."""
+
+    name, summary, paper, unit = "scale", "none", "none", "1"
+
+    def __init__(self, config: RewardConfig, where: torch.device | str = "cpu"):
+        super().__init__(config, where)
+        self.places: list[str] = []
+        self.network = nn.Linear(1, 1)
+        self.network.to = lambda where: self.places.append(str(where))  # type: ignore[method-assign,assignment]
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.places.append("scores")
+        return images.float().flatten(1).mean(1)
+
+    def fingerprint(self) -> str:
+        return "scale"
+
+
+def test_rewards_are_on_the_device_only_while_they_score(sd_dir: Path, tmp_path: Path) -> None:
+    class Elsewhere(Scale):
+        def __init__(self, config: RewardConfig, where: torch.device | str = "cpu"):
+            super().__init__(config, torch.device("cpu", 0))  # to tell it from the place where it rests
+
+    from dataclasses import replace
+
+    cell = cell_of(sd_dir, "track.memory.offload_rewards=true")
+    run = trainer.Run(replace(cell, reward=Elsewhere, reward_config=RewardConfig()), tmp_path, "cpu")
+    reward: Any = run.reward
+    assert reward.places == ["cpu"]
+    run._score(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), PROMPTS[:2])
+    assert reward.places == ["cpu", "cpu:0", "scores", "cpu"]
+    judge = Elsewhere(RewardConfig())
+    judge.rest()
+    trajectory = Trajectory(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2), ["a capybara", "an axolotl"])
+    drawn = evaluation.Drawn(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), trajectory)
+    track = cell.track.model_copy(
+        update={"evaluation": cell.track.evaluation.model_copy(update={"images_per_prompt": 1})}
+    )
+    evaluation.judge({"scale": judge}, drawn, drawn, track, {})
+    assert judge.places == ["cpu", "cpu:0", "scores", "scores", "cpu"]
+    kept = JpegCompressibility(RewardConfig())
+    with kept.scoring():
+        assert not kept.resting
+
+
+def test_text_encoders_leave_once_every_prompt_is_encoded(sd_dir: Path, tmp_path: Path) -> None:
+    def run(name: str, *settings: str) -> trainer.Run:
+        return trainer.Run(cell_of(sd_dir, *settings), tmp_path / name, "cpu")
+
+    plain, dropped = run("plain"), run("dropped", "track.memory.drop_text=true")
+    assert dropped.policy.adapter.pipe.text_encoder is None and plain.policy.adapter.pipe.text_encoder is not None
+    seeds = torch.tensor([1, 2])
+    two = [PROMPTS[0], "a capybara"]
+    first, second = (r.policy.sample(two, seeds) for r in (plain, dropped))
+    assert torch.equal(first.latents, second.latents)
+    with pytest.raises(ValueError, match="leave memory.drop_text off"):
+        dropped.policy.condition(["a new prompt"])
+
+
+def test_offline_pairs_bring_their_own_prompts(sd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = cell_of(sd_dir, "track.memory.drop_text=true")
+    monkeypatch.setattr(cell.builder, "draws", False)
+    with pytest.raises(UsageError, match="leave track.memory.drop_text off"):
+        trainer.Run(cell, tmp_path, "cpu")
