@@ -43,7 +43,9 @@ from bench_dfusion.reward import Reward, RewardConfig
 from bench_dfusion.track import Track
 from bench_dfusion.trainer import make_policy, round_prompts
 
-MARGIN = 0.1  # of what is allocated and freed again: a caching allocator's gaps, kernels' workspaces
+# Added to what is allocated and freed again, for an allocator's gaps and kernels' workspaces. Of a GPU it is assumed; of a
+# CPU it is what glibc's heap of freed small blocks took in the worst case without checkpointing (benchmarks/memory.py).
+MARGIN = {"cuda": 0.1, "cpu": 0.6}
 CONTEXT = 600_000_000  # bytes: a CUDA context with its libraries' kernels; assumed, where no GPU is here to ask
 FEW = 4  # steps that a builder is traced for; what it costs at all of them is scaled up
 EMBEDDINGS = "cached embeddings"
@@ -232,6 +234,7 @@ class _Doctor:
     def __init__(self, cell: Cell, where: torch.device, fresh: bool):
         self.cell, self.where = cell, where
         self.cpu = where.type == "cpu"
+        self.margin = MARGIN[where.type]
         self.notes: list[str] = []
         self._traced: dict[tuple[Any, ...], Traced] = {}
         self._built: ConsistentSamples | None = None
@@ -347,7 +350,9 @@ class _Doctor:
 
     def _encode(self, policy: Policy) -> Traced:
         with tracing() as trace:
-            policy.condition(self.cell.track.prompts.train[:1])
+            for prompt in self.cell.track.prompts.train[:1]:
+                encoded = policy.adapter.encode([prompt])
+                policy._encoded[prompt] = {k: v[0] for k, v in encoded.items()}
         return Traced(trace.peak, 0, trace.cost)
 
     def _sample(self, policy: Policy) -> Traced:
@@ -490,7 +495,7 @@ class _Doctor:
                 traced = self._trace(name, settings)
                 parts["kept for the backward"] = traced.kept
                 parts["activations"] = traced.peak - traced.kept
-                parts["margin"] = round(MARGIN * traced.peak)
+                parts["margin"] = round(self.margin * traced.peak)
             found.append(Phase(name=name, parts={part: size for part, size in parts.items() if size}))
         return found
 
@@ -506,7 +511,7 @@ class _Doctor:
         phases which cannot be the peak are not traced again."""
 
         def size(name: str, of: Track) -> int:
-            return lying[name] + (round((1 + MARGIN) * self._trace(name, of).peak) if name in RUNS else 0)
+            return lying[name] + (round((1 + self.margin) * self._trace(name, of).peak) if name in RUNS else 0)
 
         lying = {name: sum(parts.values()) for name, parts in self._layout(settings).items()}
         bounds = {name: size(name, self.cell.track) for name in ORDER}

@@ -72,14 +72,13 @@ def _network(cls: Any, path: Path) -> nn.Module:
 
 
 def _as_loaded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In `dtype`, but for what its class keeps in float32 there."""
+    """What a weights file holds in `dtype`, but for what its class keeps in float32 there."""
     keep = set(getattr(network, "_keep_in_fp32_modules_strict", None) or ())
     if dtype is torch.float16:
         keep |= set(getattr(network, "_keep_in_fp32_modules", None) or ())
-    network.to(dtype)
-    for name, parameter in network.named_parameters():
-        if keep & set(name.split(".")):
-            parameter.data = parameter.data.float()
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if keep & set(name.split(".")) else dtype)
     return network
 
 
