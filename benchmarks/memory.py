@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,17 +211,16 @@ def saved(run: Run, samples: Any) -> int:
     piece = {k: v[: max(1, policy.batch // algorithm.samples_per_row)] for k, v in rows.items()}
     weights = {t.untyped_storage().data_ptr() for m in _networks(policy) for t in [*m.parameters(), *m.buffers()]}
     weights |= {t.untyped_storage().data_ptr() for c in policy._encoded.values() for t in c.values()}
-    kept: dict[int, Any] = {}
+    kept: list[weakref.ref[Any]] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept.setdefault(storage.data_ptr(), storage)
+        kept.append(weakref.ref(tensor.untyped_storage()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        algorithm.loss(policy, samples, algorithm.batch(policy, samples, piece))
-    return sum(s.nbytes() for s in kept.values())
+        loss = algorithm.loss(policy, samples, algorithm.batch(policy, samples, piece))  # noqa: F841  # it holds them
+    alive = {s.data_ptr(): s.nbytes() for s in (ref() for ref in kept) if s is not None}
+    return sum(size for place, size in alive.items() if place not in weights)
 
 
 def one(pipeline: Path, settings: list[str], device: str, folder: Path) -> None:

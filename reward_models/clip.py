@@ -49,7 +49,8 @@ def open_clip_model(
 
 def open_clip_bytes(reward: str, name: str, visual: bool = False) -> int:
     """The bytes of an architecture's weights in float32, of its image tower alone if `visual`; nothing is loaded."""
-    model, _ = open_clip_model(reward, name, None, torch.device("meta"), empty=True)
+    with torch.device("meta"):
+        model, _ = open_clip_model(reward, name, None, torch.device("meta"), empty=True)
     part = model.visual if visual else model
     return sum(t.nbytes for t in [*part.parameters(), *part.buffers()])
 

@@ -44,8 +44,8 @@ from bench_dfusion.track import Track
 from bench_dfusion.trainer import make_policy, round_prompts
 
 # Added to what is allocated and freed again, for an allocator's gaps and kernels' workspaces. Of a GPU it is assumed; of a
-# CPU it is what glibc's heap of freed small blocks took in the worst case without checkpointing (benchmarks/memory.py).
-MARGIN = {"cuda": 0.1, "cpu": 0.6}
+# CPU it is what glibc's heap of freed small blocks took at most without checkpointing (benchmarks/memory.py).
+MARGIN = {"cuda": 0.1, "cpu": 0.8}
 CONTEXT = 600_000_000  # bytes: a CUDA context with its libraries' kernels; assumed, where no GPU is here to ask
 FEW = 4  # steps that a builder is traced for; what it costs at all of them is scaled up
 EMBEDDINGS = "cached embeddings"
@@ -119,9 +119,9 @@ def estimate(cell: Cell, where: torch.device, memory_gb: float | None = None) ->
     """
     if memory_gb is not None and not memory_gb > 0:
         raise UsageError(f"--memory-gb must be more than 0, not {memory_gb:g}")
-    doctor = _Doctor(cell, where, fresh=memory_gb is not None)
     available = int(memory_gb * 1e9) if memory_gb is not None else device.free(where)
     try:
+        doctor = _Doctor(cell, where, fresh=memory_gb is not None)
         found = doctor.phases(cell.track)
         changes: list[Change] = []
         smallest = None
@@ -132,7 +132,9 @@ def estimate(cell: Cell, where: torch.device, memory_gb: float | None = None) ->
         if device.present(where):
             rates = device.measure(where, dtype(cell.track.model.dtype))
             doctor.time(found, rates)
-    except ValueError as error:  # a builder, algorithm or prompt that does not fit the model
+    except UsageError:
+        raise
+    except ValueError as error:  # a model, builder, algorithm or prompt that does not fit
         raise UsageError(str(error)) from error
     return Estimate(
         model=cell.track.model.id,

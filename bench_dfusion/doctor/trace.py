@@ -50,7 +50,7 @@ class Trace(TorchDispatchMode):
     """Inside, operations on meta tensors are counted; data that would go to the host is zeros, or True.
 
     live, peak   bytes of the storages made inside and still alive, now and at most
-    kept         bytes that autograd has kept for the backward pass of what ran inside, each storage once
+    kept         bytes that `keep` was shown for the backward pass, each storage once: to be read before that runs
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Trace(TorchDispatchMode):
         self.live = self.peak = 0
         self.flops = self.moved = self.operations = 0.0
         self._alive: dict[int, weakref.ref[Any]] = {}
-        self._kept: dict[int, tuple[Any, int]] = {}
+        self._kept: dict[int, int] = {}
 
     @property
     def cost(self) -> Cost:
@@ -66,7 +66,7 @@ class Trace(TorchDispatchMode):
 
     @property
     def kept(self) -> int:
-        return sum(size for _, size in self._kept.values())
+        return sum(self._kept.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -111,14 +111,15 @@ class Trace(TorchDispatchMode):
         def free(_: Any) -> None:
             self.live -= size
             self._alive.pop(key, None)
+            self._kept.pop(key, None)
 
         self._alive[key] = weakref.ref(storage, free)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The pack hook of saved tensors: what is kept that was not there before, weights for example."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self._alive or tensor.device.type != "meta":
-            self._kept.setdefault(storage._cdata, (storage, storage.nbytes()))
+        if storage._cdata in self._alive:
+            self._kept[storage._cdata] = storage.nbytes()
         return tensor
 
 

@@ -51,7 +51,7 @@ class Adapter(ABC):
                 part.requires_grad_(False).eval()
         # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
-        self.offload_text = self.offload_vae = self._text_dropped = False
+        self.offload_text = self.offload_vae = self.text_dropped = False
         self._latent_side: int | None = None
         vae = getattr(pipe, "vae", None)
         if vae is not None and getattr(vae.config, "force_upcast", False):
@@ -180,20 +180,21 @@ class Adapter(ABC):
     @contextmanager
     def encoding(self, device: torch.device) -> Iterator[None]:
         """Inside, the text encoders are on `device`, also where they are offloaded. Raises ValueError where dropped."""
-        if self._text_dropped:
+        if self.text_dropped:
             raise ValueError("a new prompt, and the text encoders are dropped: leave memory.drop_text off")
-        encoders = [p for name, p in self.pipe.components.items() if _is_text(name) and isinstance(p, nn.Module)]
+        parts = self.pipe.components.items() if self.offload_text else ()
+        encoders = [part for name, part in parts if _is_text(name) and isinstance(part, nn.Module)]
         try:
-            for encoder in encoders if self.offload_text else ():
+            for encoder in encoders:
                 encoder.to(device)
             yield
         finally:
-            for encoder in encoders if self.offload_text else ():
+            for encoder in encoders:
                 encoder.to("cpu")
 
     def drop_text(self) -> None:
         """Free the text encoders: no new prompt can be encoded."""
-        self._text_dropped = True
+        self.text_dropped = True
         for name in [name for name in self.pipe.components if _is_text(name)]:
             setattr(self.pipe, name, None)
 
