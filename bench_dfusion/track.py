@@ -33,6 +33,13 @@ class ModelSection(Section):
         exclude_if=lambda value: value is None,  # tracks from before it keep their hash
         description="side of the pictures (pixels); None: the model's own",
     )
+    vae_tile: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description="side of the tiles in which larger pictures are decoded and encoded (pixels), to save memory; they are "
+        "blended, so pictures differ; None: no tiles",
+    )
 
 
 class SamplerSection(Section):

@@ -6,7 +6,7 @@ Pipelines of the real classes with random weights, large enough for weights and 
 configuration is a process of its own: it estimates, then runs one round (sample, decode, build, train) and notes for
 each phase its time and its peak: on a CPU the resident memory's high-water mark, which Linux lets a process reset, on a
 GPU torch.cuda.max_memory_allocated. Peaks are above what the process held before it loaded anything, and estimated ones
-stand without the margin, which is told beside. What autograd keeps is measured apart, on the first training step.
+stand without the margin. What autograd keeps is measured apart, on the first training step.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ CONFIGURATIONS: dict[str, tuple[str, list[str], dict[str, str]]] = {  # the pipe
     "unet, batch 4, checkpointing": ("unet", ["track.batch=4", CHECKPOINTED], {}),
     "unet, batch 4, no heap": ("unet", ["track.batch=4"], MAPPED),
     "unet, batch 4, checkpointing, no heap": ("unet", ["track.batch=4", CHECKPOINTED], MAPPED),
-    "transformer, batch 4": ("transformer", ["track.batch=4"], {}),
-    "transformer, batch 4, checkpointing": ("transformer", ["track.batch=4", CHECKPOINTED], {}),
+    "transformer, batch 2": ("transformer", ["track.batch=2"], {}),
+    "transformer, batch 2, no heap": ("transformer", ["track.batch=2"], MAPPED),
+    "transformer, batch 2, checkpointing": ("transformer", ["track.batch=2", CHECKPOINTED], {}),
 }
 SETTINGS = [
     "track.sampler.steps=4",
@@ -185,7 +186,6 @@ def measure(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
         rows[name] = {
             "peak_mb": round((own["peak"] - start) / 1e6, 1),
             "estimated_peak_mb": round((guess["peak"] - base) / 1e6, 1),
-            "margin_mb": round(guess["parts"].get("margin", 0) / 1e6, 1),
             "growth_mb": round((own["peak"] - own["before"]) / 1e6, 1),
             "estimated_growth_mb": round(grown / 1e6, 1),
             "seconds": round(own["seconds"], 2),

@@ -315,6 +315,32 @@ def test_slicing_decodes_one_picture_at_a_time(sdxl_dir: Path) -> None:
     assert sizes == [1, 1, 1, 3]
 
 
+def test_tiles_are_decoded_apart_encoded_apart_and_make_another_track(sdxl_dir: Path) -> None:
+    section = ModelSection(id=str(sdxl_dir), vae_tile=32)
+    adapter, _ = load_adapter(section)
+    vae, factor = adapter.pipe.vae, adapter.pipe.vae_scale_factor
+    latents = torch.randn(1, 4, 64 // factor, 64 // factor, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        vae.disable_tiling()
+        whole = adapter.decode(latents)
+        vae.enable_tiling()
+        sides: list[int] = []
+        for part, unit in ((vae.decoder, factor), (vae.encoder, 1)):
+            part.register_forward_pre_hook(lambda module, args, unit=unit: sides.append(unit * max(args[0].shape[2:])))
+        tiled = adapter.decode(latents)
+        again = adapter.encode_images(whole)
+    assert sides == ([32] * 8 + [16]) * 2  # three by three, each 24 after the other
+    assert tiled.shape == whole.shape and again.shape == latents.shape
+    assert not torch.equal(tiled, whole)
+    plain = section.model_copy(update={"vae_tile": None})
+    assert "vae_tile" in section.model_dump() and "vae_tile" not in plain.model_dump()
+
+
+def test_tiles_that_no_whole_latents_overlap_are_refused(sdxl_dir: Path) -> None:
+    with pytest.raises(ValueError, match="model.vae_tile 33 is no multiple of"):
+        load_adapter(ModelSection(id=str(sdxl_dir), vae_tile=33))
+
+
 def test_text_encoders_are_on_the_device_only_while_they_encode(
     sdxl_dir: Path, xl: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

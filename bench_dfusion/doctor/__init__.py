@@ -17,6 +17,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +45,10 @@ from bench_dfusion.reward import Reward, RewardConfig
 from bench_dfusion.track import Track
 from bench_dfusion.trainer import make_policy, round_prompts
 
-# Added to what is allocated and freed again, for an allocator's gaps and kernels' workspaces. Of a GPU it is assumed; of a
-# CPU it is what glibc's heap of freed small blocks took at most without checkpointing (benchmarks/memory.py).
-MARGIN = {"cuda": 0.1, "cpu": 0.8}
+# Shares added to what is allocated and freed again. Of a GPU it is assumed, for a caching allocator's gaps and kernels'
+# workspaces. On a CPU glibc keeps freed blocks of up to 32 MB in a heap full of holes: this is the most it took without
+# checkpointing (benchmarks/memory.py), and with a fixed threshold it takes next to nothing.
+MARGIN, HEAP, THRESHOLD = 0.1, 1.2, "MALLOC_MMAP_THRESHOLD_"
 CONTEXT = 600_000_000  # bytes: a CUDA context with its libraries' kernels; assumed, where no GPU is here to ask
 FEW = 4  # steps that a builder is traced for; what it costs at all of them is scaled up
 EMBEDDINGS = "cached embeddings"
@@ -236,8 +239,14 @@ class _Doctor:
     def __init__(self, cell: Cell, where: torch.device, fresh: bool):
         self.cell, self.where = cell, where
         self.cpu = where.type == "cpu"
-        self.margin = MARGIN[where.type]
         self.notes: list[str] = []
+        heap = self.cpu and sys.platform == "linux" and THRESHOLD not in os.environ
+        self.margin = HEAP if heap else MARGIN
+        if heap:
+            self.notes.append(
+                f"the margin is for glibc's heap, which can take more still with gradient_checkpointing; {THRESHOLD}=1000000 "
+                "in the environment does without it, in doctor and run, and is slower"
+            )
         self._traced: dict[tuple[Any, ...], Traced] = {}
         self._built: ConsistentSamples | None = None
         self._policies: dict[str, Policy] = {}

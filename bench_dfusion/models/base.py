@@ -101,6 +101,20 @@ class Adapter(ABC):
             raise ValueError(f"model.resolution {pixels} is no multiple of {least}, a patch of this model in pixels")
         self._latent_side = pixels // self.pipe.vae_scale_factor
 
+    def set_tile(self, pixels: int) -> None:
+        """Larger pictures are decoded and encoded in overlapping tiles of this side. Raises ValueError where the
+        autoencoder has no tiles, or none of that side."""
+        vae: Any = getattr(self.pipe, "vae", None)
+        if not hasattr(vae, "tile_latent_min_size"):
+            raise ValueError(f"{type(vae).__name__} has no tiles: leave model.vae_tile out")
+        least = round(self.pipe.vae_scale_factor / vae.tile_overlap_factor)
+        if pixels % least:
+            raise ValueError(
+                f"model.vae_tile {pixels} is no multiple of {least}, so that tiles overlap by whole latents"
+            )
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = pixels, pixels // self.pipe.vae_scale_factor
+
     @property
     def text_length(self) -> int:
         """Tokens of a prompt that the network sees, special ones included."""

@@ -68,6 +68,8 @@ def load_adapter(
     adapter = adapters[name](pipe)
     if model.resolution is not None:
         adapter.set_resolution(model.resolution)
+    if model.vae_tile is not None:
+        adapter.set_tile(model.vae_tile)
     if torch.device(device).type == "cpu":
         adapter.tune_for_cpu()
     elif torch.device(device).type == "cuda":
