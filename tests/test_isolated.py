@@ -166,6 +166,8 @@ def test_scores_come_from_the_other_environment_in_batches(
     assert torch.equal(reward.score(IMAGES, PROMPTS), SCORES) and reward.score(IMAGES, PROMPTS).dtype == torch.float32
     assert reward.versions() == {"toy/python": sys.version.split()[0], "toy/toypkg": "1.0"}
     pid = pid_of(reward)
+    opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    assert opened and not [name for name in opened if name.startswith("socket:")]  # pipes alone, no network
     del reward
     gc.collect()
     assert not Path(f"/proc/{pid}").exists()  # no zombie either

@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.models.attention_processor import Attention
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import BETAS, policy_of
 from torch import Tensor
 
@@ -128,6 +128,16 @@ def test_an_unsupported_pipeline_is_refused_with_those_supported(sdxl_dir: Path,
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline", "_diffusers_version": "0.42.1"}')
     with pytest.raises(UsageError, match="is a KandinskyPipeline; supported are .*StableDiffusionPipeline, .*XLPipe"):
         load_adapter(ModelSection(id=str(tmp_path)))
+
+
+def test_pickled_weights_are_refused(sd_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(sd_dir, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UsageError, match=r"cannot be loaded .*unet.*; weights must be safetensors"):
+        load_adapter(ModelSection(id=str(folder)))
 
 
 def test_networks_and_tokenizers_that_do_not_fit_are_refused(sdxl_dir: Path) -> None:

@@ -55,12 +55,18 @@ def load_adapter(
     name = config["_class_name"]
     if name not in adapters:
         raise UsageError(f"{model.id} is a {name}; supported are {', '.join(sorted(adapters))}")
-    source: Any = folder if digest else DiffusionPipeline.download(model.id, revision=model.revision)
+    safe: Any = {"use_safetensors": True}  # nothing of another's is unpickled
+    source: Any = folder if digest else DiffusionPipeline.download(model.id, revision=model.revision, **safe)
     digest = digest or files.tree_sha256(Path(source))
     if networks is None and model.sha256 and model.sha256 != digest:
         raise UsageError(f"{model.id}: its files hash to {digest[:12]}…, the track fixes {model.sha256[:12]}…")
     with quiet():
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype), **(networks or {}))
+        try:
+            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype(model.dtype), **safe, **(networks or {}))
+        except OSError as error:
+            raise UsageError(
+                f"{model.id} cannot be loaded ({_line(error)}); weights must be safetensors, as save_pretrained writes them"
+            ) from None
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = adapters[name].read_scheduler(pipe.scheduler)
     if getattr(pipe, "safety_checker", None) is not None:
