@@ -14,18 +14,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command's other verbs need none
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=12)  # a reward may score for long while the others wait
 _objects: Any = None  # the process group that carries results through the CPU's memory
+_in_step = False  # whether every process makes the same calls of the network, since its weights are dealt out
+_spare = False  # inside what is computed for that alone
 
 
 def size() -> int:
@@ -58,13 +61,19 @@ def each(function: Callable[[T], Result], parts: Sequence[T]) -> list[Result]:
     if size() == 1:
         return [function(part) for part in parts]
     own = [function(part) for part in parts[_rank() :: size()]]
+    if _in_step and parts and len(own) < -(-len(parts) // size()):
+        with _sparing():
+            function(parts[-1])
     columns = _gather(own)
     return [columns[i % size()][i // size()] for i in range(len(parts))]
 
 
 def once(function: Callable[[], Result]) -> Result:
     """What the first process computes, for all."""
-    return each(lambda _: function(), [None])[0]
+    if size() == 1:
+        return function()
+    found: list[Result] = _gather(function() if first() else None)
+    return found[0]
 
 
 def total(value: int) -> int:
@@ -95,6 +104,9 @@ def add_gradients(
             value, said = loss(pieces[start + _rank()])
             value.backward()
             own = [None if p.grad is None else p.grad.cpu() for p in parameters], said
+        elif _in_step:
+            with _sparing():
+                loss(pieces[-1])[0].backward()
         for p, gradient in zip(parameters, before, strict=True):
             p.grad = gradient
         for theirs in _gather(own)[: len(pieces) - start]:
@@ -104,6 +116,42 @@ def add_gradients(
                     p.grad = gradient if p.grad is None else p.grad + gradient
             found.append(theirs[1])
     return found
+
+
+def keep_step() -> None:
+    """From here on a process without a part of its own makes the calls of another's too, whose result is dropped: gathering
+    the network's weights takes all processes. Parts must make the same calls of the network."""
+    global _in_step
+    _in_step = True
+
+
+def spare() -> bool:
+    """Whether what is computed now is dropped, and counts for nothing."""
+    return _spare
+
+
+@contextmanager
+def _sparing() -> Iterator[None]:
+    global _spare
+    _spare = True
+    try:
+        yield
+    finally:
+        _spare = False
+
+
+def mesh(device: torch.device, alone: bool) -> DeviceMesh:
+    """The devices of all processes, or this one's `alone`."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    if size() == 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if size() == 1 or not alone:
+        return init_device_mesh(device.type, (size(),))
+    own, _ = dist.new_subgroups(group_size=1)
+    return DeviceMesh.from_group(own, device.type)
 
 
 def writing(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:

@@ -112,7 +112,7 @@ class Policy:
         for p in self.parameters.values():
             p.data = p.data.float()
             p.requires_grad_(True)
-        adapter.network.to(self.device)
+        adapter.place(self.parameters.values(), self.device)
 
     # conditioning
 
@@ -134,7 +134,8 @@ class Policy:
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
         """The guided output in float32 for x_t [B, ...] at training timesteps [B]."""
-        self.network_evaluations += len(x_t) * self.branches
+        if not parallel.spare():
+            self.network_evaluations += len(x_t) * self.branches
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return guided(
                 self.adapter, x_t, timestep, self.condition(prompts), self.guidance if self.branches == 2 else 1

@@ -116,6 +116,15 @@ class MemorySection(Section):
     offload_vae: bool = Field(
         False, description="the autoencoder stays on the CPU and goes to the device only while it decodes or encodes"
     )
+    offload_network: bool = Field(
+        False,
+        description="the network's frozen weights stay in the CPU's memory, each block on the device while it works",
+    )
+    shard: bool = Field(
+        False,
+        description="the network's frozen weights are dealt out to a run's processes (FSDP), each block gathered while it "
+        "works; nothing where there is one process",
+    )
     offload_rewards: bool = Field(
         False, description="reward and judges stay on the CPU and go to the device only while they score"
     )

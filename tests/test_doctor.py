@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_dfusion.reward_models.clip import Clip, ClipConfig
 from bench_dfusion.reward_models.jpeg import JpegCompressibility
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from processes import command
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -254,6 +254,14 @@ def test_where_parts_lie_while_they_are_offloaded(pixart_dir: Path) -> None:
     assert lies(gpu, "text_encoder", "drop_text") == lies(cpu, "text_encoder", "drop_text") == {"load", "encode"}
     assert lies(gpu, "vae", "offload_vae") == {"decode", "evaluate"}
     assert lies(cpu, "vae", "offload_vae") == set(doctor.ORDER)  # to the CPU and back is nothing there
+
+    layout = gpu._layout(doctor.changed(cell.track, {"memory.offload_network": True}))
+    network = PixArtTransformer2DModel.from_pretrained(pixart_dir / "transformer")
+    block = sum(p.nbytes for p in network.transformer_blocks[0].parameters())
+    patches = sum(p.nbytes for p in network.pos_embed.parameters())
+    whole = sum(p.nbytes for p in network.parameters())
+    others = whole - patches - block * len(network.transformer_blocks)
+    assert {parts["transformer"] for parts in layout.values()} == {others + 2 * block}
 
 
 @pytest.mark.parametrize(("algo", "builder"), [("draft", "vanilla"), ("dgpo", "dfusion"), ("nft", "branch")])

@@ -25,8 +25,8 @@ def left(folder: Path) -> tuple[Record, str]:
     return record, files.sha256(path.with_name(LORA))
 
 
-def run(cwd: Path, algo: str, builder: str, processes: int) -> tuple[Record, str]:
-    done = command(*WORDS, "--algo", algo, "--builder", builder, f"--processes={processes}", cwd=cwd)
+def run(cwd: Path, algo: str, builder: str, processes: int, *words: str) -> tuple[Record, str]:
+    done = command(*WORDS, "--algo", algo, "--builder", builder, f"--processes={processes}", *words, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("record.json") == 1
     return left(cwd)

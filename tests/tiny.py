@@ -208,7 +208,8 @@ def tiny_flux(folder: Path) -> Path:
 
 def policy_of(folder: Path, lora: float = 0.1, **options: Any) -> Policy:
     """The policy of a saved pipeline, its LoRA moved off zero by `lora`; `options` are the Policy's."""
-    adapter, _ = load_adapter(ModelSection(id=str(folder), resolution=options.pop("resolution", None)))
+    section = ModelSection(id=str(folder), resolution=options.pop("resolution", None))
+    adapter, _ = load_adapter(section, memory=options.pop("memory", None))
     policy = Policy(adapter, **{"steps": 4, **options})
     if lora:
         shake(policy, lora)

@@ -36,6 +36,7 @@ from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
 from bench_dfusion.doctor import configs, device
 from bench_dfusion.doctor.device import Rates
 from bench_dfusion.doctor.trace import Cost, tracing
+from bench_dfusion.models import sharding
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import dtype, load_adapter, quiet
 from bench_dfusion.policy import Policy, Trajectory
@@ -251,6 +252,7 @@ class _Doctor:
         self._built: ConsistentSamples | None = None
         self._policies: dict[str, Policy] = {}
         self._lying: dict[str, dict[str, int]] = {}  # by dtype
+        self._streamed: dict[str, int] = {}
         self.process = device.own_memory() if self.cpu else CONTEXT if fresh else 0
         model = cell.track.model
         if model.id == "micro" or Path(model.id).is_dir():
@@ -308,6 +310,7 @@ class _Doctor:
             lora = sum(p.nbytes for p in policy.parameters.values())
             weights = {name: configs.bytes_of(part) for name, part in _networks(adapter).items()}
             weights[adapter.network_name] -= lora
+            self._streamed[kind] = _streamed(adapter)
             one = sum(t.nbytes for encoded in policy._encoded.values() for t in encoded.values())
             self._lying[kind] = {**weights, "LoRA": lora, "gradients": lora, "AdamW": 2 * lora, EMBEDDINGS: one}
         return self._policies[kind]
@@ -473,6 +476,8 @@ class _Doctor:
         prompts = len(settings.prompts.train) + len(settings.prompts.heldout) + (settings.sampler.guidance != 1)
         trained[EMBEDDINGS] = prompts * weights.pop(EMBEDDINGS)
         moves = not self.cpu  # to the CPU and back is nothing on a CPU
+        if memory.offload_network and moves:
+            weights[policy.adapter.network_name] = self._streamed[settings.model.dtype]
         follows = self.cell.algorithm.needs_gradient  # its training runs through the decoder and the reward
         text = {name for name in weights if name.startswith("text_encoder")}
         resting = text if memory.offload_text and moves else set()
@@ -554,6 +559,7 @@ class _Doctor:
             "memory.offload_rewards": "moves twice a round",
             "memory.vae_slicing": "slower decoding",
             "memory.gradient_checkpointing": "a second forward in each training step",
+            "memory.offload_network": "moves in every call of the network",
         }
         for option, note in costs.items():
             if getattr(settings.memory, option.partition(".")[2]):
@@ -639,6 +645,19 @@ def _without_decoding(policy: Policy) -> Policy:
     blank = copy.copy(policy)
     blank.decode = lambda latents: torch.zeros(len(latents), 1, 1, 3, dtype=torch.uint8)  # type: ignore[method-assign]
     return blank
+
+
+def _streamed(adapter: Adapter) -> int:
+    """The bytes of an offloaded network's weights on the device: what no block holds, a block that works and the next."""
+
+    def frozen(module: torch.nn.Module) -> int:
+        return sum(p.nbytes for name, p in module.named_parameters() if "lora_" not in name)
+
+    try:
+        sizes = [frozen(block) for block in sharding.blocks(adapter.network)]
+    except ValueError:
+        return frozen(adapter.network)
+    return frozen(adapter.network) - sum(sizes) + 2 * max(sizes)
 
 
 def _networks(adapter: Adapter) -> dict[str, torch.nn.Module]:

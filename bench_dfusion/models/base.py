@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -13,8 +13,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from bench_dfusion import samplers
-from bench_dfusion.models import schedulers
+from bench_dfusion import parallel, samplers
+from bench_dfusion.models import schedulers, sharding
 from bench_dfusion.samplers import Levels, Schedule
 from bench_dfusion.track import MemorySection
 
@@ -51,7 +51,7 @@ class Adapter(ABC):
                 part.requires_grad_(False).eval()
         # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
-        self.offload_text = self.offload_vae = self.text_dropped = False
+        self.offload_text = self.offload_vae = self.text_dropped = self.offload_network = self.shard = False
         self._latent_side: int | None = None
         vae = getattr(pipe, "vae", None)
         if vae is not None and getattr(vae.config, "force_upcast", False):
@@ -183,13 +183,24 @@ class Adapter(ABC):
                 raise ValueError(f"{type(vae).__name__} has no slicing: leave memory.vae_slicing off")
             cast(Any, vae).enable_slicing()
         self.offload_text, self.offload_vae = options.offload_text, options.offload_vae
+        self.offload_network, self.shard = options.offload_network, options.shard and parallel.size() > 1
+        if self.offload_network or self.shard:
+            sharding.blocks(network)
 
     def to(self, device: torch.device | str) -> None:
-        """Move every part to `device`, but those that are offloaded to the CPU."""
+        """Move every part to `device`, but those that are offloaded to the CPU, or are to be dealt out from there."""
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module):
                 resting = (self.offload_text and _is_text(name)) or (self.offload_vae and name == "vae")
+                resting |= (self.offload_network or self.shard) and name == self.network_name
                 part.to("cpu" if resting else device)
+
+    def place(self, trained: Iterable[nn.Parameter], device: torch.device) -> None:
+        """Move the network and its LoRA, the parameters `trained`, to where they work."""
+        if self.offload_network or self.shard:
+            sharding.spread(self.network, trained, device, self.shard, self.offload_network)
+        else:
+            self.network.to(device)
 
     @contextmanager
     def encoding(self, device: torch.device) -> Iterator[None]:
