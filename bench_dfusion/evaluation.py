@@ -14,7 +14,7 @@ from bench_dfusion.config import judges_of
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Drift, Gain, Verdict
-from bench_dfusion.reward import Reward
+from bench_dfusion.reward import Reward, dealt_out
 from bench_dfusion.seeds import seed_of
 from bench_dfusion.track import Track
 
@@ -48,7 +48,7 @@ def evaluate(policy: Policy, track: Track, judges: Mapping[str, Reward], trained
         trained = draw(policy, prompts, k, progress.advance)
         with policy.reference():
             base = draw(policy, prompts, k, progress.advance)
-    verdicts = parallel.once(lambda: judge(judges, base, trained, track, trained_on))
+    verdicts = judge(judges, base, trained, track, trained_on)
     embed = next((j for j in judges.values() if hasattr(j, "embed")), None)
     return Evaluation(verdicts, drift(policy, base, trained, k, embed), base, trained)
 
@@ -93,7 +93,7 @@ def judge(
     for name, judge_reward in judges.items():
         with judge_reward.scoring():
             scores = [
-                judge_reward.score(d.images, d.trajectory.prompts).float().view(-1, k).mean(1).numpy()
+                dealt_out(judge_reward, d.images, d.trajectory.prompts).float().view(-1, k).mean(1).numpy()
                 for d in (base, trained)
             ]
         gains = (scores[1] - scores[0]).astype(float)

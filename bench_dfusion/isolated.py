@@ -71,6 +71,7 @@ class IsolatedReward(Reward):
     python: ClassVar[str | None] = None
     located_by: ClassVar[frozenset[str]] = frozenset()
     Config: ClassVar[type[RewardConfig]] = IsolatedConfig
+    by_batch = True
     config: IsolatedConfig
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from bench_dfusion import parallel
+
 
 class RewardConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -23,6 +25,8 @@ class Reward(ABC):
     unit                   what a score means and its range
     differentiable         whether gradients flow through `score_tensors`
     one_judge              whether its options make no other judge of it: trained on under one, it ranks under none
+    by_batch               whether its batches, of `config.batch` images, score alone what they do among others: several
+                           processes then share them
     """
 
     name: ClassVar[str]
@@ -32,6 +36,7 @@ class Reward(ABC):
     Config: ClassVar[type[RewardConfig]] = RewardConfig
     differentiable: ClassVar[bool] = False
     one_judge: ClassVar[bool] = False
+    by_batch: ClassVar[bool] = False
     resting = False  # whether its networks stay on the CPU between scores (see `rest`)
 
     def __init__(self, config: RewardConfig, device: torch.device | str = "cpu"):
@@ -95,3 +100,12 @@ class Reward(ABC):
     def _move(self, device: torch.device | str) -> None:
         for network in self.networks():
             network.to(device)
+
+
+def dealt_out(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`reward.score`, its batches dealt out to the run's processes where that changes no score, else by the first."""
+    if not reward.by_batch or parallel.size() == 1:
+        return parallel.once(lambda: reward.score(images, prompts))
+    size: int = reward.config.batch  # type: ignore[attr-defined]
+    starts = range(0, len(images), size)
+    return torch.cat(parallel.each(lambda i: reward.score(images[i : i + size], prompts[i : i + size]), starts))

@@ -24,7 +24,7 @@ from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round
 from bench_dfusion.registry import PluginError, UsageError
-from bench_dfusion.reward import Reward
+from bench_dfusion.reward import Reward, dealt_out
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track
 from bench_dfusion.weighted_sum import WeightedSum
@@ -169,7 +169,7 @@ class Run:
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with self.progress.phase("score"), self.reward.scoring():
-            rewards = parallel.once(lambda: self.reward.score(images, prompts).float())
+            rewards = dealt_out(self.reward, images, prompts).float()
         self.progress.queries += len(images)
         if rewards.shape != (len(images),):
             raise Collapse(f"reward {self.reward.name} returned shape {tuple(rewards.shape)} for {len(images)} images")

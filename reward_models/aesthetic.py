@@ -44,6 +44,7 @@ class Aesthetic(Reward):
     paper = "Schuhmann 2022 (improved-aesthetic-predictor); Black et al. 2023 (DDPO) train on it"
     unit = "rating, 1 to 10"
     Config: ClassVar[type[RewardConfig]] = AestheticConfig
+    by_batch = True
     differentiable = True
     config: AestheticConfig
 

@@ -211,6 +211,7 @@ class GenEval(Reward):
     paper = "Ghosh et al. 2023 (GenEval); Cheng et al. 2022 (Mask2Former); Liu et al. 2025 (Flow-GRPO) for share"
     unit = "0 or 1; share: in [0, 1]"
     Config: ClassVar[type[RewardConfig]] = GenEvalConfig
+    by_batch = True
     one_judge = True
     config: GenEvalConfig
 

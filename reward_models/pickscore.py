@@ -36,6 +36,7 @@ class PickScore(Reward):
     paper = "Kirstain et al. 2023 (Pick-a-Pic)"
     unit = "logit scale × cosine, mostly 17 to 24"
     Config: ClassVar[type[RewardConfig]] = PickScoreConfig
+    by_batch = True
     differentiable = True
     config: PickScoreConfig
 

@@ -47,6 +47,7 @@ class VQA(Reward):
     paper = "Lin et al. 2024 (VQAScore); Bai et al. 2025 (Qwen2.5-VL)"
     unit = "probability of yes, in [0, 1]"
     Config: ClassVar[type[RewardConfig]] = VQAConfig
+    by_batch = True
     config: VQAConfig
 
     def __init__(self, config: VQAConfig, device: torch.device | str = "cpu"):

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from processes import TINY, command
 
-from bench_dfusion import files, records
+from bench_dfusion import files, parallel, records
 from bench_dfusion.records import Record
+from bench_dfusion.reward import Reward, RewardConfig, dealt_out
 
 # Batches smaller than a round's samples, so that there is something to deal out.
 WORDS = ("run", "--reward", "clip", "--device", "cpu", *TINY, "--set=track.batch=3", "--keep-pairs=none")
@@ -47,6 +50,49 @@ def same(cwd: Path, algo: str, builder: str, *numbers: int) -> None:
             expected.network_evaluations,
         )
         assert cost.device == f"{n} × cpu"
+
+
+class Counting(Reward):
+    """Scores 100 · its calls so far + the image's first byte."""
+
+    name = summary = paper = unit = "counting"
+
+    class Config(RewardConfig):
+        batch: int = 2
+
+    calls = 0
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        assert len(images) == len(prompts)
+        self.calls += 1
+        return 100.0 * self.calls + images[:, 0, 0, 0].float()
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("by_batch", [True, False])
+def test_a_rewards_batches_are_dealt_out_where_they_score_alone(
+    by_batch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, prompts = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 1, 3), list("abcde")
+    own: list[list[torch.Tensor]] = []
+
+    def gather(found: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        own.append(found)
+        return [found * 2] * 2 if by_batch else [found] * 2
+
+    monkeypatch.setattr(parallel, "_gather", gather)
+    monkeypatch.setattr(Counting, "by_batch", by_batch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        dealt_out(Counting(Counting.Config()), images, prompts)
+    first, second = own
+    if by_batch:
+        assert [s.tolist() for s in first] == [[100, 101], [204]] and [s.tolist() for s in second] == [[102, 103]]
+    else:
+        assert first.tolist() == [100 + i for i in range(5)] and second is None
 
 
 def test_two_processes_end_as_one(tmp_path: Path) -> None:
