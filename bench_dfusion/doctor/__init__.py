@@ -49,7 +49,7 @@ from bench_dfusion.trainer import make_policy, round_prompts
 # Shares added to what is allocated and freed again. Of a GPU it is assumed, for a caching allocator's gaps and kernels'
 # workspaces. On a CPU glibc keeps freed blocks of up to 32 MB in a heap full of holes: this is the most it took without
 # checkpointing (benchmarks/memory.py), and with a fixed threshold it takes next to nothing.
-MARGIN, HEAP, THRESHOLD = 0.1, 1.2, "MALLOC_MMAP_THRESHOLD_"
+MARGIN, HEAP, THRESHOLD = 0.1, 1.3, "MALLOC_MMAP_THRESHOLD_"
 CONTEXT = 600_000_000  # bytes: a CUDA context with its libraries' kernels; assumed, where no GPU is here to ask
 FEW = 4  # steps that a builder is traced for; what it costs at all of them is scaled up
 EMBEDDINGS = "cached embeddings"
