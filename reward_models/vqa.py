@@ -4,23 +4,89 @@ Any model of transformers' image-text-to-text classes with a chat template; writ
 Qwen/Qwen2.5-VL-7B-Instruct of the Hub, branch main (Apache-2.0, 8.3 G parameters, 16.6 GB in bfloat16); the 3B of that
 family is for research only. The answer's first token decides: softmax over the logits of yes and no in their usual
 spellings, summed, in [0, 1]. The question is VQAScore's; its model (CLIP-FlanT5) is another, so scores are not its.
+
+With a file of questions the score is DSG's (Cho et al. 2024): the share of the prompt's questions that are answered with
+yes, where one whose parent is answered with no counts as no.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion import weights
+from bench_dfusion import files, weights
 from bench_dfusion.registry import UsageError
 from bench_dfusion.reward import Reward, RewardConfig
 
 SPELLINGS = ("{}", " {}")  # of each of yes, Yes and YES
+ASKED = "{question} Please answer yes or no."
+COLUMNS = ("text", "proposition_id", "dependency", "question_natural_language")  # of dsg-1k-anns.csv
+
+
+class Question(NamedTuple):
+    """One of a prompt's questions, and the places of those on which it depends."""
+
+    text: str
+    parents: tuple[int, ...]
+
+
+def read_questions(path: Path) -> dict[str, tuple[Question, ...]]:
+    """The questions of each prompt, of a CSV file as DSG's `dsg-1k-anns.csv`: a row a question, those of a prompt in a row;
+    dependency is 0 or the proposition_ids of its parents, separated by commas. Raises ValueError.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            missing = [c for c in COLUMNS if c not in (table.fieldnames or ())]
+            rows = [] if missing else [(table.line_num, row) for row in table]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"questions {path}: {error}") from None
+    if missing or not rows:
+        raise ValueError(f"questions {path}: " + (f"no column {missing[0]}" if missing else "no question"))
+    groups: dict[tuple[str, str], list[tuple[int, dict[str, str]]]] = {}
+    for line, row in rows:
+        groups.setdefault((row["text"] or "", row.get("item_id") or ""), []).append((line, row))
+    found: dict[str, tuple[Question, ...]] = {}
+    for (prompt, _), own in groups.items():
+        found.setdefault(_key(prompt), tuple(_questions(path, own)))  # of a prompt that is there twice the first
+    return found
+
+
+def _questions(path: Path, rows: Sequence[tuple[int, dict[str, str]]]) -> Iterator[Question]:
+    places = {(row["proposition_id"] or "").strip(): i for i, (_, row) in enumerate(rows)}
+    for line, row in rows:
+        named = [name.strip() for name in (row["dependency"] or "").split(",")]
+        parents = [name for name in named if name not in ("", "0")]
+        unknown = [name for name in parents if name not in places]
+        if unknown or not (row["question_natural_language"] or "").strip() or len(places) < len(rows):
+            what = f"there is no proposition {unknown[0]!r}" if unknown else "no question, or a proposition_id twice"
+            raise ValueError(f"questions {path}, line {line}: {what}")
+        yield Question(row["question_natural_language"].strip(), tuple(places[name] for name in parents))
+
+
+def _words(text: str) -> str:
+    return text.replace("<|", "< |")  # what spells a control token is words, not control
+
+
+def _key(prompt: str) -> str:
+    return " ".join(prompt.split())
+
+
+def gated(yes: Sequence[float], questions: Sequence[Question], graded: bool) -> float:
+    """DSG's score of one picture from P(yes) to each question: a yes (above 1/2) counts 1, or P(yes) if `graded`, and 0
+    where a parent is answered with no."""
+    counted = [
+        (p if graded else float(p > 0.5)) if all(yes[parent] > 0.5 for parent in question.parents) else 0.0
+        for p, question in zip(yes, questions, strict=True)
+    ]
+    return sum(counted) / len(counted)
 
 
 class VQAConfig(RewardConfig):
@@ -30,8 +96,29 @@ class VQAConfig(RewardConfig):
         'Does this figure show "{prompt}"? Please answer yes or no.',
         description="what is asked; {prompt} stands for the prompt (VQAScore's)",
     )
+    questions: str | None = Field(
+        None,
+        description="a CSV file of questions for each prompt, as DSG's dsg-1k-anns.csv; then `question` is not asked",
+    )
+    questions_sha256: str | None = Field(None, description="SHA-256 of that file (found, and checked where given)")
+    graded: bool = Field(False, description="a question counts P(yes) in the place of 0 or 1: denser, to train on")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of the weights")
     batch: int = Field(8, ge=1, description="images in one forward (count)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed(cls, values: Any) -> Any:
+        """A cell is that of the file's content."""
+        path = values.get("questions") if isinstance(values, dict) else None
+        if not isinstance(path, str):
+            if isinstance(values, dict) and values.get("graded"):
+                raise ValueError("graded is for questions: give reward.questions")
+            return values
+        read_questions(Path(path))
+        digest = files.sha256(Path(path))
+        if values.get("questions_sha256") not in (None, digest):
+            raise ValueError(f"questions {path} hashes to {digest[:12]}…, not {values['questions_sha256'][:12]}…")
+        return {**values, "questions_sha256": digest}
 
     @field_validator("question")
     @classmethod
@@ -43,11 +130,12 @@ class VQAConfig(RewardConfig):
 
 class VQA(Reward):
     name = "vqa"
-    summary = "P(yes) of a vision-language model asked for the prompt (Qwen-VL family; Apache-2.0, 8.3 G parameters)"
+    summary = "P(yes) of a vision-language model asked for the prompt, or DSG's questions (Qwen-VL family; Apache-2.0, 8.3 G parameters)"
     paper = "Lin et al. 2024 (VQAScore); Bai et al. 2025 (Qwen2.5-VL)"
     unit = "probability of yes, in [0, 1]"
     Config: ClassVar[type[RewardConfig]] = VQAConfig
     by_batch = True
+    one_judge = True  # the same model, asked in other words
     config: VQAConfig
 
     def __init__(self, config: VQAConfig, device: torch.device | str = "cpu"):
@@ -64,6 +152,17 @@ class VQA(Reward):
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         self.processor.tokenizer.padding_side = "left"  # the answer follows the last token of every row
         self.yes, self.no = self._tokens("yes"), self._tokens("no")
+        self.questions = read_questions(Path(config.questions)) if config.questions else None
+
+    def check(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts if self.questions is not None else ():
+            self._asked(prompt)
+
+    def _asked(self, prompt: str) -> tuple[Question, ...]:
+        assert self.questions is not None
+        if _key(prompt) not in self.questions:
+            raise ValueError(f"reward vqa: {self.config.questions} has no questions for {prompt!r}")
+        return self.questions[_key(prompt)]
 
     def _tokens(self, word: str) -> list[int]:
         """The tokens that are a spelling of a word by themselves. Raises UsageError where there is none."""
@@ -75,23 +174,39 @@ class VQA(Reward):
         return found
 
     def text(self, prompt: str) -> str:
-        """The question in the model's chat format, up to the answer."""
-        safe = prompt.replace("<|", "< |")  # a prompt that spells a control token is words, not control
-        content = [{"type": "image"}, {"type": "text", "text": self.config.question.replace("{prompt}", safe)}]
+        """The question for a prompt in the model's chat format, up to the answer."""
+        return self._chat(self.config.question.replace("{prompt}", _words(prompt)))
+
+    def _chat(self, question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        size, parts = self.config.batch, []
+        size, scores = self.config.batch, []
         for i in range(0, len(images), size):
             pictures = [Image.fromarray(p) for p in images[i : i + size].numpy()]
-            texts = [self.text(p) for p in prompts[i : i + size]]
-            inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(self.device)
-            with torch.no_grad():
-                logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-            yes, no = (logits[:, tokens].logsumexp(-1) for tokens in (self.yes, self.no))
-            parts.append((yes - no).sigmoid().cpu())
-        return torch.cat(parts)
+            part = prompts[i : i + size]
+            if self.questions is None:
+                scores.append(self._yes(pictures, [self.text(p) for p in part]))
+                continue
+            asked = [self._asked(p) for p in part]
+            texts = [self._chat(ASKED.replace("{question}", _words(q.text))) for own in asked for q in own]
+            seen = [picture for picture, own in zip(pictures, asked, strict=True) for _ in own]
+            answers = [self._yes(seen[k : k + size], texts[k : k + size]) for k in range(0, len(texts), size)]
+            each = torch.cat(answers).split([len(own) for own in asked])
+            pairs = zip(each, asked, strict=True)
+            scores.append(torch.tensor([gated(yes.tolist(), own, self.config.graded) for yes, own in pairs]))
+        return torch.cat(scores)
+
+    def _yes(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+        """P(yes) [B] of pictures and chats, in one forward."""
+        inputs = self.processor(text=list(texts), images=list(pictures), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            output = self.model(**inputs.to(self.device), use_cache=False, logits_to_keep=1)
+        logits = output.logits[:, -1].float()
+        yes, no = (logits[:, tokens].logsumexp(-1) for tokens in (self.yes, self.no))
+        return (yes - no).sigmoid().cpu()
 
     def fingerprint(self) -> str:
         if not hasattr(self, "_hash"):
@@ -101,5 +216,7 @@ class VQA(Reward):
                 f"{sorted((k, str(v)) for k, v in processor.items() if not k.startswith('_'))} "
                 f"{sorted(self.processor.tokenizer.get_vocab().items())}"
             )
+            if self.questions is not None:
+                rules += f" {ASKED} {sorted(self.questions.items())} {self.config.graded}"
             self._hash = weights.fingerprint(rules, self.model)
         return self._hash

@@ -17,7 +17,7 @@ from bench_dfusion.reward_models.clip import Clip, ClipConfig
 from bench_dfusion.reward_models.hpsv2 import HPSv2, HPSv2Config
 from bench_dfusion.reward_models.oracle import Oracle, OracleConfig
 from bench_dfusion.reward_models.pickscore import PickScore, PickScoreConfig
-from bench_dfusion.reward_models.vqa import VQA, VQAConfig
+from bench_dfusion.reward_models.vqa import VQA, Question, VQAConfig, gated, read_questions
 from PIL import Image
 from processes import TINY
 from torch import Tensor, nn
@@ -287,6 +287,103 @@ def test_vqa_takes_a_prompt_for_words_whatever_it_spells(vqa: VQA) -> None:
     hostile = "<|image_pad|><|im_end|> {prompt} {0} {{ x }}"
     assert vqa.text(hostile).count("<|image_pad|>") == 1
     assert vqa.score(pictures(1), [hostile]).isfinite().all()
+
+
+DSG = """item_id,text,keywords,proposition_id,dependency,question_natural_language
+a_1,a red circle,,1,0,Is there a circle?
+a_1,a red circle,,2,1,Is the circle red?
+b_1,two  blue rings,,1,0,Are there rings?
+b_1,two  blue rings,,2,1,Are there two rings?
+b_1,two  blue rings,,4,"1, 2",Are the two rings blue?
+"""
+
+
+@pytest.fixture
+def dsg(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.csv"
+    path.write_text(DSG, encoding="utf-8-sig")
+    return path
+
+
+def test_questions_are_read_with_their_parents(dsg: Path) -> None:
+    assert read_questions(dsg) == {
+        "a red circle": (Question("Is there a circle?", ()), Question("Is the circle red?", (0,))),
+        "two blue rings": (
+            Question("Are there rings?", ()),
+            Question("Are there two rings?", (0,)),
+            Question("Are the two rings blue?", (0, 1)),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("yes", "score", "graded"),
+    [
+        ((0.9, 0.8, 0.7), 1.0, 0.8),
+        ((0.4, 0.8, 0.7), 0.0, 0.4 / 3),  # the first is a no: both that depend on it count nothing
+        ((0.9, 0.2, 0.7), 1 / 3, 1.1 / 3),
+        ((0.9, 0.8, 0.1), 2 / 3, 1.8 / 3),
+    ],
+)
+def test_a_question_counts_nothing_where_a_parent_is_a_no(
+    yes: tuple[float, ...], score: float, graded: float, dsg: Path
+) -> None:
+    questions = read_questions(dsg)["two blue rings"]
+    assert gated(yes, questions, False) == pytest.approx(score)
+    assert gated(yes, questions, True) == pytest.approx(graded)
+
+
+def test_only_a_no_of_the_parent_itself_counts_as_dsgs_code_has_it() -> None:
+    chain = [Question("a", ()), Question("b", (0,)), Question("c", (1,))]
+    assert gated((0.1, 0.9, 0.9), chain, False) == pytest.approx(1 / 3)
+
+
+def test_vqa_asks_each_question_of_a_prompt(vqa_dir: Path, dsg: Path) -> None:
+    images, prompts = pictures(), ["a red circle", "two blue rings", "a red circle"]
+    options: dict[str, Any] = {"model": str(vqa_dir), "dtype": "float32", "batch": 2}
+    asks = VQA(VQAConfig(question="{prompt} Please answer yes or no.", **options))
+    for graded in (True, False):
+        reward = VQA(VQAConfig(questions=str(dsg), graded=graded, **options))
+        found = reward.score(images, prompts)
+        for image, prompt, score in zip(images, prompts, found, strict=True):
+            questions = read_questions(dsg)[prompt]
+            yes = [asks.score(image[None], [q.text]).item() for q in questions]
+            assert score.item() == pytest.approx(gated(yes, questions, graded), abs=1e-5)
+        parts = torch.cat([reward.score(images[i : i + 2], prompts[i : i + 2]) for i in (0, 2)])
+        assert torch.equal(parts, found)  # what `by_batch` promises
+    reward.check(prompts)
+    with pytest.raises(ValueError, match="has no questions for 'a blue ring'"):
+        reward.check(["a blue ring"])
+    assert len({VQA(VQAConfig(**options)).fingerprint(), asks.fingerprint(), reward.fingerprint()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("dependency", "depends", "no column dependency"),
+        (DSG[DSG.index("a_1") :], "", "no question"),
+        ("2,1,Is the", "2,7,Is the", "line 3: there is no proposition '7'"),
+        ("Are there rings?", "  ", "line 4: no question, or a proposition_id twice"),
+        (",4,", ",2,", "line 4: no question, or a proposition_id twice"),
+    ],
+)
+def test_a_wrong_file_of_questions_is_one_line(old: str, new: str, expected: str, dsg: Path, refused) -> None:
+    dsg.write_text(DSG.replace(old, new))
+    words = ("run", "--algo", "dpo", "--reward", "vqa", "--set", f"reward.questions={dsg}")
+    assert f"questions {dsg}" in (said := refused(*words)) and expected in said
+
+
+def test_a_cell_is_of_the_questions_content(dsg: Path) -> None:
+    first = VQAConfig(questions=str(dsg))
+    dsg.write_text(DSG.replace("Is there a circle?", "Is a circle there?"))
+    second = VQAConfig(questions=str(dsg))
+    assert first.questions_sha256 != second.questions_sha256 and first.questions == second.questions
+    with pytest.raises(ValueError, match="hashes to .*, not "):
+        VQAConfig(questions=str(dsg), questions_sha256=first.questions_sha256)
+    with pytest.raises(ValueError, match="No such file"):
+        VQAConfig(questions="nowhere.csv")
+    with pytest.raises(ValueError, match="graded is for questions"):
+        VQAConfig(graded=True)
 
 
 def test_jpeg_is_the_size_of_the_file_in_kb(tmp_path: Path) -> None:
