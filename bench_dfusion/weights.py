@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench_dfusion import hub
 from bench_dfusion.registry import UsageError
 
 
@@ -32,6 +33,7 @@ def fetch(reward: str, source: str, revision: str | None, option: str) -> Path:
         raise UsageError(f"reward {reward}: no weights file {source} (option {option}: a path, or ORG/NAME/FILE)")
     from huggingface_hub import hf_hub_download
 
+    hub.look(source)
     try:
         return Path(hf_hub_download(found[1], found[2], revision=revision))
     except Exception as error:  # of the Hub's client and the network: many kinds

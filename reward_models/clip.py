@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bench_dfusion import files, micro, weights
+from bench_dfusion import files, hub, micro, weights
 from bench_dfusion.images import prepare
 from bench_dfusion.registry import UsageError, unknown
 from bench_dfusion.reward import Reward, RewardConfig
@@ -33,6 +33,8 @@ def open_clip_model(
     if not name.startswith(("local-dir:", "hf-hub:")) and name not in known:
         raise UsageError(unknown("open_clip model", name, known))
     before = logging.root.manager.disable
+    if not empty and not name.startswith("local-dir:"):
+        hub.look(pretrained or name)
     try:
         logging.disable(logging.WARNING if empty else before)  # it would warn of the fresh weights
         model = open_clip.create_model(

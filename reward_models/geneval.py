@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bench_dfusion import weights
+from bench_dfusion import hub, weights
 from bench_dfusion.images import prepare
 from bench_dfusion.registry import UsageError
 from bench_dfusion.reward import Reward, RewardConfig
@@ -221,7 +221,9 @@ class GenEval(Reward):
 
         super().__init__(config, device)
         try:
-            self.processor: Any = Mask2FormerImageProcessor.from_pretrained(config.model, revision=config.revision)
+            self.processor: Any = Mask2FormerImageProcessor.from_pretrained(
+                hub.look(config.model), revision=config.revision
+            )
             model = Mask2FormerForUniversalSegmentation.from_pretrained(
                 config.model, revision=config.revision, dtype=torch.float32
             )

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bench_dfusion import weights
+from bench_dfusion import hub, weights
 from bench_dfusion.images import prepare
 from bench_dfusion.reward import Reward, RewardConfig
 
@@ -45,12 +45,12 @@ class PickScore(Reward):
 
         super().__init__(config, device)
         try:
-            images = CLIPImageProcessor.from_pretrained(config.processor)
+            images = CLIPImageProcessor.from_pretrained(hub.look(config.processor))
             self.tokenizer = AutoTokenizer.from_pretrained(config.processor)
         except Exception as error:  # of transformers, the Hub's client, tokenizers: many kinds
             raise weights.missing(self.name, f"tokenizer of {config.processor}", "processor", error) from None
         try:
-            model = CLIPModel.from_pretrained(config.model, revision=config.revision, dtype=torch.float32)
+            model = CLIPModel.from_pretrained(hub.look(config.model), revision=config.revision, dtype=torch.float32)
         except Exception as error:
             raise weights.missing(self.name, config.model, "model", error) from None
         self.model = model.eval().requires_grad_(False).to(self.device)

@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion import files, weights
+from bench_dfusion import files, hub, weights
 from bench_dfusion.registry import UsageError
 from bench_dfusion.reward import Reward, RewardConfig
 
@@ -143,7 +143,7 @@ class VQA(Reward):
 
         super().__init__(config, device)
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(config.model, revision=config.revision)
+            self.processor: Any = AutoProcessor.from_pretrained(hub.look(config.model), revision=config.revision)
             model = AutoModelForImageTextToText.from_pretrained(
                 config.model, revision=config.revision, dtype=getattr(torch, config.dtype)
             )

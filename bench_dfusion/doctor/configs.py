@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench_dfusion import hub
 from bench_dfusion.registry import UsageError
 
 SMALL = ("*.json", "*.txt", "*.model")  # configs, vocabularies and indexes of sharded weights
@@ -129,6 +130,8 @@ def from_hub(model: str, revision: str | None) -> tuple[Path, dict[str, Stored]]
     Raises UsageError where it cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
+
+    hub.look(model)
 
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(SMALL)))

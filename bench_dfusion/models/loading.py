@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from bench_dfusion import files, micro, registry
+from bench_dfusion import files, hub, micro, registry
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import MemorySection, ModelSection
@@ -46,6 +46,7 @@ def load_adapter(
     else:
         digest = ""
     adapters = adapters_by_pipeline()
+    hub.look(model.id if not digest else str(folder))
     try:
         config = DiffusionPipeline.load_config(str(folder) if digest else model.id, revision=model.revision)
     except Exception as error:
