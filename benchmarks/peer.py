@@ -9,8 +9,8 @@ the evaluations of their network, and this ends in an error where they differ.
 
 TRL runs in an environment of its own, built once and kept (see `isolated.home`), which has our versions of torch,
 diffusers, transformers, peft and accelerate. Its batches are the fastest of a scan; the rest is its defaults but for the
-work above, and that neither side writes anything after a round. Ours runs in the batch that TRL trains in, and in the
-default for a user's own model. Rounds are timed in turns without loading, after one that is not. `seconds` passed on
+work above, and that neither side writes anything after a round. Ours has one batch for both: it runs in the one that TRL
+trains in, in the one that it samples in, and in the default for a user's own model. Rounds are timed in turns without loading, after one that is not. `seconds` passed on
 the clock; `cpu` are the seconds of the one thread, which other jobs on the machine disturb less.
 """
 
@@ -204,20 +204,22 @@ def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str) ->
     """Rounds of both sides in turns. Raises SystemExit where their work differs."""
     trl = Trl(python, pipeline, case)
     try:
-        with bar(label, 2 * len(case.batches) + 3 * turns + 2) as progress:
+        with bar(label, 2 * len(case.batches) + 4 * turns) as progress:
             best, tried = scan(trl, case, progress.advance)
             trl.round(best)
-            ours = {"ours": Ours(pipeline, case, best[1]), "ours, default batch": Ours(pipeline, case)}
+            ours: dict[str, Ours] = {}
+            for batch in (None, *best):
+                side = Ours(pipeline, case, batch)
+                ours.setdefault(f"ours, batch {side.batch}", side)
             for side in ours.values():
                 side.round()
-                progress.advance(1)
             sides: dict[str, Callable[[], dict[str, float]]] = {"TRL": lambda: trl.round(best)}
             sides |= {name: side.round for name, side in ours.items()}
             done: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
             for turn in range(turns):
                 for name in sorted(sides, reverse=bool(turn % 2)):
                     done[name].append(sides[name]())
-                    progress.advance(1, f"{name} {done[name][-1]['seconds']:.1f} s")
+                    progress.advance(4 / len(sides), f"{name} {done[name][-1]['seconds']:.1f} s")
     finally:
         trl.close()
     counted = ("network_evaluations", "updates", "trained_parameters")
@@ -230,7 +232,7 @@ def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str) ->
         "round": {**asdict(case), **work["TRL"]},
         "TRL's batches (sampling, training)": best,
         "TRL's scan, CPU seconds of a round by batch": tried,
-        "batch": {name: side.batch for name, side in ours.items()},
+        "our default": next(iter(ours)),
     }
     for name in sides:
         parts = {part: measuring.spread([r[part] for r in done[name]]) for part in ("sampling", "training")}
