@@ -1,0 +1,279 @@
+"""DDPO's images per second beside TRL 0.23's own DDPOTrainer, on one thread of a CPU.
+
+    python benchmarks/peer.py [--turns 4] [--case tiny ...] [--out FILE]
+
+Both sides train the same saved Stable Diffusion (the real classes, random weights) in rounds of the same work: draw with
+guidance, decode, score (the mean of the pixels), then one pass over every step of every sample, with guidance too, all in
+float32, for a LoRA of rank 4 on the attention projections, with AdamW and the same number of optimiser steps. Both count
+the evaluations of their network, and this ends in an error where they differ.
+
+TRL runs in an environment of its own, built once and kept (see `isolated.home`), which has our versions of torch,
+diffusers, transformers, peft and accelerate. Its batches are the fastest of a scan; the rest is its defaults but for the
+work above, and that neither side writes anything after a round. Ours has one batch for both: it runs in the one that TRL
+trains in, in the one that it samples in, and in the default for a user's own model. Rounds are timed in turns without loading, after one that is not. `seconds` passed on
+the clock; `cpu` are the seconds of the one thread, which other jobs on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from bench_dfusion import config, isolated
+from bench_dfusion.micro import pretrain
+from bench_dfusion.models.loading import quiet
+from bench_dfusion.progress import bar
+from bench_dfusion.trainer import Run
+
+WORKER = Path(__file__).with_name("peer_trl.py")
+TRL = "trl==0.23.0"
+SHARED = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")  # in the versions that we run with
+PROMPTS = ["a red circle", "two blue rings", "a red square and a blue ring"]
+GOAL = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and the work of a round."""
+
+    network: str
+    samples: int
+    steps: int
+    updates: int
+    batches: tuple[tuple[int, int], ...]  # of sampling and training, tried for TRL
+    guidance: float = 5.0  # TRL's default
+
+
+CASES = {
+    "tiny": Case("tiny", 16, 10, 2, ((1, 1), (2, 2), (4, 4), (8, 8), (16, 8))),
+    # The samples and updates that TRL's documentation suggests: an update has 3 samples, and so has its largest batch.
+    "tiny, TRL's example": Case("tiny", 24, 10, 8, ((1, 1), (3, 3), (6, 3), (12, 3), (24, 3))),
+    "small": Case("small", 8, 5, 2, ((1, 1), (2, 2), (4, 4), (8, 4))),
+}
+SIDE = 16  # of the latents
+NETWORKS = {
+    "tiny": ((16, 32), 1, 8),
+    "small": ((64, 128, 256), 2, 32),
+}  # channels, layers in a block, a head's channels
+
+
+def make(network: str, folder: Path) -> None:
+    """A Stable Diffusion of random weights with attention at every level but the lowest."""
+    channels, layers, head = NETWORKS[network]
+    torch.manual_seed(0)
+    tokenizer = pretrain.make_tokenizer()
+    levels = len(channels) - 1
+    unet = UNet2DConditionModel(
+        sample_size=SIDE,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        down_block_types=(*("CrossAttnDownBlock2D",) * levels, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * levels),
+        cross_attention_dim=128,
+        attention_head_dim=tuple(c // head for c in channels),  # the number of heads, in spite of its name
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=2 * SIDE,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    text = pretrain.make_text_encoder(tokenizer)
+    StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, None, False).save_pretrained(folder)
+
+
+class Ours:
+    """Rounds of the run that `bench-dfusion run --model DIR --algo ddpo --builder vanilla --reward FILE:FUNCTION` makes."""
+
+    def __init__(self, pipeline: Path, case: Case, batch: int | None = None):
+        """`batch` None: the default of a user's own model."""
+        settings = [
+            f"track.sampler.steps={case.steps}",
+            f"track.sampler.guidance={case.guidance}",
+            f"track.budget.reward_queries={case.samples}",
+            f"track.budget.prompts_per_round={case.samples // 4}",
+            "track.budget.samples_per_prompt=4",
+            f"track.prompts.train={json.dumps(PROMPTS)}",
+            'track.prompts.heldout=["a cyan cross", "a green square"]',
+            'track.evaluation.judges=["jpeg-compressibility"]',  # never asked
+            f"algo.updates={case.updates}",
+            *([f"track.batch={batch}"] if batch else []),
+        ]
+        cell = config.resolve(
+            algo="ddpo", builder="vanilla", reward=f"{WORKER}:brightness", model=str(pipeline), settings=settings
+        )
+        self.batch, self.number = cell.track.batch, 0
+        self.run = Run(cell, pipeline / "run", "cpu")
+
+    def round(self) -> dict[str, float]:
+        """One round: seconds on the clock, CPU seconds of its parts, and the work that was done."""
+        run, policy = self.run, self.run.policy
+        evaluations, updates = policy.network_evaluations, run.progress.updates
+        start, first = time.perf_counter(), time.process_time()
+        samples = run._collect(self.number)
+        second = time.process_time()
+        run._improve(samples, self.number)
+        end = time.process_time()
+        self.number += 1
+        return {
+            "seconds": time.perf_counter() - start,
+            "sampling": second - first,
+            "training": end - second,
+            "network_evaluations": policy.network_evaluations - evaluations,
+            "updates": run.progress.updates - updates,
+            "trained_parameters": sum(p.numel() for p in run.parameters),
+        }
+
+
+class Trl:
+    """TRL's process."""
+
+    def __init__(self, python: Path, pipeline: Path, case: Case):
+        self.case = case
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+        changed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [python, WORKER, pipeline],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=kept | changed,
+        )
+
+    def round(self, batches: tuple[int, int]) -> dict[str, float]:
+        """One epoch in these batches, as `Ours.round`; after an unmeasured one where they are new."""
+        assert self.process.stdin and self.process.stdout
+        work = {k: getattr(self.case, k) for k in ("samples", "steps", "updates", "guidance")}
+        wanted = {**work, "prompts": PROMPTS, "sample_batch": batches[0], "train_batch": batches[1]}
+        with suppress(BrokenPipeError):  # its end is seen next
+            print(json.dumps(wanted), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.process.wait()
+            self.log.seek(0)
+            raise SystemExit(f"TRL's process ended:\n{self.log.read()[-3000:]}")
+        return dict(json.loads(answer))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def scan(trl: Trl, case: Case, advance: Callable[[int], None]) -> tuple[tuple[int, int], dict[str, Any]]:
+    """TRL's fastest batches, and the CPU seconds of an epoch's parts in each (the least of two epochs)."""
+    seconds: dict[str, dict[int, float]] = {"sampling": {}, "training": {}}
+    for batches in case.batches:
+        for _ in range(2):
+            done = trl.round(batches)
+            for (part, found), batch in zip(seconds.items(), batches, strict=True):
+                found[batch] = round(min(found.get(batch, float("inf")), done[part]), 3)
+            advance(1)
+    sampling, training = seconds.values()
+    pairs = [(s, t) for s in sampling for t in training if s % t == 0]  # others TRL refuses
+    return min(pairs, key=lambda pair: sampling[pair[0]] + training[pair[1]]), seconds
+
+
+def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str) -> dict[str, Any]:
+    """Rounds of both sides in turns. Raises SystemExit where their work differs."""
+    trl = Trl(python, pipeline, case)
+    try:
+        with bar(label, 2 * len(case.batches) + 4 * turns) as progress:
+            best, tried = scan(trl, case, progress.advance)
+            trl.round(best)
+            ours: dict[str, Ours] = {}
+            for batch in (None, *best):
+                side = Ours(pipeline, case, batch)
+                ours.setdefault(f"ours, batch {side.batch}", side)
+            for side in ours.values():
+                side.round()
+            sides: dict[str, Callable[[], dict[str, float]]] = {"TRL": lambda: trl.round(best)}
+            sides |= {name: side.round for name, side in ours.items()}
+            done: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+            for turn in range(turns):
+                for name in sorted(sides, reverse=bool(turn % 2)):
+                    done[name].append(sides[name]())
+                    progress.advance(4 / len(sides), f"{name} {done[name][-1]['seconds']:.1f} s")
+    finally:
+        trl.close()
+    counted = ("network_evaluations", "updates", "trained_parameters")
+    work = {name: {k: rounds[0][k] for k in counted} for name, rounds in done.items()}
+    if any(w != work["TRL"] for w in work.values()):
+        raise SystemExit(f"the sides did not do the same work: {work}")
+    cpu = {name: [r["sampling"] + r["training"] for r in rounds] for name, rounds in done.items()}
+    clock = {name: [r["seconds"] for r in rounds] for name, rounds in done.items()}
+    result: dict[str, Any] = {
+        "round": {**asdict(case), **work["TRL"]},
+        "TRL's batches (sampling, training)": best,
+        "TRL's scan, CPU seconds of a round by batch": tried,
+        "our default": next(iter(ours)),
+    }
+    for name in sides:
+        parts = {part: measuring.spread([r[part] for r in done[name]]) for part in ("sampling", "training")}
+        result[name] = {
+            "images per second": measuring.spread([case.samples / s for s in clock[name]]),
+            "images per CPU second": measuring.spread([case.samples / s for s in cpu[name]]),
+            "CPU seconds": parts,
+        }
+        if name != "TRL":
+            for unit, spent in (("times as fast", clock), ("times as fast, CPU", cpu)):
+                result[name][unit] = measuring.spread([a / b for a, b in zip(spent["TRL"], spent[name], strict=True)])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    requirements = [TRL, *(f"{name}=={version(name).partition('+')[0]}" for name in SHARED)]
+    environment = isolated.build("trl-ddpo", requirements)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.case or CASES:
+            case = CASES[name]
+            pipeline = Path(folder) / case.network
+            if not pipeline.exists():
+                with quiet():
+                    make(case.network, pipeline)
+            found[name] = compare(environment.python, pipeline, case, args.turns, name)
+    result = {
+        "threads": 1,
+        "load": Path("/proc/loadavg").read_text().split()[:3],
+        "TRL's environment": {name: environment.versions[name] for name in ("trl", *SHARED)},
+        "goal": GOAL,
+        "cases": found,
+    }
+    measuring.write("peer", result, args.out)
+
+
+if __name__ == "__main__":
+    main()
