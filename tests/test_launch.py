@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import TINY, command
 from test_sweep import jobs
 
 from bench_dfusion import __version__, records
@@ -44,7 +46,7 @@ def content(shared: Storage, name: str) -> bytes:
         (("--launcher", "ray", "--cpus-per-cell", "0"), "--cpus-per-cell"),
         (("--launcher", "ray", "--storage", "memory://x"), "give one that all nodes share"),
         (("--launcher", "ray", "--storage", "nowhere://x"), "storage nowhere://x"),
-        (("--launcher", "ray"), "--launcher ray needs Ray: pip install 'bench-dfusion[ray]'"),
+        (("--launcher", "ray"), "--launcher ray needs Ray: pip install -e '.[ray]'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -214,18 +216,19 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_try_leaves_its_files_and_the_next_goes_on_from_them(order) -> None:
     shared, first = order()
-    assert node.work(first)[0] == 3
+    assert node.work(first, "n1")[0] == 3
     names = ["checkpoint.safetensors", "log.txt", "record.json"]
     assert shared.names(f"track/cell/{first.attempt}") == names
+    assert shared.read(f"track/cell/nodes/{first.attempt}.json") == {"node": "n1"}
     shared, second = order()
-    assert node.work(second)[0] == 3
+    assert node.work(second, "n1")[0] == 3
     assert content(shared, f"track/cell/{second.attempt}/log.txt").startswith(b"from round 1")
 
 
 def test_a_node_back_from_the_dead_gives_up_without_a_record(order, tmp_path: Path) -> None:
     shared, old = order("wait")
     found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(node.work(old)))
+    thread = threading.Thread(target=lambda: found.append(node.work(old, "n1")))
     thread.start()
     place = f"track/cell/{old.attempt}"
     while "checkpoint.safetensors" not in shared.names(place):
@@ -238,7 +241,7 @@ def test_a_node_back_from_the_dead_gives_up_without_a_record(order, tmp_path: Pa
     assert not Path(f"/proc/{process}").exists(), "its process is ended"
     assert "record.json" not in shared.names(place)
     assert new.source == old.attempt and storage.lease(shared, "track/cell")["try"] == new.attempt
-    assert node.work(old)[0] is None, "nor does it begin"
+    assert node.work(old, "n1")[0] is None, "nor does it begin"
 
 
 def test_a_stopped_try_ends_its_process_and_leaves_the_checkpoint(order, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +261,7 @@ def test_a_stopped_try_ends_its_process_and_leaves_the_checkpoint(order, monkeyp
 
     monkeypatch.setattr(node, "time", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        node.work(own)
+        node.work(own, "n1")
     assert started.is_set() and "checkpoint.safetensors" in shared.names(place)
     process = int(content(shared, f"{place}/log.txt").split()[-1])
     assert not Path(f"/proc/{process}").exists()
@@ -267,9 +270,9 @@ def test_a_stopped_try_ends_its_process_and_leaves_the_checkpoint(order, monkeyp
 def test_a_node_says_what_it_cannot_run(order, tmp_path: Path) -> None:
     _, own = order()
     with pytest.raises(UsageError, match="install the same on all nodes"):
-        node.work(node.Order(**{**vars(own), "version": "0.0.1"}))
+        node.work(node.Order(**{**vars(own), "version": "0.0.1"}), "n1")
     with pytest.raises(UsageError, match="give a --storage all nodes share"):
-        node.work(node.Order(**{**vars(own), "storage": f"file://{tmp_path}/not the same disk"}))
+        node.work(node.Order(**{**vars(own), "storage": f"file://{tmp_path}/not the same disk"}), "n1")
 
 
 def test_a_cell_whose_worker_was_killed_ends_too(tmp_path: Path) -> None:
@@ -293,3 +296,23 @@ def test_unfinished_tries_in_the_sweeps_directory_are_in_no_table(tmp_path: Path
         (tmp_path / folder / "cell.json").touch()
     assert records.below(tmp_path, "cell.json") == [tmp_path / "track/cell/cell.json"]
     assert len(records.below(tmp_path / ".storage", "cell.json")) == 1, "a hidden folder that is asked for"
+
+
+@pytest.mark.slow
+def test_the_slurm_array_of_the_docs_runs_its_cells(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "leaderboards.md").read_text()
+    script = re.findall(r"```sh\n(#!/bin/bash.*?)```", text, re.S)[0]
+    last = int(re.findall(r"--array=0-(\d+)", script)[0])
+    (tmp_path / "cells.sh").write_text(script)
+    (tmp_path / "bench-dfusion").write_text(f'#!/bin/sh\nexec {sys.executable} -m bench_dfusion.cli "$@"\n')
+    (tmp_path / "bench-dfusion").chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRACK": "micro", "RUNS": str(tmp_path / "runs")}
+    for task in (0, last, last):  # the last is requeued
+        env = {**os.environ, **own, "SLURM_ARRAY_TASK_ID": str(task)}
+        subprocess.run(["bash", "cells.sh", "--builder", "vanilla", *TINY], cwd=tmp_path, env=env, check=True)
+    assert {(r.algorithm, r.builder, r.seed) for _, r in records.find(tmp_path / "runs")} == {
+        ("dpo", "vanilla", 0),
+        ("ddpo", "vanilla", 4),
+    }
+    assert last == 2 * 5 - 1, "two algorithms of five seeds"
+    assert "ddpo" in command("leaderboard", "runs", cwd=tmp_path).stdout

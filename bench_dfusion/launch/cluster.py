@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench_dfusion import __version__, files, launch
 from bench_dfusion.launch import node
 from bench_dfusion.launch.storage import BEAT, LAST, Life, Storage, begin, lease, tries_of
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.sweeps import Job
+
+if TYPE_CHECKING:  # a node imports this too, and needs no torch for it
+    from bench_dfusion.sweeps import Job
 
 LOSSES = 5  # tries of a cell in a row that may be lost without a checkpoint
 STORE = 100_000_000  # bytes of a local cluster's object store, which holds nothing
@@ -34,7 +36,8 @@ class Try:
     cell: str
     name: str
     ref: Any = None
-    seen: bool = False  # whether a node has begun it
+    node: str = ""  # Ray's id of the node that has begun it
+    dead: bool = False  # whether Ray has given that node up
     lock: ExitStack = field(default_factory=ExitStack)  # of the cell's directory here
 
 
@@ -63,7 +66,7 @@ class Cluster:
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported
             import ray
         except ImportError:
-            raise UsageError("--launcher ray needs Ray: pip install 'bench-dfusion[ray]'") from None
+            raise UsageError("--launcher ray needs Ray: pip install -e '.[ray]'") from None
         self.ray = ray
         self.life = Life(self.storage)
         self.tries: dict[Path, Try] = {}  # by the cell's directory here
@@ -72,6 +75,7 @@ class Cluster:
         self.copying = threading.Lock()  # of files from the storage into a cell's directory here
         self.closing = threading.Event()
         self.places = 1
+        self.gone: set[str] = set()  # the ids of nodes that Ray has given up
 
     def __enter__(self) -> Cluster:
         before = signal.getsignal(signal.SIGTERM)
@@ -145,7 +149,7 @@ class Cluster:
         own.name, source = begin(self.storage, cell, self.life)
         words = [*job.words, "--expect", job.cell.hash, "--device", "cuda" if self.gpus else "cpu"]
         order = node.Order(self.url, cell, own.name, source, words, __version__, str(Path.cwd()), self.cpus)
-        task = self.ray.remote(node.work).options(
+        task = self.ray.remote(_work).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0, name=f"{job.name} {own.name}"
         )
         own.ref = task.remote(order)
@@ -154,8 +158,11 @@ class Cluster:
         own = self.tries[job.folder]
         if own.ref is None:
             return self._done(job, "its record was in the storage", pull=True)
-        if own.seen and job.state == "queued":
+        if own.node and job.state == "queued":
             job.state, job.started = "running", time.monotonic()
+        if own.dead:  # Ray itself waits for a word of a task on a node that went silent
+            self.ray.cancel(own.ref, force=True)
+            return self._lost(job, "NodeDiedError")
         if not self.ray.wait([own.ref], timeout=0)[0]:
             return None
         gone = self.ray.exceptions
@@ -215,7 +222,7 @@ class Cluster:
             del self.tries[job.folder]
         own.lock.close()
         if job.record.exists():
-            useless = tries_of(self.storage.names(own.cell)) if self.keep else [""]
+            useless = ["nodes", *tries_of(self.storage.names(own.cell))] if self.keep else [""]
             for name in useless:
                 if name != own.name:
                     self.storage.remove(f"{own.cell}/{name}".rstrip("/"))
@@ -226,20 +233,31 @@ class Cluster:
         while not self.closing.wait(BEAT):
             with suppress(Exception):  # a store or a cluster that is away comes back, or the cells end by it
                 self.life.beat()
+            with suppress(Exception):
                 self._count()
             for folder, own in list(self.tries.items()):
                 with suppress(Exception), self.copying:
                     if own.ref is not None and self.tries.get(folder) is own:
-                        self.storage.get(f"{own.cell}/{own.name}/log.txt", folder / "log.txt")
-                        own.seen = True
+                        own.node = own.node or self.storage.read(f"{own.cell}/nodes/{own.name}.json").get("node", "")
+                        own.dead = own.node in self.gone
+                        if own.node:
+                            self.storage.get(f"{own.cell}/{own.name}/log.txt", folder / "log.txt")
 
     def _count(self) -> int:
         """How many cells fit the nodes; `places` is that, at least 1."""
         found = 0
-        for machine in self.ray.nodes():
+        machines = self.ray.nodes()
+        self.gone = {m["NodeID"] for m in machines if not m["Alive"]}  # a node that returns gets another id
+        for machine in machines:
             has = machine.get("Resources", {}) if machine["Alive"] else {}
             fits = [int(has.get("CPU", 0) // self.cpus)] if self.cpus else []
             fits += [int(has.get("GPU", 0) // self.gpus)] if self.gpus else []
             found += min(fits)
         self.places = max(1, found)
         return found
+
+
+def _work(order: node.Order) -> tuple[int | None, float]:
+    import ray
+
+    return node.work(order, ray.get_runtime_context().get_node_id())

@@ -9,9 +9,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench_dfusion import launch
-from bench_dfusion.sweeps import Job
+
+if TYPE_CHECKING:
+    from bench_dfusion.sweeps import Job
 
 
 def devices_of(named: str | None) -> list[str]:

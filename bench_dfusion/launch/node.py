@@ -37,8 +37,10 @@ class Order:
     threads: int
 
 
-def work(order: Order) -> tuple[int | None, float]:
+def work(order: Order, machine: str) -> tuple[int | None, float]:
     """Run a try to its end; returns the process's exit status, None where another try has taken its place, and seconds.
+
+    `machine` is the cluster's name for this node, which the sweep finds in the storage.
 
     Raises UsageError where this node cannot run what the sweep means. KeyboardInterrupt ends the process, and what it
     leaves is in the storage.
@@ -52,6 +54,7 @@ def work(order: Order) -> tuple[int | None, float]:
     held = lease(storage, order.cell)
     if not held:
         raise UsageError(f"{host} does not find the cell's lease in {order.storage}: give a --storage all nodes share")
+    storage.write(f"{order.cell}/nodes/{order.attempt}.json", {"node": machine})
     start = time.monotonic()
     known: dict[str, tuple[int, int]] = {}
     place = f"{order.cell}/{order.attempt}"

@@ -2,6 +2,7 @@
 
     <cell>/lease.json               the try that counts, and the sweep that began it: the sweep alone writes it
     <cell>/try-0002-5f0c1d/...      what that try leaves: a copy of the cell's directory on its node
+    <cell>/nodes/<try>.json         the node that has begun it
     sweeps/<sweep>.json             a number that a sweep keeps raising while it lives
 
 A try writes below its own name, which no other try ever has, and only the try that the lease names is read for a
