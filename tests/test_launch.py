@@ -44,6 +44,8 @@ def content(shared: Storage, name: str) -> bytes:
         (("--launcher", "ray", "--device", "cpu"), "--device and --workers are of this machine"),
         (("--launcher", "ray", "--workers", "2"), "--device and --workers are of this machine"),
         (("--launcher", "ray", "--cpus-per-cell", "0"), "--cpus-per-cell"),
+        (("--launcher", "ray", "--ray-address", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1: "),
+        (("--launcher", "ray", "--gpus-per-cell", "1.5"), "give a part of one GPU, or whole ones"),
         (("--launcher", "ray", "--storage", "memory://x"), "give one that all nodes share"),
         (("--launcher", "ray", "--storage", "nowhere://x"), "storage nowhere://x"),
         (("--launcher", "ray"), "--launcher ray needs Ray: pip install -e '.[ray]'"),

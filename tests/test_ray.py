@@ -17,7 +17,6 @@ import pytest
 from processes import TINY
 
 from bench_dfusion import files, records
-from bench_dfusion.launch import storage
 
 # Long enough for a node to die in the middle; notes what it scored, so that work done twice is seen.
 SLOW = """
@@ -158,18 +157,15 @@ def test_a_node_back_from_the_dead_changes_nothing(
     shared = tmp_path / "ours" / ".storage"
     old = until(lambda: far(shared), process)[0]
     seed = old.parent.name.split("-s")[-1].split("-")[0]
-    own, worker = processes_of(f"--seed {seed} ")
-    raylet = worker.parent()
+    raylet = processes_of(f"--seed {seed} ")[1].parent()
     frozen = [raylet, *raylet.children(recursive=True)]
     for part in frozen:
         part.suspend()
-    second = until(lambda: list(old.parent.glob("try-0002-*/checkpoint.safetensors")), process)[0]
+    until(lambda: list(old.parent.glob("try-0002-*/checkpoint.safetensors")), process)
     for part in frozen:
         part.resume()
-    until(lambda: not own.is_running() and not worker.is_running(), process)
-    assert storage.lease(storage.Storage(f"file://{shared}"), "/".join(old.parent.parts[-2:]))["try"] == (
-        second.parent.name
-    )
+    _, alive = psutil.wait_procs(frozen, timeout=60)
+    assert not alive, "all of the node ends itself"
     assert not (old / "record.json").exists()
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,7 +26,16 @@ from bench_dfusion.registry import UsageError, plain
 if TYPE_CHECKING:  # a node imports this too, and needs no torch for it
     from bench_dfusion.sweeps import Job
 
-LOSSES = 5  # tries of a cell in a row that may be lost without a checkpoint
+LOSSES = 10  # lost tries of a cell after which it may be what kills its nodes
+# Errors of Ray that say nothing of the cell
+LOST = {
+    "WorkerCrashedError",
+    "NodeDiedError",
+    "LocalRayletDiedError",
+    "OwnerDiedError",
+    "ObjectLostError",
+    "OutOfMemoryError",
+}
 STORE = 100_000_000  # bytes of a local cluster's object store, which holds nothing
 
 
@@ -61,7 +71,15 @@ class Cluster:
             self.url = f"file://{Path(self.url).absolute()}"
         if self.url.startswith("memory:"):
             raise UsageError(f"--storage {self.url} is one process's own: give one that all nodes share")
+        if gpus is not None and gpus > 1 and gpus % 1:
+            raise UsageError(f"--gpus-per-cell {gpus:g}: give a part of one GPU, or whole ones")
         self.storage = Storage(self.url)
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+        if host and port.isdigit():
+            try:  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
+            except (OSError, OverflowError) as error:
+                raise UsageError(f"no Ray cluster at {address}: {error}") from None
         try:
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported
             import ray
@@ -165,19 +183,11 @@ class Cluster:
             return self._lost(job, "NodeDiedError")
         if not self.ray.wait([own.ref], timeout=0)[0]:
             return None
-        gone = self.ray.exceptions
-        gone = (
-            gone.WorkerCrashedError,
-            gone.NodeDiedError,
-            gone.LocalRayletDiedError,
-            gone.ObjectLostError,
-            gone.OutOfMemoryError,
-        )
         try:
             code, seconds = self.ray.get(own.ref)
-        except gone as error:
-            return self._lost(job, type(error).__name__)
         except self.ray.exceptions.RayError as error:
+            if type(error).__name__ in LOST:
+                return self._lost(job, type(error).__name__)
             cause = getattr(error, "cause", None) or error
             how = self._done(job, "on its node")
             with open(job.folder / "log.txt", "a") as log:
@@ -205,12 +215,10 @@ class Cluster:
 
     def _lost(self, job: Job, why: str) -> str:
         """Raise Lost, or return how the cell ended where it was lost too often."""
-        own = self.tries[job.folder]
-        further = f"{own.name}/{LAST[0]}" in self.storage.names(own.cell)
-        self.lost[job.folder] = 0 if further else self.lost.get(job.folder, 0) + 1
+        self.lost[job.folder] = self.lost.get(job.folder, 0) + 1
         text = self._done(job, f"its node was lost, {why}")
         if self.lost[job.folder] >= LOSSES:
-            return f"{text}, {LOSSES} times without a checkpoint"
+            return f"{text}, for the {LOSSES}th time"
         raise launch.Lost(text)
 
     def _done(self, job: Job, how: str, pull: bool = False) -> str:
