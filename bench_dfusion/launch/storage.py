@@ -165,7 +165,10 @@ class Life:
         if number != before:
             self._seen[str(name)] = number, time.monotonic()
             return True
-        return time.monotonic() - since < SILENCE
+        if time.monotonic() - since < SILENCE:
+            return True
+        self.storage.remove(f"sweeps/{name}.json")  # if it was only slow, it writes it again
+        return False
 
 
 def lease(storage: Storage, cell: str) -> dict[str, Any]:
