@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,7 @@ from bench_dfusion import registry
 from bench_dfusion.registry import PluginError, UsageError
 
 if TYPE_CHECKING:
+    from bench_dfusion.launch import Launcher
     from bench_dfusion.leaderboard import Board
 
 app = typer.Typer(
@@ -97,6 +99,9 @@ def run(
         str | None,
         typer.Option(metavar="OWNER/NAME", help="With --push-to-hub: the dataset whose table the scores belong to."),
     ] = None,
+    expect: Annotated[
+        str | None, typer.Option(metavar="HASH", help="Refuse to run a cell whose hash (in cell.json) is another.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Train one algorithm with one reward on consistent samples, then evaluate base against trained."""
@@ -130,6 +135,11 @@ def run(
         )
         for n in numbers
     ]
+    if expect is not None and any(cell.hash != expect for cell in cells):
+        raise UsageError(
+            f"this cell's hash is {cells[0].hash[:8]} here and {expect[:8]} where it was planned: use the same "
+            "bench-dfusion, plugins and files on both machines"
+        )
     hub = None
     if push is not None:  # a missing token is said before any compute
         from bench_dfusion.publish import connect
@@ -179,6 +189,24 @@ def sweep(
         str | None, typer.Option(help="torch devices, comma-separated (default: every GPU, else the CPU).")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time on each device.")] = 1,
+    launcher: Annotated[
+        Literal["local", "ray"], typer.Option(help="This machine, or the nodes of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The cluster, HOST:PORT or auto (default: one of this machine alone)."),
+    ] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-cell", min=1, help="With ray (default 1).")] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-cell", min=0, help="With ray; 0.5: two cells share one (default: 1 if there are any)."
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="With ray: what all nodes share, as s3://bucket/dir (default: --out)."),
+    ] = None,
     keep_pairs: Annotated[
         Literal["all", "last", "none"] | None,
         typer.Option(help="Rounds whose pairs stay, for pairs export (default: all; over 128 px the last)."),
@@ -193,9 +221,14 @@ def sweep(
     _load_files(plugin)
     from bench_dfusion import sweeps, weighted_sum
 
+    of_ray = {"--ray-address": ray_address, "--cpus-per-cell": cpus, "--gpus-per-cell": gpus, "--storage": storage}
+    if launcher == "local" and (named := [o for o, value in of_ray.items() if value is not None]):
+        raise UsageError(f"{named[0]} is of --launcher ray: give that too")
+    if launcher == "ray" and (device or workers != 1):
+        raise UsageError("--device and --workers are of this machine: with ray give --cpus-per-cell, --gpus-per-cell")
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds must be 1 or more, not {seeds}")
-    words = ["--track", track, "--out", str(folder)]
+    words = ["--track", track]
     given = [("--model", model), ("--prompts", prompts), ("--config", config), ("--keep-pairs", keep_pairs)]
     given += [("--set", s) for s in settings or []] + [("--plugin", p) for p in plugin or []]
     for option, value in given:
@@ -215,9 +248,17 @@ def sweep(
     )
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
-    sweeps.register(jobs)
+    from bench_dfusion.launch import cluster, local
+
+    place: AbstractContextManager[Launcher]
+    if launcher == "ray":
+        place = cluster.Cluster(folder, ray_address, cpus or 1, gpus, storage)
+    else:
+        place = nullcontext(local.Local(local.devices_of(device), workers))
     try:
-        whole = sweeps.Sweep(jobs, sweeps.devices_of(device), workers).run()
+        with place as where:
+            sweeps.register(jobs)
+            whole = sweeps.Sweep(jobs, where).run()
     except KeyboardInterrupt:
         out.print("\nstopped; the same command goes on where it was")
         raise typer.Exit(130) from None

@@ -72,7 +72,7 @@ def _find(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise UsageError(f"no file or directory {source}")
-        below = sorted(source.rglob("record.json")) if source.is_dir() else [source]
+        below = records.below(source, "record.json") if source.is_dir() else [source]
         if not below:
             raise UsageError(f"no record.json below {source}")
         found |= dict.fromkeys(below)

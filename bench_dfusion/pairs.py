@@ -188,7 +188,7 @@ def _record(run: Path) -> Record:
         return records.read(run / "record.json")
     if (run / "cell.json").exists():
         raise UsageError(f"{run} is not finished; the command that started it goes on")
-    inside = sorted(run.rglob("record.json"))
+    inside = records.below(run, "record.json")
     hint = f"give one run, for example {inside[0].parent}" if inside else "bench-dfusion run leaves runs in runs/TRACK/"
     raise UsageError(f"{run} is no run's directory (it has no record.json); {hint}")
 

@@ -395,9 +395,15 @@ def folder_name(algorithm: str, builder: str, reward: str, seed: int, cell_hash:
     return f"{algorithm}-{builder}-{reward}-s{seed}-{cell_hash[:8]}"
 
 
+def below(folder: Path, name: str) -> list[Path]:
+    """The files of a name below a folder, by path; not those in hidden folders, where a sweep keeps unfinished tries."""
+    found = sorted(folder.rglob(name))
+    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+
+
 def find(folder: Path) -> list[tuple[Path, Record]]:
     """Every record below a folder, by path."""
-    return [(path, read(path)) for path in sorted(folder.rglob("record.json"))]
+    return [(path, read(path)) for path in below(folder, "record.json")]
 
 
 @dataclass(frozen=True)
@@ -419,7 +425,7 @@ class Unfinished:
 def find_unfinished(folder: Path) -> list[Unfinished]:
     """Every registered cell below a folder without a record, by path. Raises UsageError for a damaged file."""
     found = []
-    for path in sorted(folder.rglob("cell.json")):
+    for path in below(folder, "cell.json"):
         if path.with_name("record.json").exists():
             continue
         try:

@@ -1,9 +1,9 @@
 """Many cells, one command: every cell is registered before the first runs, none is lost, a failing one stops nothing.
 
-Each cell runs in a process of its own (`bench-dfusion run`), one at a time on each device unless told otherwise, so a
-crash takes one cell with it. What a cell says goes to `log.txt` in its directory; if it ends without a record,
-`error.json` says why until a later sweep tries again. Cells that another process is running (a second sweep, or what
-a killed sweep left running) are waited for.
+Each cell runs in a process of its own (`bench-dfusion run`), which a launcher starts here or on other machines
+(`bench_dfusion.launch`), so a crash takes one cell with it. What a cell says goes to `log.txt` in its directory; if it
+ends without a record, `error.json` says why until a later sweep tries again. Cells that another process is running (a
+second sweep, or what a killed sweep left running) are waited for.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -30,14 +28,14 @@ from rich.text import Text
 
 from bench_dfusion import files, records
 from bench_dfusion.config import Cell, Misfit, resolve
+from bench_dfusion.launch import Launcher, Lost
 from bench_dfusion.leaderboard import signed
 from bench_dfusion.progress import duration
 from bench_dfusion.registry import UsageError
 
 POLL = 0.2  # s between looks at the running cells
-GRACE = 30.0  # s that a stopped cell has to end by itself
 
-State = Literal["waiting", "running", "elsewhere", "finished", "miss", "error"]
+State = Literal["waiting", "queued", "running", "elsewhere", "finished", "miss", "error"]
 
 
 @dataclass
@@ -45,14 +43,24 @@ class Job:
     """One cell of a sweep."""
 
     cell: Cell
-    folder: Path
-    words: list[str]  # arguments of `bench-dfusion run` beside algorithm, builder, reward and seed
+    out: Path
+    options: list[str]  # arguments of `bench-dfusion run` beside algorithm, builder, reward, seed, device and out
     state: State = "waiting"
     started: float = 0.0  # s, time.monotonic
     seconds: float | None = None  # wall time of the try that ended with a record
-    device: str = ""
-    process: subprocess.Popen[bytes] | None = None
     result: records.Record | None = None
+    folder: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = self.out / self.cell.folder
+
+    @property
+    def words(self) -> list[str]:
+        """The arguments of `bench-dfusion run` for this cell, all but --device and --out."""
+        algorithm, builder, _ = self.row
+        reward = self.cell.given["reward"]  # a sum or a function as the user wrote it
+        names = ["--algo", algorithm, "--builder", builder, "--reward", reward, "--seed", str(self.cell.seed)]
+        return names + self.options
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -138,7 +146,7 @@ def plan(
                     continue
                 count = first.track.seeds if seeds is None else seeds
                 cells = [first, *(resolve(seed=n, **given) for n in range(1, count))]
-                jobs.append([Job(cell, out / cell.folder, list(words)) for cell in cells])
+                jobs.append([Job(cell, out, list(words)) for cell in cells])
     if not jobs:
         raise UsageError(left_out[0] if left_out else "nothing to run: name at least one algorithm")
     by_seed = [own[n] for n in range(max(map(len, jobs))) for own in jobs if n < len(own)]
@@ -152,22 +160,12 @@ def register(jobs: Sequence[Job]) -> None:
             files.write_json(job.folder / "cell.json", job.cell.description)
 
 
-def devices_of(named: str | None) -> list[str]:
-    """The devices a sweep runs on: those named (comma-separated), or every GPU, or the CPU."""
-    if named:
-        return [d.strip() for d in named.split(",") if d.strip()]
-    import torch
-
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-
-
 @dataclass
 class Sweep:
-    """Runs registered jobs, `workers` at a time on each device."""
+    """Runs registered jobs by a launcher."""
 
     jobs: list[Job]
-    devices: list[str]
-    workers: int = 1
+    launcher: Launcher
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def run(self) -> bool:
@@ -176,71 +174,60 @@ class Sweep:
         KeyboardInterrupt first stops the running cells, which go on from their last round later.
         """
         self.begun = time.monotonic()
-        self.free = deque(d for _ in range(self.workers) for d in self.devices)
         self.queue = deque(j for j in self.jobs if j.state == "waiting")
         with self._shown() as show:
             try:
-                while self.queue or any(j.state in ("running", "elsewhere") for j in self.jobs):
+                while self.queue or any(j.state in ("queued", "running", "elsewhere") for j in self.jobs):
                     self._start()
                     self._collect()
                     show()
                     time.sleep(POLL)
             except BaseException:
-                self._stop()
+                self.launcher.stop([j for j in self.jobs if j.state in ("queued", "running")])
                 raise
         return all(j.state == "finished" for j in self.jobs)
 
     def _start(self) -> None:
-        """Start waiting cells on free devices."""
+        """Start waiting cells while the launcher takes them."""
         for _ in range(len(self.queue)):
-            if not self.free:
+            if not self.launcher.ready():
                 return
             job = self.queue.popleft()
             if job.record.exists():  # a sweep beside this one was faster
                 self._ended(job)
-            elif job.locked():
+            elif self.launcher.taken(job):
                 job.state = "elsewhere"
             else:
-                self._launch(job, self.free.popleft())
-
-    def _launch(self, job: Job, device: str) -> None:
-        algorithm, builder, _ = job.row
-        reward = job.cell.given["reward"]  # a sum or a function as the user wrote it
-        command = [sys.executable, "-m", "bench_dfusion.cli", "run", "--algo", algorithm, "--builder", builder]
-        command += ["--reward", reward, "--seed", str(job.cell.seed), "--device", device, *job.words]
-        environment = dict(os.environ)
-        if device == "cpu":  # processes that share the cores' threads stall each other
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / "error.json").unlink(missing_ok=True)
-        with open(job.folder / "log.txt", "wb") as log:
-            job.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-        job.state, job.started, job.device = "running", time.monotonic(), device
+                self.launcher.start(job)
 
     def _collect(self) -> None:
         """Take note of what ended."""
         for job in self.jobs:
-            if job.state == "elsewhere" and not job.locked():
+            if job.state == "elsewhere" and not self.launcher.taken(job):
                 if job.record.exists():
                     self._ended(job)
                 else:
                     job.state = "waiting"
                     self.queue.append(job)
-            if job.state == "running" and job.process is not None and job.process.poll() is not None:
-                self.free.append(job.device)
-                self._ended(job, job.process.returncode)
+            if job.state in ("queued", "running"):
+                try:
+                    how = self.launcher.ended(job)
+                except Lost as lost:
+                    self.console.print(f"{job.name}: {lost}; it is tried again", markup=False, highlight=False)
+                    job.state = "waiting"
+                    self.queue.appendleft(job)
+                    continue
+                if how is not None:
+                    self._ended(job, how)
 
-    def _ended(self, job: Job, code: int = 0) -> None:
+    def _ended(self, job: Job, how: str = "") -> None:
         job.seconds = time.monotonic() - job.started if job.state == "running" else None
         if not job.take_record():
             if "another process is running" in job.last_line():  # it took the lock between the look and the start
                 job.state = "elsewhere"
                 return
-            ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
             text = job.last_line() or "it said nothing"
-            files.write_json(job.folder / "error.json", {"error": f"{text} ({ended})", "log": "log.txt"})
+            files.write_json(job.folder / "error.json", {"error": f"{text} ({how})", "log": "log.txt"})
             job.state = "error"
         self._say(job)
 
@@ -270,25 +257,11 @@ class Sweep:
             return float("inf")
         total = 0.0
         for job in self.jobs:
-            if job.state in ("waiting", "elsewhere"):
+            if job.state in ("waiting", "queued", "elsewhere"):
                 total += expected(job)
             elif job.state == "running":
                 total += max(0.0, expected(job) - (now - job.started))
-        return total / (len(self.devices) * self.workers)
-
-    def _stop(self) -> None:
-        running = [j for j in self.jobs if j.state == "running" and j.process is not None]
-        for job in running:
-            if job.process is not None and job.process.poll() is None:
-                job.process.terminate()  # a shell in the background has made SIGINT deaf
-        until = time.monotonic() + GRACE
-        for job in running:
-            if job.process is not None:
-                try:
-                    job.process.wait(max(0.1, until - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    job.process.kill()
-                    job.process.wait()
+        return total / self.launcher.places
 
     @contextmanager
     def _shown(self) -> Iterator[Any]:
@@ -302,6 +275,7 @@ class Sweep:
         """The live table: a line for each row of the leaderboard, a sign for each seed, what is running now."""
         signs = {
             "waiting": Text("·", "dim"),
+            "queued": Text("·", "dim"),
             "running": Text("▶", "cyan"),
             "elsewhere": Text("◌", "cyan"),
             "finished": Text("✓", "green"),

@@ -15,6 +15,7 @@ from processes import SETTINGS, TINY, command
 
 import bench_dfusion
 from bench_dfusion import leaderboard, records, registry, sweeps
+from bench_dfusion.launch.local import Local
 from bench_dfusion.registry import UsageError
 
 FAILING = '''
@@ -102,7 +103,7 @@ def test_seeds_come_from_the_track_and_what_cannot_fit_is_said(tmp_path: Path) -
 
 def test_the_time_left_is_that_of_like_cells_then_of_all_then_of_what_runs(tmp_path: Path) -> None:
     planned = jobs(tmp_path)
-    sweep = sweeps.Sweep(planned, ["cpu"], workers=2)
+    sweep = sweeps.Sweep(planned, Local(["cpu"], workers=2))
     assert sweep.time_left() == float("inf")
     now = time.monotonic()
     planned[0].state, planned[0].started = "running", now - 10

@@ -1,0 +1,320 @@
+"""What a sweep shares with its nodes: whole files, one try that counts, and a node that has lost its cell gives up."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from processes import TINY, command
+from test_sweep import jobs
+
+from bench_dfusion import __version__, records
+from bench_dfusion.launch import node, storage
+from bench_dfusion.launch.local import Local
+from bench_dfusion.launch.storage import Life, Storage, begin
+from bench_dfusion.registry import UsageError
+
+SWEEP = ("sweep", "micro", "--algo", "dpo", "--reward", "clip")
+
+
+@pytest.fixture(params=["file", "memory"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(f"file://{tmp_path}/shared dir" if request.param == "file" else f"memory://{tmp_path}")
+
+
+def content(shared: Storage, name: str) -> bytes:
+    return bytes(shared.fs.cat_file(f"{shared.root}/{name}"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--ray-address", "auto"), "--ray-address is of --launcher ray"),
+        (("--gpus-per-cell", "0"), "--gpus-per-cell is of --launcher ray"),
+        (("--storage", "/tmp/x"), "--storage is of --launcher ray"),
+        (("--launcher", "slurm"), "--launcher"),
+        (("--launcher", "ray", "--device", "cpu"), "--device and --workers are of this machine"),
+        (("--launcher", "ray", "--workers", "2"), "--device and --workers are of this machine"),
+        (("--launcher", "ray", "--cpus-per-cell", "0"), "--cpus-per-cell"),
+        (("--launcher", "ray", "--ray-address", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1: "),
+        (("--launcher", "ray", "--gpus-per-cell", "1.5"), "give a part of one GPU, or whole ones"),
+        (("--launcher", "ray", "--storage", "memory://x"), "give one that all nodes share"),
+        (("--launcher", "ray", "--storage", "nowhere://x"), "storage nowhere://x"),
+        (("--launcher", "ray"), "--launcher ray needs Ray: pip install -e '.[ray]'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    words: tuple[str, ...], expected: str, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")
+    assert expected in refused(*SWEEP, *words, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cell_that_is_another_one_here_is_refused(refused, tmp_path: Path) -> None:
+    said = refused("run", "--algo", "dpo", "--reward", "clip", "--expect", "0123456789abcdef", cwd=tmp_path)
+    assert "and 01234567 where it was planned" in said
+
+
+def test_the_local_launcher_fills_its_devices_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Running:
+        returncode: int | None = None
+
+        def __init__(self, command: list[str], **_: object):
+            self.device = command[command.index("--device") + 1]
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+    monkeypatch.setattr("subprocess.Popen", Running)
+    local, (a, b, *_) = Local(["cuda:0", "cuda:1"]), jobs(tmp_path)
+    assert local.places == 2
+    local.start(a)
+    local.start(b)
+    assert not local.ready() and [p.device for p, _ in local.running.values()] == ["cuda:0", "cuda:1"]
+    local.running[b.folder][0].returncode = -9
+    assert local.ended(a) is None and local.ended(b) == "signal SIGKILL" and local.free[0] == "cuda:1"
+
+
+def test_a_file_is_whole_or_as_it_was(shared: Storage, tmp_path: Path) -> None:
+    class Cut(io.BytesIO):
+        """A node that dies in the middle of an upload."""
+
+        def read(self, *size: int | None) -> bytes:
+            if self.tell():
+                raise ConnectionError
+            return super().read(3)
+
+    shared.put(io.BytesIO(b"old content"), "cell/record.json")
+    with pytest.raises(ConnectionError):
+        shared.put(Cut(b"new content"), "cell/record.json")
+    assert content(shared, "cell/record.json") == b"old content" and shared.names("cell") == ["record.json"]
+    shared.get("cell/record.json", tmp_path / "here" / "record.json")
+    assert [p.read_bytes() for p in (tmp_path / "here").iterdir()] == [b"old content"]
+    with pytest.raises(FileNotFoundError):
+        shared.get("cell/nothing", tmp_path / "here" / "nothing")
+    assert len(list((tmp_path / "here").iterdir())) == 1, "no half file either"
+    assert shared.read("cell/lease.json") == {} and shared.names("nowhere") == []
+    shared.remove("cell")
+    shared.remove("cell")
+    assert shared.names("") == []
+
+
+def test_a_checkpoint_follows_what_it_stands_for(
+    shared: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path = tmp_path / "run"
+    for name in ("checkpoint.safetensors", "pairs/0/a.png", "record.json", ".lock", "triples.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("first")
+    order: list[str] = []
+    put = shared.put
+
+    def slow(source, name: str) -> None:
+        if not order:  # the run goes on while files are copied: a later checkpoint, whose pairs are not there
+            (tmp_path / "later").write_text("second")
+            (tmp_path / "later").replace(tmp_path / "checkpoint.safetensors")
+        order.append(name)
+        put(source, name)
+
+    monkeypatch.setattr(shared, "put", slow)
+    known: dict[str, tuple[int, int]] = {}
+    shared.push(tmp_path, "try", known)
+    assert order == [f"try/{n}" for n in ("pairs/0/a.png", "triples.png", "checkpoint.safetensors", "record.json")]
+    assert content(shared, "try/checkpoint.safetensors") == b"first"
+    order.clear()
+    (tmp_path / "pairs/0/a.png").unlink()
+    order.append("")
+    shared.push(tmp_path, "try", known)
+    assert order[1:] == ["try/checkpoint.safetensors"] and content(shared, order[1]) == b"second"
+    assert shared.names("try") == ["checkpoint.safetensors", "record.json", "triples.png"]
+
+
+def test_no_two_tries_have_one_name_and_the_next_goes_on_from_the_last_checkpoint(shared: Storage) -> None:
+    one, two = Life(shared), Life(shared)
+    first, source = begin(shared, "cell", one)
+    assert first.startswith("try-0001-") and source is None
+    second, source = begin(shared, "cell", one)
+    assert second.startswith("try-0002-") and source is None, "the first may still write though it has left nothing"
+    shared.put(io.BytesIO(b"2"), f"cell/{second}/checkpoint.safetensors")
+    third, source = begin(shared, "cell", two)
+    assert source == second and storage.lease(shared, "cell") == {"try": third, "sweep": two.name}
+    shared.put(io.BytesIO(b"log"), f"cell/{third}/log.txt")
+    fourth, source = begin(shared, "cell", one)
+    assert source == second, "the third left no checkpoint"
+    assert storage.tries_of(shared.names("cell")) == [second]
+    shared.put(io.BytesIO(b"4"), f"cell/{fourth}/checkpoint.safetensors")
+    assert begin(shared, "cell", two)[1] == fourth and storage.tries_of(shared.names("cell")) == [fourth]
+
+
+def test_a_sweep_is_dead_when_its_sign_of_life_has_not_changed_for_long(
+    shared: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now)
+    one, two = Life(shared), Life(shared)
+    assert not two.other(None) and not two.other(one.name), "no sign of life yet"
+    one.beat()
+    assert two.other(one.name) and not one.other(one.name)
+    now += storage.SILENCE - 1
+    assert two.other(one.name)
+    one.beat()
+    now += storage.SILENCE - 1
+    assert two.other(one.name), "it has changed since"
+    now += storage.SILENCE - 1
+    assert two.other(one.name), "counted from when the change was seen"
+    now += 1
+    assert not two.other(one.name)
+    one.beat()
+    assert two.other(one.name), "it was only slow"
+    one.end()
+    assert not two.other(one.name)
+
+
+# --- what a node does with a try; the process in the place of `bench-dfusion run` is a few lines of Python
+
+RUN = """
+import os, sys, time
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1]) / "track" / "cell"
+checkpoint = out / "checkpoint.safetensors"
+print("from", checkpoint.read_text() if checkpoint.exists() else "the start", os.getpid(), flush=True)
+checkpoint.write_text("round 1")
+if "wait" in sys.argv:
+    while not Path("go").exists():
+        time.sleep(0.01)
+(out / "record.json").write_text("{}")
+if "wait" in sys.argv:
+    time.sleep(60)
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`order("word")`: a new try of a cell, on a node that looks at its lease ten times a second."""
+    monkeypatch.setattr(node, "BEAT", 0.1)
+    monkeypatch.setattr(node, "LOOK", 0.02)
+    monkeypatch.setattr(node, "_command", lambda: [sys.executable, "-c", RUN])
+    shared = Storage(f"file://{tmp_path}/shared")
+    sweep = Life(shared)
+
+    def of(*words: str) -> tuple[Storage, node.Order]:
+        attempt, source = begin(shared, "track/cell", sweep)
+        url = f"file://{tmp_path}/shared"
+        return shared, node.Order(url, "track/cell", attempt, source, list(words), __version__, str(tmp_path), 1)
+
+    return of
+
+
+def test_a_try_leaves_its_files_and_the_next_goes_on_from_them(order) -> None:
+    shared, first = order()
+    assert node.work(first, "n1")[0] == 3
+    names = ["checkpoint.safetensors", "log.txt", "record.json"]
+    assert shared.names(f"track/cell/{first.attempt}") == names
+    assert shared.read(f"track/cell/nodes/{first.attempt}.json") == {"node": "n1"}
+    shared, second = order()
+    assert node.work(second, "n1")[0] == 3
+    assert content(shared, f"track/cell/{second.attempt}/log.txt").startswith(b"from round 1")
+
+
+def test_a_node_back_from_the_dead_gives_up_without_a_record(order, tmp_path: Path) -> None:
+    shared, old = order("wait")
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(node.work(old, "n1")))
+    thread.start()
+    place = f"track/cell/{old.attempt}"
+    while "checkpoint.safetensors" not in shared.names(place):
+        time.sleep(0.02)
+    process = int(content(shared, f"{place}/log.txt").split()[-1])
+    _, new = order()
+    (tmp_path / "go").touch()  # the old try's process ends its work now
+    thread.join(20)
+    assert found == [(None, 0.0)]
+    assert not Path(f"/proc/{process}").exists(), "its process is ended"
+    assert "record.json" not in shared.names(place)
+    assert new.source == old.attempt and storage.lease(shared, "track/cell")["try"] == new.attempt
+    assert node.work(old, "n1")[0] is None, "nor does it begin"
+
+
+def test_a_stopped_try_ends_its_process_and_leaves_the_checkpoint(order, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, own = order("wait")
+    place = f"track/cell/{own.attempt}"
+    started = threading.Event()
+
+    class Interrupted:
+        monotonic = staticmethod(time.monotonic)
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+            if b"from" in (content(shared, f"{place}/log.txt") if shared.names(place) else b""):
+                started.set()
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(node, "time", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        node.work(own, "n1")
+    assert started.is_set() and "checkpoint.safetensors" in shared.names(place)
+    process = int(content(shared, f"{place}/log.txt").split()[-1])
+    assert not Path(f"/proc/{process}").exists()
+
+
+def test_a_node_says_what_it_cannot_run(order, tmp_path: Path) -> None:
+    _, own = order()
+    with pytest.raises(UsageError, match="install the same on all nodes"):
+        node.work(node.Order(**{**vars(own), "version": "0.0.1"}), "n1")
+    with pytest.raises(UsageError, match="give a --storage all nodes share"):
+        node.work(node.Order(**{**vars(own), "storage": f"file://{tmp_path}/not the same disk"}), "n1")
+
+
+def test_a_cell_whose_worker_was_killed_ends_too(tmp_path: Path) -> None:
+    child = "import os, sys, time; print(os.getpid(), flush=True)\n"
+    child += "from bench_dfusion.launch import node; node._end_with(int(sys.argv[1]))"
+    parent = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as worker:
+        number = int(worker.stdout.readline())  # type: ignore[union-attr]
+        time.sleep(0.5)
+        os.kill(number, 0)
+        worker.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 20
+    while Path(f"/proc/{number}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{number}").exists()
+
+
+def test_unfinished_tries_in_the_sweeps_directory_are_in_no_table(tmp_path: Path) -> None:
+    for folder in ("track/cell", ".storage/track/cell/try-0001-abc"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "cell.json").touch()
+    assert records.below(tmp_path, "cell.json") == [tmp_path / "track/cell/cell.json"]
+    assert len(records.below(tmp_path / ".storage", "cell.json")) == 1, "a hidden folder that is asked for"
+
+
+@pytest.mark.slow
+def test_the_slurm_array_of_the_docs_runs_its_cells(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "leaderboards.md").read_text()
+    script = re.findall(r"```sh\n(#!/bin/bash.*?)```", text, re.S)[0]
+    last = int(re.findall(r"--array=0-(\d+)", script)[0])
+    (tmp_path / "cells.sh").write_text(script)
+    (tmp_path / "bench-dfusion").write_text(f'#!/bin/sh\nexec {sys.executable} -m bench_dfusion.cli "$@"\n')
+    (tmp_path / "bench-dfusion").chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRACK": "micro", "RUNS": str(tmp_path / "runs")}
+    for task in (0, last, last):  # the last is requeued
+        env = {**os.environ, **own, "SLURM_ARRAY_TASK_ID": str(task)}
+        subprocess.run(["bash", "cells.sh", "--builder", "vanilla", *TINY], cwd=tmp_path, env=env, check=True)
+    assert {(r.algorithm, r.builder, r.seed) for _, r in records.find(tmp_path / "runs")} == {
+        ("dpo", "vanilla", 0),
+        ("ddpo", "vanilla", 4),
+    }
+    assert last == 2 * 5 - 1, "two algorithms of five seeds"
+    assert "ddpo" in command("leaderboard", "runs", cwd=tmp_path).stdout
