@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import socket
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -31,3 +32,5 @@ def _settle() -> None:
         socket.create_connection((address.hostname or "", port), TIMEOUT).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:  # it copied the constant when it was imported
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bench_dfusion import files, records
+from bench_dfusion import files, hub, records
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
@@ -350,6 +350,7 @@ def read(source: str) -> Pairs:
 @lru_cache(maxsize=4)
 def _read(source: str, path: Path, state: tuple[tuple[str, int, int, int], ...]) -> Pairs:
     """`state` of the local files is what tells one reading from the next."""
+    hub.look(source)
     import datasets
 
     if not path.exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from bench_dfusion import files, registry, track
+from bench_dfusion import files, hub, registry, track
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import PromptsSection, Section
 
@@ -312,6 +312,7 @@ def _from_dataset(repo: str, source: str) -> list[Row]:
     """The prompts of every split of a dataset that datasets.load_dataset reads."""
     if source == "t2i-compbench":
         raise UsageError("t2i-compbench has files for each category: give --prompts DIRECTORY, not hf:REPO")
+    hub.look(repo)
     import datasets
 
     try:

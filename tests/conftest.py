@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +14,20 @@ if TYPE_CHECKING:
     from hub_server import Hub
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many test processes as cores, one thread each
+
+
+@pytest.fixture(autouse=True)
+def _network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What one test finds out about the network, the next does not know."""
+    from huggingface_hub import constants
+
+    from bench_dfusion import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+    if "datasets" in sys.modules:
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+    yield
+    hub._settle.cache_clear()
 
 
 @pytest.fixture(scope="session")

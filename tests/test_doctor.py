@@ -16,6 +16,7 @@ import torch
 from bench_dfusion.reward_models.clip import Clip, ClipConfig
 from bench_dfusion.reward_models.jpeg import JpegCompressibility
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
 from processes import command
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -132,9 +133,10 @@ def test_what_autograd_keeps_is_what_it_really_keeps(
 
 
 def test_operations_are_those_of_the_real_network(sd_dir: Path) -> None:
-    """Floating-point operations as torch counts them on real tensors, with attention in the open (a CPU's on so short
-    sequences); a fused kernel makes the same two products in the forward."""
+    """Floating-point operations as torch counts them on real tensors, with attention in the open (torch counts none of a
+    CPU's fused kernel); a fused kernel makes the same two products in the forward."""
     real, _ = load_adapter(ModelSection(id=str(sd_dir)))
+    real.network.set_attn_processor(AttnProcessor())
     shadow, _ = load_adapter(ModelSection(id=str(sd_dir)), "meta", networks=configs.modules(sd_dir, torch.float32))
 
     def forward(adapter: Any, where: str) -> Tensor:
@@ -148,7 +150,7 @@ def test_operations_are_those_of_the_real_network(sd_dir: Path) -> None:
     with tracing() as fused:
         forward(shadow, "meta")
     assert fused.flops == half.get_total_flops()
-    shadow.tune_for_cpu()
+    shadow.network.set_attn_processor(AttnProcessor())
     with tracing() as both:
         forward(shadow, "meta").sum().backward()
     assert both.flops == whole.get_total_flops() and fused.peak < both.peak
