@@ -373,6 +373,7 @@ def test_a_run_trains_on_what_pairs_export_wrote(name: str, exported: Path, tmp_
     )
 
 
+@pytest.mark.slow
 def test_pairs_of_no_known_reward_train_too_and_a_killed_run_goes_on(exported: Path, tmp_path: Path) -> None:
     given = pairs.read(str(exported)).table.select_columns(["prompt", "chosen", "rejected"])
     path = parquet(tmp_path, given)

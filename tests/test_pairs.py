@@ -133,6 +133,7 @@ def test_trl_unpairs_it(run: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(flat["completion"], expected, strict=True))
 
 
+@pytest.mark.slow
 def test_sigkill_between_a_rounds_pairs_and_its_checkpoint_leaves_the_same_files(run: Path, tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     words = (*RUN, "--plugin", "dying.py")
