@@ -104,7 +104,10 @@ def processes_of(words: str) -> list[psutil.Process]:
     """The cell's process, and the worker of Ray that started it, of a try's words."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        line = process.cmdline()
+        try:
+            line = process.cmdline()
+        except psutil.Error:  # it has ended meanwhile
+            continue
         if "bench_dfusion.launch.node" in line and words in " ".join(line):
             found = [process, process.parent()]
     return found
