@@ -28,8 +28,8 @@ from bench_dfusion.trainer import make_policy
 
 def calls(policy: Policy, batch: int) -> dict[str, Callable[[], Tensor]]:
     """What is timed; each returns the prediction."""
-    prompts = [f"{n} red circles" for n in ("one", "two", "three", "four")] * batch
-    prompts = prompts[:batch]
+    numbers = ("one", "two", "three", "four")
+    prompts = [f"{numbers[i % 4]} red circles" for i in range(batch)]
     x = torch.randn(batch, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
     step = torch.full((batch,), len(policy.schedule) // 2, device=policy.device)
     taps = Taps(policy.adapter, policy.adapter.fused_layers(), policy.adapter.map_side())

@@ -109,10 +109,12 @@ class VQAConfig(RewardConfig):
     @classmethod
     def _fixed(cls, values: Any) -> Any:
         """A cell is that of the file's content."""
-        path = values.get("questions") if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            return values
+        path = values.get("questions")
+        if path is None and values.get("graded"):
+            raise ValueError("graded is for questions: give reward.questions")
         if not isinstance(path, str):
-            if isinstance(values, dict) and values.get("graded"):
-                raise ValueError("graded is for questions: give reward.questions")
             return values
         read_questions(Path(path))
         digest = files.sha256(Path(path))
@@ -130,7 +132,10 @@ class VQAConfig(RewardConfig):
 
 class VQA(Reward):
     name = "vqa"
-    summary = "P(yes) of a vision-language model asked for the prompt, or DSG's questions (Qwen-VL family; Apache-2.0, 8.3 G parameters)"
+    summary = (
+        "P(yes) of a vision-language model asked for the prompt, or DSG's questions "
+        "(Qwen-VL family; Apache-2.0, 8.3 G parameters)"
+    )
     paper = "Lin et al. 2024 (VQAScore); Bai et al. 2025 (Qwen2.5-VL)"
     unit = "probability of yes, in [0, 1]"
     Config: ClassVar[type[RewardConfig]] = VQAConfig

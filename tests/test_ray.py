@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ SYSTEM = {
 }
 NODE = {"include_dashboard": False, "object_store_memory": 80_000_000}
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install -e '.[test,ray]'"),
+]
 
 
 @pytest.fixture
@@ -55,7 +59,6 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("SLOW", "3")
     monkeypatch.setenv("SCORED", str(tmp_path / "scored"))
     (tmp_path / "slow.py").write_text(SLOW)
-    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[test,ray]'")
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "_system_config": SYSTEM})
@@ -191,7 +194,6 @@ def test_two_sweeps_on_one_storage_run_no_cell_twice_and_both_have_all_records(c
 
 
 def test_a_stopped_sweep_goes_on_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[test,ray]'")
     monkeypatch.setenv("SLOW", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("SCORED", str(tmp_path / "scored"))

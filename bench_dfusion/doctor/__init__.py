@@ -252,7 +252,6 @@ class _Doctor:
         self._built: ConsistentSamples | None = None
         self._policies: dict[str, Policy] = {}
         self._lying: dict[str, dict[str, int]] = {}  # by dtype
-        self._streamed: dict[str, int] = {}
         self.process = device.own_memory() if self.cpu else CONTEXT if fresh else 0
         model = cell.track.model
         if model.id == "micro" or Path(model.id).is_dir():
@@ -310,7 +309,6 @@ class _Doctor:
             lora = sum(p.nbytes for p in policy.parameters.values())
             weights = {name: configs.bytes_of(part) for name, part in _networks(adapter).items()}
             weights[adapter.network_name] -= lora
-            self._streamed[kind] = _streamed(adapter)
             one = sum(t.nbytes for encoded in policy._encoded.values() for t in encoded.values())
             self._lying[kind] = {**weights, "LoRA": lora, "gradients": lora, "AdamW": 2 * lora, EMBEDDINGS: one}
         return self._policies[kind]
@@ -477,7 +475,7 @@ class _Doctor:
         trained[EMBEDDINGS] = prompts * weights.pop(EMBEDDINGS)
         moves = not self.cpu  # to the CPU and back is nothing on a CPU
         if memory.offload_network and moves:
-            weights[policy.adapter.network_name] = self._streamed[settings.model.dtype]
+            weights[policy.adapter.network_name] = _streamed(policy.adapter)
         follows = self.cell.algorithm.needs_gradient  # its training runs through the decoder and the reward
         text = {name for name in weights if name.startswith("text_encoder")}
         resting = text if memory.offload_text and moves else set()
@@ -648,15 +646,15 @@ def _without_decoding(policy: Policy) -> Policy:
 
 
 def _streamed(adapter: Adapter) -> int:
-    """The bytes of an offloaded network's weights on the device: what no block holds, a block that works and the next."""
+    """The bytes of an offloaded network's weights on the device: what no block holds, a block that works and the next.
+
+    Raises ValueError where it has no blocks.
+    """
 
     def frozen(module: torch.nn.Module) -> int:
         return sum(p.nbytes for name, p in module.named_parameters() if "lora_" not in name)
 
-    try:
-        sizes = [frozen(block) for block in sharding.blocks(adapter.network)]
-    except ValueError:
-        return frozen(adapter.network)
+    sizes = [frozen(block) for block in sharding.blocks(adapter.network)]
     return frozen(adapter.network) - sum(sizes) + 2 * max(sizes)
 
 

@@ -132,7 +132,6 @@ def from_hub(model: str, revision: str | None) -> tuple[Path, dict[str, Stored]]
     from huggingface_hub import HfApi, snapshot_download
 
     hub.look(model)
-
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(SMALL)))
     except Exception as error:  # of the Hub's client and the network: many kinds

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bench_dfusion import files
 from bench_dfusion.registry import UsageError
 
 BEAT = 10.0  # s between signs of life, and between a try's looks at its lease
@@ -57,16 +58,8 @@ class Storage:
 
     def get(self, name: str, path: Path) -> None:
         """Download a file, whole or not at all. Raises FileNotFoundError."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file, self.fs.open(self._path(name), "rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with files.replacing(path) as file, self.fs.open(self._path(name), "rb") as source:
+            shutil.copyfileobj(source, file, 1 << 20)
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         with tempfile.TemporaryFile() as file:

@@ -184,20 +184,25 @@ class Adapter(ABC):
             cast(Any, vae).enable_slicing()
         self.offload_text, self.offload_vae = options.offload_text, options.offload_vae
         self.offload_network, self.shard = options.offload_network, options.shard and parallel.size() > 1
-        if self.offload_network or self.shard:
+        if self.spreads:
             sharding.blocks(network)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the network's frozen weights are dealt out or offloaded."""
+        return self.offload_network or self.shard
 
     def to(self, device: torch.device | str) -> None:
         """Move every part to `device`, but those that are offloaded to the CPU, or are to be dealt out from there."""
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module):
                 resting = (self.offload_text and _is_text(name)) or (self.offload_vae and name == "vae")
-                resting |= (self.offload_network or self.shard) and name == self.network_name
+                resting |= self.spreads and name == self.network_name
                 part.to("cpu" if resting else device)
 
     def place(self, trained: Iterable[nn.Parameter], device: torch.device) -> None:
         """Move the network and its LoRA, the parameters `trained`, to where they work."""
-        if self.offload_network or self.shard:
+        if self.spreads:
             sharding.spread(self.network, trained, device, self.shard, self.offload_network)
         else:
             self.network.to(device)

@@ -46,9 +46,8 @@ def load_adapter(
     else:
         digest = ""
     adapters = adapters_by_pipeline()
-    hub.look(model.id if not digest else str(folder))
     try:
-        config = DiffusionPipeline.load_config(str(folder) if digest else model.id, revision=model.revision)
+        config = DiffusionPipeline.load_config(hub.look(str(folder) if digest else model.id), revision=model.revision)
     except Exception as error:
         raise UsageError(
             f"no model {model.id!r}: neither a directory here nor reachable on the Hub ({_line(error)})"

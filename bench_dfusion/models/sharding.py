@@ -35,22 +35,21 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 def spread(
     network: nn.Module, trained: Iterable[nn.Parameter], device: torch.device, shard: bool, offload: bool
 ) -> None:
-    """Deal the weights out to the run's processes (`shard`), keep them in the host's memory (`offload`), or both.
+    """Deal the weights out to the run's processes (`shard`, of several), keep them in the host's memory (`offload`), or both.
 
     network   on the CPU; `trained` are its parameters that stay whole, and go to `device`
     Raises ValueError where the network has no blocks.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    together = shard and parallel.size() > 1
-    mesh = parallel.mesh(device, alone=not together)
+    mesh = parallel.mesh(device, alone=not shard)
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     own = set(trained)
     for parameter in own:
         parameter.data = parameter.data.to(device)
     for module in (*blocks(network), network):
         fully_shard(module, mesh=mesh, ignored_params=own, offload_policy=policy)
-    if together:
+    if shard:
         parallel.keep_step()
     # No network here changes what a block returned in place: predictions and gradients are tested to be the same.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
