@@ -181,14 +181,20 @@ def wins(board: Board, out: Console) -> None:
     judge = board.judges[0] if board.judges else "no judge yet"
     title = f"{board.track}: wins of a row over a column before {judge}, % of prompts and shared seeds, ties half"
     out.print(f"[italic]{_text(title)}", highlight=False)
-    grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.add_column("", justify="right", no_wrap=True)
-    grid.add_column("", overflow="fold")
-    for number in range(1, len(frame) + 1):
-        grid.add_column(str(number), justify="right", no_wrap=True)
-    for number, (name, values) in enumerate(zip(frame.index, frame.to_numpy(), strict=True), 1):
-        grid.add_row(str(number), _text(name), *("–" if np.isnan(v) else f"{100 * v:.0f}" for v in values))
-    out.print(grid)
+    cells = [["–" if np.isnan(v) else f"{100 * v:.0f}" for v in values] for values in frame.to_numpy()]
+    digits = max(map(len, [str(len(cells)), *(c for line in cells for c in line)]))
+    named = min(max(map(len, frame.index), default=0), out.width // 2)  # longer names fold
+    fit = max((out.width - named - digits - 2) // (digits + 1), 1)
+    for first in range(0, len(cells), fit):  # the columns in blocks that fit the terminal
+        block = range(first, min(first + fit, len(cells)))
+        grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        grid.add_column("", justify="right", no_wrap=True)
+        grid.add_column("", overflow="fold", max_width=named)
+        for column in block:
+            grid.add_column(str(column + 1), justify="right", no_wrap=True)
+        for number, (name, line) in enumerate(zip(frame.index, cells, strict=True), 1):
+            grid.add_row(str(number), _text(name), *(line[column] for column in block))
+        out.print(*[""] * (first > 0), grid, sep="\n")
 
 
 def board(board: Board, out: Console) -> None:

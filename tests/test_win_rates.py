@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from bench_dfusion import cli, leaderboard, records
 from bench_dfusion.leaderboard import Board
@@ -47,12 +48,19 @@ def test_win_rates_by_hand() -> None:
     np.testing.assert_allclose(frame.to_numpy(), expected)
 
 
-def test_the_published_win_rates_add_up_and_are_printed(monkeypatch, said) -> None:
+@pytest.mark.parametrize("width", [60, 80, 400])
+def test_the_published_win_rates_add_up_and_are_printed_at_any_width(monkeypatch, said, width) -> None:
     (board,) = leaderboard.boards(PUBLISHED)
-    values = leaderboard.win_rates(board).to_numpy()
+    frame = leaderboard.win_rates(board)
+    values = frame.to_numpy()
     off = ~np.eye(len(values), dtype=bool)
     np.testing.assert_allclose((values + values.T)[off], 1)
-    monkeypatch.setattr(cli.out, "width", 120)
-    shown = said("leaderboard", PUBLISHED, "--wins").out
-    (line,) = [x for x in shown.splitlines() if x.split()[:1] == ["1"] and "/" in x]
-    assert line.split()[2:] == ["–" if np.isnan(v) else f"{100 * v:.0f}" for v in values[0]]
+    monkeypatch.setattr(cli.out, "width", width)
+    shown = said("leaderboard", PUBLISHED, "--wins").out.splitlines()
+    assert max(map(len, shown)) <= width
+    for number, (name, own) in enumerate(zip(frame.index, values, strict=True), 1):
+        # A row's figures stand in as many blocks of columns as the width needs, its name before each.
+        blocks = [line.split()[2:] for line in shown if line.split()[:2] == [str(number), name]]
+        assert [c for block in blocks for c in block] == ["–" if np.isnan(v) else f"{100 * v:.0f}" for v in own]
+    heads = [c for line in shown if line.strip() and all(c.isdigit() for c in line.split()) for c in line.split()]
+    assert heads == [str(n) for n in range(1, len(frame) + 1)]
