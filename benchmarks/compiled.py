@@ -1,6 +1,6 @@
 """Does torch.compile pay? A network's calls as they are and compiled, in turns.
 
-    python benchmarks/compiled.py [--model micro] [--batch 48] [--rounds 5] [--device cpu]
+    python benchmarks/compiled.py [--model micro] [--set track.model.dtype=bfloat16] [--batch 48] [--device cpu]
 
 Timed are a batch's forward without gradients (a sampling step), its forward and backward (a training step), and the same
 forward with D-Fusion's taps in place, whose processors Python must enter. `first` is the first compiled call, which
@@ -63,13 +63,16 @@ def timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="micro", help="of the run: micro, a pipeline's directory or a Hub id")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of bench-dfusion run")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     settings = [] if args.model == "micro" else [f"track.model.id={args.model}", "track.model.sha256=null"]
-    track = config.resolve(algo="dpo", builder="vanilla", reward="jpeg-compressibility", settings=settings).track
+    track = config.resolve(
+        algo="dpo", builder="vanilla", reward="jpeg-compressibility", settings=[*settings, *args.set]
+    ).track
     device = torch.device(args.device)
     policies = []
     for _ in range(2):
@@ -94,7 +97,7 @@ def main() -> None:
             "largest difference": difference,
         }
         print(name, result[name], flush=True)
-    measuring.write("compiled", {"model": args.model, "batch": args.batch, "calls": result}, args.out)
+        measuring.write("compiled", {"model": args.model, "batch": args.batch, "calls": result}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Full-size networks with random weights on a GPU: images a second, peak memory, share of the card's peak.
 
-    python benchmarks/gpu.py [--models sd15,sdxl,sd35,flux] [--steps 4] [--tflops 989]
+    python benchmarks/gpu.py [--models sd15,sdxl,sd35,flux] [--steps 4] [--tflops 989] [--offload]
 
 The networks and decoders are those of Stable Diffusion 1.5 at 512², SDXL, Stable Diffusion 3.5 medium and FLUX.1-dev at
 1024², in bfloat16, with text encoders of the right widths and one layer (prompts are encoded once, so their time does
 not count). Timed after a first call: sampling, D-Fusion's targets (one reference for two bases), decoding, and one
 forward and backward of DPO's pairs with gradient checkpointing. `of peak` is the network's arithmetic (counted by
-torch) over the time and the card's dense bfloat16 peak (--tflops; an H100 SXM has 989).
+torch) over the time and the card's dense bfloat16 peak (--tflops; an H100 SXM has 989). With --offload each network is
+measured a second time with `track.memory.offload_network`: its frozen weights stay in the host's memory.
 """
 
 from __future__ import annotations
@@ -95,6 +96,12 @@ def sd15() -> Any:
     )
 
 
+def save_sd15(folder: Path) -> None:
+    """Write the pipeline in bfloat16, for benchmarks that load one."""
+    with torch.device("cuda"):
+        sd15().to(dtype=torch.bfloat16).save_pretrained(folder)
+
+
 def sdxl() -> Any:
     unet = UNet2DConditionModel(
         sample_size=128,
@@ -175,8 +182,9 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
 
 
-def measure(name: str, steps: int, tflops: float) -> dict[str, Any]:
+def measure(name: str, steps: int, tflops: float, offload: bool) -> dict[str, Any]:
     make, guidance, batch = MODELS[name]
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         pipe = make()
@@ -185,6 +193,7 @@ def measure(name: str, steps: int, tflops: float) -> dict[str, Any]:
     pipe.scheduler = cls.read_scheduler(pipe.scheduler)
     adapter = cls(pipe)
     adapter.tune_for_cuda()
+    adapter.save_memory(MemorySection(offload_network=offload))
     policy = Policy(adapter, steps=steps, guidance=guidance, batch=batch, device="cuda")
     prompts, seeds = [PROMPTS[i % 2] for i in range(batch)], torch.arange(batch)
     held: list[Trajectory] = []
@@ -197,6 +206,7 @@ def measure(name: str, steps: int, tflops: float) -> dict[str, Any]:
         "branches": policy.branches,
         "images a second in 20 steps": round(batch / (sampling / steps * 20), 3),
         "sampling GiB": round(memory, 1),
+        "mean square of the latents": float(drawn.final.double().square().mean()),
     }
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         policy.predict(drawn.latents[:, 0].cuda(), policy.schedule.timesteps[:1].expand(batch), prompts)
@@ -214,7 +224,7 @@ def measure(name: str, steps: int, tflops: float) -> dict[str, Any]:
         where = drawn.latents[:, 1].cuda(), drawn.latents[:, 2].cuda(), step, prompts
         ratio = (policy.log_prob(*where).cpu() - drawn.log_probs[:, 1]).exp()
     result["ratio of unchanged weights − 1"] = float((ratio - 1).abs().max())
-    adapter.save_memory(MemorySection(gradient_checkpointing=True))
+    adapter.network.enable_gradient_checkpointing()
 
     norms: list[float] = []
 
@@ -237,16 +247,19 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tflops", type=float, default=989.0)
+    parser.add_argument("--offload", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {}
     for name in args.models.split(","):
-        found[name] = measure(name, args.steps, args.tflops)
-        print(name, found[name], flush=True)
-        torch.cuda.empty_cache()
-        measuring.write(
-            "gpu", {"card": torch.cuda.get_device_name(), "peak TFLOP/s": args.tflops, "models": found}, args.out
-        )
+        for offload in (False, True)[: 1 + args.offload]:
+            label = f"{name}, offload_network" if offload else name
+            found[label] = measure(name, args.steps, args.tflops, offload)
+            print(label, found[label], flush=True)
+            torch.cuda.empty_cache()
+            measuring.write(
+                "gpu", {"card": torch.cuda.get_device_name(), "peak TFLOP/s": args.tflops, "models": found}, args.out
+            )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Pipelines of the real classes with random weights, large enough for weights and activations to matter. Each
 configuration is a process of its own: it estimates, then runs one round (sample, decode, build, train) and notes for
 each phase its time and its peak: on a CPU the resident memory's high-water mark, which Linux lets a process reset, on a
-GPU torch.cuda.max_memory_allocated. Peaks are above what the process held before it loaded anything, and estimated ones
+GPU torch.cuda.max_memory_allocated (and what the allocator reserved by then). Peaks are above what the process held before it loaded anything, and estimated ones
 stand without the margin. What autograd keeps is measured apart, on the first training step.
 """
 
@@ -53,6 +53,14 @@ CONFIGURATIONS: dict[str, tuple[str, list[str], dict[str, str]]] = {  # the pipe
     "transformer, batch 2, no heap": ("transformer", ["track.batch=2"], MAPPED),
     "transformer, batch 2, checkpointing": ("transformer", ["track.batch=2", CHECKPOINTED], {}),
 }
+ON_GPUS = {
+    f"sd15, bfloat16, batch {batch}{name}": (
+        "sd15",
+        ["track.model.dtype=bfloat16", "track.memory.offload_text=true", f"track.batch={batch}", *more],
+        {},
+    )
+    for batch, name, more in ((4, "", []), (8, ", checkpointing", [CHECKPOINTED]))
+}
 SETTINGS = [
     "track.sampler.steps=4",
     "track.sampler.guidance=3",
@@ -72,6 +80,10 @@ SETTINGS = [
 def make(kind: str, folder: Path) -> None:
     """A pipeline of 100 to 200 MB with latents of 32 × 32."""
     torch.manual_seed(0)
+    if kind == "sd15":
+        from gpu import save_sd15
+
+        return save_sd15(folder)
     tokenizer = pretrain.make_tokenizer()
     text, scheduler = pretrain.make_text_encoder(tokenizer), pretrain.make_scheduler()
     vae = AutoencoderKL(
@@ -132,6 +144,8 @@ class Meter:
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() if self.gpu else _status("VmHWM")
         self.found[name] = {"peak": peak, "before": before, "seconds": seconds}
+        if self.gpu:
+            self.found[name]["reserved"] = torch.cuda.max_memory_reserved()
 
 
 def _status(key: str) -> int:
@@ -191,6 +205,8 @@ def measure(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
             "seconds": round(own["seconds"], 2),
             "estimated_seconds": round(guess["seconds"], 2),
         }
+        if "reserved" in own:
+            rows[name]["reserved_mb"] = round(own["reserved"] / 1e6, 1)
     return {
         "weights_mb": round(sum(t.nbytes for m in _networks(policy) for t in m.parameters()) / 1e6, 1),
         "kept_mb": round(kept / 1e6, 3),
@@ -238,12 +254,15 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         if args.one:
-            one(Path(args.one[0]), CONFIGURATIONS[args.one[1]][1], args.device, Path(work))
+            one(Path(args.one[0]), (CONFIGURATIONS | ON_GPUS)[args.one[1]][1], args.device, Path(work))
             return
-        for kind in ("unet", "transformer"):
-            make(kind, Path(work) / kind)
         found = {}
-        for name, (kind, _, env) in CONFIGURATIONS.items():
+        chosen = CONFIGURATIONS
+        if args.device != "cpu":  # glibc's heap plays no part
+            chosen = {name: c for name, c in CONFIGURATIONS.items() if not c[2]} | ON_GPUS
+        for name, (kind, _, env) in chosen.items():
+            if not (Path(work) / kind).exists():
+                make(kind, Path(work) / kind)
             words = [sys.executable, __file__, "--device", args.device, "--one", str(Path(work) / kind), name]
             done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **env})
             if done.returncode:
@@ -255,15 +274,15 @@ def main() -> None:
             )
             for phase, row in found[name]["phases"].items():
                 print(f"  {phase:7}", ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    content = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "hardware": records.hardware(),
-        "threads": torch.get_num_threads(),
-        "load": Path("/proc/loadavg").read_text().split()[:3],
-        "versions": records.versions(),
-        "configurations": found,
-    }
-    files.write_json(args.out, content)
+            content = {
+                "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+                "hardware": records.hardware(),
+                "threads": torch.get_num_threads(),
+                "load": Path("/proc/loadavg").read_text().split()[:3],
+                "versions": records.versions(),
+                "configurations": found,
+            }
+            files.write_json(args.out, content)
 
 
 if __name__ == "__main__":

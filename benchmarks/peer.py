@@ -1,17 +1,18 @@
-"""DDPO's images per second beside TRL 0.23's own DDPOTrainer, on one thread of a CPU.
+"""DDPO's images per second beside TRL 0.23's own DDPOTrainer, on one thread of a CPU, or on a GPU.
 
     python benchmarks/peer.py [--turns 4] [--case tiny ...] [--out FILE]
+    python benchmarks/peer.py --device cuda --case sd15 [--python INTERPRETER_WITH_TRL]
 
 Both sides train the same saved Stable Diffusion (the real classes, random weights) in rounds of the same work: draw with
 guidance, decode, score (the mean of the pixels), then one pass over every step of every sample, with guidance too, all in
-float32, for a LoRA of rank 4 on the attention projections, with AdamW and the same number of optimiser steps. Both count
-the evaluations of their network, and this ends in an error where they differ.
+float32 (bfloat16 on a GPU), for a LoRA of rank 4 on the attention projections, with AdamW and the same number of
+optimiser steps. Both count the evaluations of their network, and this ends in an error where they differ.
 
 TRL runs in an environment of its own, built once and kept (see `isolated.home`), which has our versions of torch,
 diffusers, transformers, peft and accelerate. Its batches are the fastest of a scan; the rest is its defaults but for the
 work above, and that neither side writes anything after a round. Ours has one batch for both: it runs in the one that TRL
-trains in, in the one that it samples in, and in the default for a user's own model. Rounds are timed in turns without loading, after one that is not. `seconds` passed on
-the clock; `cpu` are the seconds of the one thread, which other jobs on the machine disturb less.
+trains in, in the one that it samples in, and in the default for a user's own model. Rounds are timed in turns without
+loading, after one that is not. On a CPU the seconds of the one thread are given too, which other jobs disturb less.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ CASES = {
     # The samples and updates that TRL's documentation suggests: an update has 3 samples, and so has its largest batch.
     "tiny, TRL's example": Case("tiny", 24, 10, 8, ((1, 1), (3, 3), (6, 3), (12, 3), (24, 3))),
     "small": Case("small", 8, 5, 2, ((1, 1), (2, 2), (4, 4), (8, 4))),
+    # For a GPU: the networks of Stable Diffusion 1.5 in full size, at 512².
+    "sd15": Case("sd15", 8, 10, 2, ((4, 4), (8, 4))),
 }
 SIDE = 16  # of the latents
 NETWORKS = {
@@ -73,8 +76,12 @@ NETWORKS = {
 
 def make(network: str, folder: Path) -> None:
     """A Stable Diffusion of random weights with attention at every level but the lowest."""
-    channels, layers, head = NETWORKS[network]
     torch.manual_seed(0)
+    if network == "sd15":
+        from gpu import save_sd15
+
+        return save_sd15(folder)
+    channels, layers, head = NETWORKS[network]
     tokenizer = pretrain.make_tokenizer()
     levels = len(channels) - 1
     unet = UNet2DConditionModel(
@@ -106,10 +113,15 @@ def make(network: str, folder: Path) -> None:
     StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, None, False).save_pretrained(folder)
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Ours:
     """Rounds of the run that `bench-dfusion run --model DIR --algo ddpo --builder vanilla --reward FILE:FUNCTION` makes."""
 
-    def __init__(self, pipeline: Path, case: Case, batch: int | None = None):
+    def __init__(self, pipeline: Path, case: Case, device: str, batch: int | None = None):
         """`batch` None: the default of a user's own model."""
         settings = [
             f"track.sampler.steps={case.steps}",
@@ -122,25 +134,30 @@ class Ours:
             'track.evaluation.judges=["jpeg-compressibility"]',  # never asked
             f"algo.updates={case.updates}",
             *([f"track.batch={batch}"] if batch else []),
+            *(["track.model.dtype=bfloat16"] if device == "cuda" else []),
         ]
         cell = config.resolve(
             algo="ddpo", builder="vanilla", reward=f"{WORKER}:brightness", model=str(pipeline), settings=settings
         )
         self.batch, self.number = cell.track.batch, 0
-        self.run = Run(cell, pipeline / "run", "cpu")
+        self.clock = time.perf_counter if device == "cuda" else time.process_time
+        self.run = Run(cell, pipeline / "run", device)
 
     def round(self) -> dict[str, float]:
-        """One round: seconds on the clock, CPU seconds of its parts, and the work that was done."""
+        """One round: seconds on the clock, seconds of its parts (of the CPU, if on one), and the work that was done."""
         run, policy = self.run, self.run.policy
         evaluations, updates = policy.network_evaluations, run.progress.updates
-        start, first = time.perf_counter(), time.process_time()
+        start, first = time.perf_counter(), self.clock()
         samples = run._collect(self.number)
-        second = time.process_time()
+        synchronize()
+        second = self.clock()
         run._improve(samples, self.number)
-        end = time.process_time()
+        synchronize()
+        end, seconds = self.clock(), time.perf_counter() - start
+        torch.cuda.empty_cache()  # the other side's turn
         self.number += 1
         return {
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "sampling": second - first,
             "training": end - second,
             "network_evaluations": policy.network_evaluations - evaluations,
@@ -152,13 +169,15 @@ class Ours:
 class Trl:
     """TRL's process."""
 
-    def __init__(self, python: Path, pipeline: Path, case: Case):
-        self.case = case
+    def __init__(self, python: Path, pipeline: Path, case: Case, device: str):
+        self.case, self.device = case, device
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-        changed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        changed = {"HF_HUB_OFFLINE": "1"} | (
+            {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        )
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python, WORKER, pipeline],
+            [python, WORKER, pipeline, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -187,7 +206,7 @@ class Trl:
 
 
 def scan(trl: Trl, case: Case, advance: Callable[[int], None]) -> tuple[tuple[int, int], dict[str, Any]]:
-    """TRL's fastest batches, and the CPU seconds of an epoch's parts in each (the least of two epochs)."""
+    """TRL's fastest batches, and the seconds of an epoch's parts in each (the least of two epochs)."""
     seconds: dict[str, dict[int, float]] = {"sampling": {}, "training": {}}
     for batches in case.batches:
         for _ in range(2):
@@ -200,16 +219,16 @@ def scan(trl: Trl, case: Case, advance: Callable[[int], None]) -> tuple[tuple[in
     return min(pairs, key=lambda pair: sampling[pair[0]] + training[pair[1]]), seconds
 
 
-def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str) -> dict[str, Any]:
+def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str, device: str) -> dict[str, Any]:
     """Rounds of both sides in turns. Raises SystemExit where their work differs."""
-    trl = Trl(python, pipeline, case)
+    trl = Trl(python, pipeline, case, device)
     try:
         with bar(label, 2 * len(case.batches) + 4 * turns) as progress:
             best, tried = scan(trl, case, progress.advance)
             trl.round(best)
             ours: dict[str, Ours] = {}
             for batch in (None, *best):
-                side = Ours(pipeline, case, batch)
+                side = Ours(pipeline, case, device, batch)
                 ours.setdefault(f"ours, batch {side.batch}", side)
             for side in ours.values():
                 side.round()
@@ -226,49 +245,59 @@ def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str) ->
     work = {name: {k: rounds[0][k] for k in counted} for name, rounds in done.items()}
     if any(w != work["TRL"] for w in work.values()):
         raise SystemExit(f"the sides did not do the same work: {work}")
-    cpu = {name: [r["sampling"] + r["training"] for r in rounds] for name, rounds in done.items()}
-    clock = {name: [r["seconds"] for r in rounds] for name, rounds in done.items()}
+    clocks = {"": {name: [r["seconds"] for r in rounds] for name, rounds in done.items()}}
+    if device == "cpu":
+        own = {name: [r["sampling"] + r["training"] for r in rounds] for name, rounds in done.items()}
+        clocks["CPU "] = own
+    unit = [*clocks][-1] + "seconds"
     result: dict[str, Any] = {
         "round": {**asdict(case), **work["TRL"]},
         "TRL's batches (sampling, training)": best,
-        "TRL's scan, CPU seconds of a round by batch": tried,
+        f"TRL's scan, {unit} of a round by batch": tried,
         "our default": next(iter(ours)),
     }
     for name in sides:
         parts = {part: measuring.spread([r[part] for r in done[name]]) for part in ("sampling", "training")}
-        result[name] = {
-            "images per second": measuring.spread([case.samples / s for s in clock[name]]),
-            "images per CPU second": measuring.spread([case.samples / s for s in cpu[name]]),
-            "CPU seconds": parts,
-        }
-        if name != "TRL":
-            for unit, spent in (("times as fast", clock), ("times as fast, CPU", cpu)):
-                result[name][unit] = measuring.spread([a / b for a, b in zip(spent["TRL"], spent[name], strict=True)])
+        result[name] = {unit: parts}
+        for of, spent in clocks.items():
+            result[name][f"images per {of}second"] = measuring.spread([case.samples / s for s in spent[name]])
+            if name != "TRL":
+                faster = measuring.spread([a / b for a, b in zip(spent["TRL"], spent[name], strict=True)])
+                result[name][f"times as fast{', CPU' if of else ''}"] = faster
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
+    parser.add_argument("--case", action="append", choices=CASES, help="default: all that the device is for")
     parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--python", type=Path, help="an interpreter with TRL (default: an environment is built)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    requirements = [TRL, *(f"{name}=={version(name).partition('+')[0]}" for name in SHARED)]
-    environment = isolated.build("trl-ddpo", requirements)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    pinned = [TRL, *(f"{name}=={version(name).partition('+')[0]}" for name in SHARED)]
+    python = args.python or isolated.build("trl-ddpo", pinned).python
+    words = [python, "-c", f"from importlib.metadata import version; print(*map(version, {['trl', *SHARED]}))"]
+    versions = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    if (
+        own := [f"{name}=={v.partition('+')[0]}" for name, v in zip(["trl", *SHARED], versions, strict=True)]
+    ) != pinned:
+        raise SystemExit(f"{python} has {', '.join(own)}: it needs {', '.join(pinned)}")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.case or CASES:
+        for name in args.case or [n for n in CASES if (n == "sd15") == (args.device == "cuda")]:
             case = CASES[name]
             pipeline = Path(folder) / case.network
             if not pipeline.exists():
                 with quiet():
                     make(case.network, pipeline)
-            found[name] = compare(environment.python, pipeline, case, args.turns, name)
+            found[name] = compare(python, pipeline, case, args.turns, name, args.device)
     result = {
-        "threads": 1,
+        "threads": torch.get_num_threads(),
         "load": Path("/proc/loadavg").read_text().split()[:3],
-        "TRL's environment": {name: environment.versions[name] for name in ("trl", *SHARED)},
+        "TRL's environment": dict(zip(["trl", *SHARED], versions, strict=True)),
         "goal": GOAL,
         "cases": found,
     }

@@ -1,8 +1,8 @@
 """TRL's side of `peer.py`: epochs of its DDPOTrainer, in the environment that has TRL 0.23.
 
-Started with the pipeline's directory. Every line on stdin is a JSON request {samples, steps, updates, guidance, prompts,
-sample_batch, train_batch}, for one epoch; the answer is a JSON line: its seconds on the clock, the CPU seconds of
-sampling (with decoding) and of the rest, and the work that was done. Where a request differs from the one before, a
+Started with the pipeline's directory and the device. Every line on stdin is a JSON request {samples, steps, updates, guidance, prompts,
+sample_batch, train_batch}, for one epoch; the answer is a JSON line: its seconds on the clock, the seconds of sampling
+(with decoding) and of the rest (of the CPU, if on one), and the work that was done. Where a request differs from the one before, a
 trainer is made anew and makes one epoch unmeasured first.
 """
 
@@ -25,16 +25,22 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.float().flatten(1).mean(1)
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Epochs:
     """A trainer with its settings, and what is counted while it runs."""
 
-    def __init__(self, pipeline: str, wanted: dict[str, Any]):
+    def __init__(self, pipeline: str, device: str, wanted: dict[str, Any]):
         from accelerate import PartialState
         from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
         PartialState()  # or the pipeline's own warning fails
         config = DDPOConfig(
-            mixed_precision="no",  # the default, fp16, needs a GPU
+            # The default is fp16, which needs a GPU, and whose loss scaler leaves out updates.
+            mixed_precision="bf16" if device == "cuda" else "no",
             save_freq=10**9,  # the default writes a checkpoint after every epoch; neither side does here
             sample_num_steps=wanted["steps"],
             sample_guidance_scale=wanted["guidance"],
@@ -52,6 +58,7 @@ class Epochs:
         )
         self.count = {"network_evaluations": 0, "updates": 0}
         self.sampling, self.epoch = 0.0, 0
+        self.clock = time.perf_counter if device == "cuda" else time.process_time
         unet, optimizer = self.trainer.sd_pipeline.unet, self.trainer.optimizer.optimizer
         unet.register_forward_pre_hook(lambda _, inputs: self._add("network_evaluations", len(inputs[0])))
         optimizer.register_step_post_hook(lambda *_: self._add("updates", 1))
@@ -61,25 +68,29 @@ class Epochs:
         self.count[name] += n
 
     def _sample(self, *args: Any, **named: Any) -> Any:
-        start = time.process_time()
+        start = self.clock()
         result = self.generate(*args, **named)
-        self.sampling = time.process_time() - start
+        synchronize()
+        self.sampling = self.clock() - start
         return result
 
     def run(self) -> dict[str, Any]:
         self.count.update(network_evaluations=0, updates=0)
-        start, first = time.perf_counter(), time.process_time()
+        start, first = time.perf_counter(), self.clock()
         self.trainer.step(self.epoch, 0)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - first
+        synchronize()
+        seconds, own = time.perf_counter() - start, self.clock() - first
+        torch.cuda.empty_cache()  # the other side's turn
         self.epoch += 1
         trained = sum(p.numel() for p in self.trainer.trainable_layers)
-        parts = {"sampling": self.sampling, "training": cpu - self.sampling}
+        parts = {"sampling": self.sampling, "training": own - self.sampling}
         return {"seconds": seconds, **parts, **self.count, "trained_parameters": trained}
 
 
 def main() -> None:
-    pipeline = sys.argv[1]
-    torch.set_num_threads(1)
+    pipeline, device = sys.argv[1:]
+    if device == "cpu":
+        torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever is printed goes to stderr
     before, epochs = None, None
@@ -87,7 +98,7 @@ def main() -> None:
         wanted = json.loads(line)
         if epochs is None or wanted != before:
             before, epochs = wanted, None  # the one before leaves memory first
-            epochs = Epochs(pipeline, wanted)
+            epochs = Epochs(pipeline, device, wanted)
             epochs.run()
         print(json.dumps(epochs.run()), file=answers, flush=True)
 
