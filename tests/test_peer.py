@@ -20,7 +20,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_our_round_does_the_work_that_is_stated(peer: Any, tmp_path: Path) -> None:
     """4 samples of 3 steps: each step once to draw and once to train, in two branches."""
     peer.make("tiny", tmp_path)
-    side = peer.Ours(tmp_path, peer.Case("tiny", samples=4, steps=3, updates=2, batches=()), batch=3)
+    side = peer.Ours(tmp_path, peer.Case("tiny", samples=4, steps=3, updates=2, batches=()), "cpu", batch=3)
     before = side.run.policy.weights()
     done = side.round()
     assert (side.batch, done["network_evaluations"], done["updates"]) == (3, 4 * 3 * 2 * 2, 2)
