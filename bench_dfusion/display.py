@@ -194,7 +194,9 @@ def wins(board: Board, out: Console) -> None:
             grid.add_column(str(column + 1), justify="right", no_wrap=True)
         for number, (name, line) in enumerate(zip(frame.index, cells, strict=True), 1):
             grid.add_row(str(number), _text(name), *(line[column] for column in block))
-        out.print(*[""] * (first > 0), grid, sep="\n")
+        if first:
+            out.print()
+        out.print(grid)
 
 
 def board(board: Board, out: Console) -> None:

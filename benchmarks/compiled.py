@@ -1,6 +1,6 @@
 """Does torch.compile pay? A network's calls as they are and compiled, in turns.
 
-    python benchmarks/compiled.py [--model micro] [--set track.model.dtype=bfloat16] [--batch 48] [--device cpu]
+    python benchmarks/compiled.py [--model micro] [--set KEY=VALUE] [--batch 48] [--rounds 5] [--device cpu]
 
 Timed are a batch's forward without gradients (a sampling step), its forward and backward (a training step), and the same
 forward with D-Fusion's taps in place, whose processors Python must enter. `first` is the first compiled call, which

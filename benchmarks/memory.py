@@ -5,8 +5,9 @@
 Pipelines of the real classes with random weights, large enough for weights and activations to matter. Each
 configuration is a process of its own: it estimates, then runs one round (sample, decode, build, train) and notes for
 each phase its time and its peak: on a CPU the resident memory's high-water mark, which Linux lets a process reset, on a
-GPU torch.cuda.max_memory_allocated (and what the allocator reserved by then). Peaks are above what the process held before it loaded anything, and estimated ones
-stand without the margin. What autograd keeps is measured apart, on the first training step.
+GPU torch.cuda.max_memory_allocated (and what the allocator reserved by then). Peaks are above what the process held
+before it loaded anything, and estimated ones stand without the margin. What autograd keeps is measured apart, on the
+first training step.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from bench_dfusion.trainer import Run, round_prompts
 CHECKPOINTED = "track.memory.gradient_checkpointing=true"
 # glibc keeps freed blocks below a threshold, which grows to 32 MB, in a heap full of holes; this fixes it at 1 MB.
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-CONFIGURATIONS: dict[str, tuple[str, list[str], dict[str, str]]] = {  # the pipeline, what is set, the environment
+Configurations = dict[str, tuple[str, list[str], dict[str, str]]]  # the pipeline, what is set, the environment
+CONFIGURATIONS: Configurations = {
     "unet, batch 4": ("unet", ["track.batch=4"], {}),
     "unet, batch 2": ("unet", ["track.batch=2"], {}),
     "unet, batch 4, checkpointing": ("unet", ["track.batch=4", CHECKPOINTED], {}),
@@ -53,13 +55,10 @@ CONFIGURATIONS: dict[str, tuple[str, list[str], dict[str, str]]] = {  # the pipe
     "transformer, batch 2, no heap": ("transformer", ["track.batch=2"], MAPPED),
     "transformer, batch 2, checkpointing": ("transformer", ["track.batch=2", CHECKPOINTED], {}),
 }
-ON_GPUS = {
-    f"sd15, bfloat16, batch {batch}{name}": (
-        "sd15",
-        ["track.model.dtype=bfloat16", "track.memory.offload_text=true", f"track.batch={batch}", *more],
-        {},
-    )
-    for batch, name, more in ((4, "", []), (8, ", checkpointing", [CHECKPOINTED]))
+HALF = ["track.model.dtype=bfloat16", "track.memory.offload_text=true"]
+ON_GPUS: Configurations = {
+    "sd15, bfloat16, batch 4": ("sd15", [*HALF, "track.batch=4"], {}),
+    "sd15, bfloat16, batch 8, checkpointing": ("sd15", [*HALF, "track.batch=8", CHECKPOINTED], {}),
 }
 SETTINGS = [
     "track.sampler.steps=4",
@@ -78,7 +77,7 @@ SETTINGS = [
 
 
 def make(kind: str, folder: Path) -> None:
-    """A pipeline of 100 to 200 MB with latents of 32 × 32."""
+    """A pipeline of 100 to 200 MB with latents of 32 × 32, or Stable Diffusion 1.5 in full size."""
     torch.manual_seed(0)
     if kind == "sd15":
         from gpu import save_sd15

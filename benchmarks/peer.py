@@ -33,6 +33,7 @@ from typing import Any
 import measuring
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peer_trl import synchronize
 
 from bench_dfusion import config, isolated
 from bench_dfusion.micro import pretrain
@@ -41,7 +42,7 @@ from bench_dfusion.progress import bar
 from bench_dfusion.trainer import Run
 
 WORKER = Path(__file__).with_name("peer_trl.py")
-TRL = "trl==0.23.0"
+TRL_VERSION = "0.23.0"
 SHARED = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")  # in the versions that we run with
 PROMPTS = ["a red circle", "two blue rings", "a red square and a blue ring"]
 GOAL = 1.5
@@ -64,9 +65,8 @@ CASES = {
     # The samples and updates that TRL's documentation suggests: an update has 3 samples, and so has its largest batch.
     "tiny, TRL's example": Case("tiny", 24, 10, 8, ((1, 1), (3, 3), (6, 3), (12, 3), (24, 3))),
     "small": Case("small", 8, 5, 2, ((1, 1), (2, 2), (4, 4), (8, 4))),
-    # For a GPU: the networks of Stable Diffusion 1.5 in full size, at 512².
-    "sd15": Case("sd15", 8, 10, 2, ((4, 4), (8, 4))),
 }
+ON_GPUS = {"sd15": Case("sd15", 8, 10, 2, ((4, 4), (8, 4)))}
 SIDE = 16  # of the latents
 NETWORKS = {
     "tiny": ((16, 32), 1, 8),
@@ -75,7 +75,7 @@ NETWORKS = {
 
 
 def make(network: str, folder: Path) -> None:
-    """A Stable Diffusion of random weights with attention at every level but the lowest."""
+    """A Stable Diffusion of random weights: small, with attention at every level but the lowest, or 1.5 in full size."""
     torch.manual_seed(0)
     if network == "sd15":
         from gpu import save_sd15
@@ -111,11 +111,6 @@ def make(network: str, folder: Path) -> None:
     )
     text = pretrain.make_text_encoder(tokenizer)
     StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, None, False).save_pretrained(folder)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class Ours:
@@ -170,11 +165,11 @@ class Trl:
     """TRL's process."""
 
     def __init__(self, python: Path, pipeline: Path, case: Case, device: str):
-        self.case, self.device = case, device
+        self.case = case
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-        changed = {"HF_HUB_OFFLINE": "1"} | (
-            {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-        )
+        changed = {"HF_HUB_OFFLINE": "1"}
+        if device == "cpu":
+            changed |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, WORKER, pipeline, device],
@@ -245,11 +240,11 @@ def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str, de
     work = {name: {k: rounds[0][k] for k in counted} for name, rounds in done.items()}
     if any(w != work["TRL"] for w in work.values()):
         raise SystemExit(f"the sides did not do the same work: {work}")
-    clocks = {"": {name: [r["seconds"] for r in rounds] for name, rounds in done.items()}}
+    clocks = {"second": {name: [r["seconds"] for r in rounds] for name, rounds in done.items()}}
+    unit = "seconds"
     if device == "cpu":
-        own = {name: [r["sampling"] + r["training"] for r in rounds] for name, rounds in done.items()}
-        clocks["CPU "] = own
-    unit = [*clocks][-1] + "seconds"
+        cpu = {name: [r["sampling"] + r["training"] for r in rounds] for name, rounds in done.items()}
+        clocks["CPU second"], unit = cpu, "CPU seconds"
     result: dict[str, Any] = {
         "round": {**asdict(case), **work["TRL"]},
         "TRL's batches (sampling, training)": best,
@@ -260,16 +255,21 @@ def compare(python: Path, pipeline: Path, case: Case, turns: int, label: str, de
         parts = {part: measuring.spread([r[part] for r in done[name]]) for part in ("sampling", "training")}
         result[name] = {unit: parts}
         for of, spent in clocks.items():
-            result[name][f"images per {of}second"] = measuring.spread([case.samples / s for s in spent[name]])
+            result[name][f"images per {of}"] = measuring.spread([case.samples / s for s in spent[name]])
             if name != "TRL":
                 faster = measuring.spread([a / b for a, b in zip(spent["TRL"], spent[name], strict=True)])
-                result[name][f"times as fast{', CPU' if of else ''}"] = faster
+                result[name]["times as fast, CPU" if of == "CPU second" else "times as fast"] = faster
     return result
+
+
+def pins(versions: dict[str, str]) -> list[str]:
+    """Requirements of exactly these versions, whatever they were built for (+cpu, +cu130)."""
+    return [f"{name}=={v.partition('+')[0]}" for name, v in versions.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=CASES, help="default: all that the device is for")
+    parser.add_argument("--case", action="append", choices=CASES | ON_GPUS, help="default: all that the device is for")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--python", type=Path, help="an interpreter with TRL (default: an environment is built)")
@@ -277,18 +277,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
-    pinned = [TRL, *(f"{name}=={version(name).partition('+')[0]}" for name in SHARED)]
+    wanted = {"trl": TRL_VERSION, **{name: version(name) for name in SHARED}}
+    pinned = pins(wanted)
     python = args.python or isolated.build("trl-ddpo", pinned).python
-    words = [python, "-c", f"from importlib.metadata import version; print(*map(version, {['trl', *SHARED]}))"]
-    versions = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-    if (
-        own := [f"{name}=={v.partition('+')[0]}" for name, v in zip(["trl", *SHARED], versions, strict=True)]
-    ) != pinned:
-        raise SystemExit(f"{python} has {', '.join(own)}: it needs {', '.join(pinned)}")
+    words = [python, "-c", f"from importlib.metadata import version; print(*map(version, {list(wanted)}))"]
+    answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    versions = dict(zip(wanted, answer, strict=True))
+    if pins(versions) != pinned:
+        raise SystemExit(f"{python} has {', '.join(pins(versions))}: it needs {', '.join(pinned)}")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.case or [n for n in CASES if (n == "sd15") == (args.device == "cuda")]:
-            case = CASES[name]
+        for name in args.case or (CASES if args.device == "cpu" else ON_GPUS):
+            case = (CASES | ON_GPUS)[name]
             pipeline = Path(folder) / case.network
             if not pipeline.exists():
                 with quiet():
@@ -297,7 +297,7 @@ def main() -> None:
     result = {
         "threads": torch.get_num_threads(),
         "load": Path("/proc/loadavg").read_text().split()[:3],
-        "TRL's environment": dict(zip(["trl", *SHARED], versions, strict=True)),
+        "TRL's environment": versions,
         "goal": GOAL,
         "cases": found,
     }

@@ -1,9 +1,9 @@
 """TRL's side of `peer.py`: epochs of its DDPOTrainer, in the environment that has TRL 0.23.
 
-Started with the pipeline's directory and the device. Every line on stdin is a JSON request {samples, steps, updates, guidance, prompts,
-sample_batch, train_batch}, for one epoch; the answer is a JSON line: its seconds on the clock, the seconds of sampling
-(with decoding) and of the rest (of the CPU, if on one), and the work that was done. Where a request differs from the one before, a
-trainer is made anew and makes one epoch unmeasured first.
+Started with the pipeline's directory and the device. Every line on stdin is a JSON request {samples, steps, updates,
+guidance, prompts, sample_batch, train_batch}, for one epoch; the answer is a JSON line: its seconds on the clock, the
+seconds of sampling (with decoding) and of the rest (of the CPU, if on one), and the work that was done. Where a request
+differs from the one before, a trainer is made anew and makes one epoch unmeasured first.
 """
 
 from __future__ import annotations
