@@ -17,7 +17,7 @@ from bench_dfusion import samplers
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
-from bench_dfusion.reward import Reward
+from bench_dfusion.reward import Reward, scored_with_gradient
 
 
 class DRaFTConfig(AlgorithmConfig):
@@ -60,6 +60,6 @@ class DRaFT(Algorithm):
             x_t = trajectory.latents[own, total - k].to(policy.device)
             latents, _ = policy.denoise(x_t, noise[:, total - k + 1 :].to(policy.device), prompts)
             images = policy.adapter.decode(latents[:, -1])
-            scores.append(self._reward.score_tensors(images, prompts))
+            scores.append(scored_with_gradient(self._reward, images, prompts))
         score = torch.cat(scores).mean()
         return Loss(-score, {"score": score.detach()})

@@ -14,7 +14,8 @@ from bench_dfusion.config import judges_of
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Drift, Gain, Verdict
-from bench_dfusion.reward import Reward, dealt_out
+from bench_dfusion.registry import PluginError
+from bench_dfusion.reward import Reward, dealt_out, embedded, made
 from bench_dfusion.seeds import seed_of
 from bench_dfusion.track import Track
 
@@ -59,20 +60,17 @@ def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
     """
     judges = {}
     for text, (cls, options) in judges_of(track).items():
-        loaded = judges[text] = cls(options, device)
-        loaded.check(track.prompts.heldout)
+        loaded = judges[text] = made(cls, options, device, track.prompts.heldout)
         if track.memory.offload_rewards:
             loaded.rest()
     return judges
 
 
 def draw(policy: Policy, prompts: Sequence[str], per_prompt: int, advance: Callable[[int], None]) -> Drawn:
-    """Sample with noise that depends on (prompt, image index) alone. Raises FloatingPointError where a latent is not finite."""
+    """Sample with noise that depends on (prompt, image index) alone. Raises NotFinite."""
     each = [p for p in prompts for _ in range(per_prompt)]
     seeds = torch.tensor([seed_of("evaluation", p, i) for p in prompts for i in range(per_prompt)])
     trajectory = policy.sample(each, seeds, advance)
-    if not trajectory.latents.isfinite().all():
-        raise FloatingPointError("evaluation: the network's predictions are not finite")
     return Drawn(policy.decode(trajectory.final), trajectory)
 
 
@@ -92,10 +90,7 @@ def judge(
     verdicts = []
     for name, judge_reward in judges.items():
         with judge_reward.scoring():
-            scores = [
-                dealt_out(judge_reward, d.images, d.trajectory.prompts).float().view(-1, k).mean(1).numpy()
-                for d in (base, trained)
-            ]
+            scores = [_judged(judge_reward, name, d).view(-1, k).mean(1).numpy() for d in (base, trained)]
         gains = (scores[1] - scores[0]).astype(float)
         interval = statistics.paired_gain(gains[None])
         fingerprint = judge_reward.fingerprint()
@@ -116,6 +111,20 @@ def judge(
             )
         )
     return verdicts
+
+
+def _judged(judge: Reward, name: str, drawn: Drawn) -> Tensor:
+    """A judge's scores float32 [P·K]. Raises PluginError where they are no numbers: the fault is the judge's."""
+    prompts = drawn.trajectory.prompts
+    scores = dealt_out(judge, drawn.images, prompts)
+    if scores.shape != (len(prompts),):
+        raise PluginError(f"judge {name} returned the shape {tuple(scores.shape)} for {len(prompts)} images")
+    if not scores.isfinite().all():
+        bad = int((~scores.isfinite()).nonzero()[0])
+        raise PluginError(
+            f"judge {name} returned {scores[bad].item()} for {prompts[bad]!r}: mend it, and the same command goes on"
+        )
+    return scores
 
 
 def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: Reward | None) -> Drift:
@@ -140,19 +149,18 @@ def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: R
         return torch.cat(found)
 
     rows = torch.arange(0, len(trajectory), per_prompt)  # one image of each prompt
-    kl = torch.cat(parallel.each(kl_of, rows.split(policy.batch)))
-    embedded, space = [], "pixels"
+    kl = policy.finite(torch.cat(parallel.each(kl_of, rows.split(policy.batch))))
+    spaces, space = [], "pixels"
     for drawn in (base, trained):
         if embed is not None and hasattr(embed, "embed"):
             space = f"{embed.name} image embedding"
-            with torch.no_grad(), embed.scoring():
-                parts = [embed.embed(p.permute(0, 3, 1, 2).float() / 255).cpu() for p in drawn.images.split(128)]
-            embedded.append(torch.cat(parts))
+            with embed.scoring():
+                spaces.append(torch.cat([embedded(embed, part) for part in drawn.images.split(128)]))
         else:
-            embedded.append(drawn.images.float().flatten(1))
+            spaces.append(1 + drawn.images.float().flatten(1))  # a black picture has a direction, too
     diversity = [
         float(np.mean([statistics.vendi(group.numpy()) for group in e.view(-1, per_prompt, e.shape[-1])]))
-        for e in embedded
+        for e in spaces
     ]
     return Drift(
         pixels=float(difference.square().flatten(1).mean(1).sqrt().mean()),

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,14 +57,25 @@ def join(device: str | None = None) -> torch.device | None:
 
 
 def each(function: Callable[[T], Result], parts: Sequence[T]) -> list[Result]:
-    """`function` of every part, in order; each is computed by one process and given to all."""
+    """`function` of every part, in order; each is computed by one process and given to all. A FloatingPointError of one
+    is raised in all of them."""
     if size() == 1:
         return [function(part) for part in parts]
-    own = [function(part) for part in parts[_rank() :: size()]]
-    if _in_step and parts and len(own) < -(-len(parts) // size()):
-        with _sparing():
+    mine = parts[_rank() :: size()]
+    own: list[Result] = []
+    failed: FloatingPointError | None = None
+    for part in mine:
+        try:
+            own.append(function(part))
+        except FloatingPointError as error:
+            failed = failed or error
+    if _in_step and parts and len(mine) < -(-len(parts) // size()):
+        with _sparing(), suppress(FloatingPointError):
             function(parts[-1])
-    columns = _gather(own)
+    columns: list[Any] = _gather(failed or own)
+    for column in columns:
+        if isinstance(column, FloatingPointError):
+            raise column
     return [columns[i % size()][i // size()] for i in range(len(parts))]
 
 

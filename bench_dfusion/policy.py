@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bench_dfusion import files, lora, parallel, samplers
-from bench_dfusion.models.base import Adapter, Conditioning, guided
+from bench_dfusion.models.base import NETWORK_FIX, Adapter, Conditioning, finite, guided
 from bench_dfusion.samplers import Levels, Schedule
 
 
@@ -123,6 +123,11 @@ class Policy:
             with self.adapter.encoding(self.device):
                 for prompt in new:  # each alone: in a batch its last bits depend on the others, and so on what resumed
                     encoded = self.adapter.encode([prompt])
+                    for name, value in encoded.items():
+                        if value.is_floating_point():
+                            encoder = getattr(self.adapter.pipe, "text_encoder", None) or self.adapter.network
+                            what = f"the text encoder's {name} of {prompt!r} are"
+                            finite(value, encoder, what, value.dtype, NETWORK_FIX)
                     self._encoded[prompt] = {k: v[0].to(self.device) for k, v in encoded.items()}
         wanted = [""] * len(prompts) * (self.branches - 1) + list(prompts)
         conditioning = {k: torch.stack([self._encoded[p][k] for p in wanted]) for k in self._encoded[wanted[0]]}
@@ -140,6 +145,10 @@ class Policy:
             return guided(
                 self.adapter, x_t, timestep, self.condition(prompts), self.guidance if self.branches == 2 else 1
             )
+
+    def finite(self, values: Tensor, what: str = "the network's predictions are") -> Tensor:
+        """`values` that the network computed. Raises NotFinite, which names it, its dtype and what to set."""
+        return finite(values, self.adapter.network, what, self.autocast or self.adapter.dtype, NETWORK_FIX)
 
     def mean(self, x_t: Tensor, step: Tensor, prompts: Sequence[str]) -> Tensor:
         """mu_theta [B, ...] of the next latent; `step` [B] indexes the schedule, 0 the noisiest."""
@@ -180,7 +189,7 @@ class Policy:
         """The last S steps from x_t [B, ...] on, with each step's z in `noise` [B, S, ...].
 
         `mean` is asked for mu at (step number, x_t, step [B]) instead of the plain policy. Returns the latents
-        [B, S + 1, ...], x_t first, and each step's log-prob [B, S] under the mean that drew it.
+        [B, S + 1, ...], x_t first, and each step's log-prob [B, S] under the mean that drew it. Raises NotFinite.
         """
         latents, log_probs = [x_t], []
         for k in range(noise.shape[1]):
@@ -190,7 +199,7 @@ class Policy:
             x_s = mu + self.schedule.std[i] * noise[:, k]
             log_probs.append(samplers.gaussian_log_prob(x_s, mu, self.schedule.std[step]))
             latents.append(x_s)
-        return torch.stack(latents, 1), torch.stack(log_probs, 1)
+        return self.finite(torch.stack(latents, 1)), torch.stack(log_probs, 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -41,12 +42,22 @@ class Plugin:
         if self.entry is None:
             return self.value
         try:
-            return self.entry.load()
+            with _contained(f"{self.kind[:-1]} plugin {self.name!r}", self.kind):
+                return self.entry.load()
         except Exception as error:
             raise PluginError(
                 f"{self.kind[:-1]} plugin {self.name!r} of {self.source} cannot be imported "
                 f"({self.entry.value}): {type(error).__name__}: {error}"
             ) from error
+
+
+def _contained(what: str, kind: str) -> AbstractContextManager[None]:
+    """`foreign.contained`, without torch's import where tracks alone are asked for."""
+    if kind == "tracks":
+        return nullcontext()
+    from bench_dfusion import foreign
+
+    return foreign.contained(what)
 
 
 _from_files: dict[tuple[str, str], Plugin] = {}
@@ -109,7 +120,8 @@ def load_file(path: Path) -> list[Plugin]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _contained(f"plugin file {path}", "file"):
+            spec.loader.exec_module(module)
     except Exception as error:
         raise PluginError(f"plugin file {path} cannot be imported: {type(error).__name__}: {error}") from error
     added = []

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from bench_dfusion import evaluation, files, pictures, records
 from bench_dfusion import lora as loras
+from bench_dfusion.models.base import NotFinite
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.records import Drift, Part, Record, Verdict
@@ -113,10 +114,19 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     policy = make_policy(track, adapter, record.seed, where)
     _load(policy, loras.read(file, adapter), file)
     trained_on = record.provenance.reward_components or {record.reward: record.provenance.reward_fingerprint}
-    done = evaluation.evaluate(policy, track, judges, trained_on)
+    done = _evaluated(policy, track, judges, trained_on, str(folder))
     differences, largest = compare(record, done.verdicts, done.drift, track.prompts.heldout)
     exact = (done.verdicts, done.drift) == (record.verdicts, record.drift)
     return Rescored(record, [], done.verdicts, differences, largest, exact, _elsewhere(record, where, judges.values()))
+
+
+def _evaluated(
+    policy: Policy, track: Track, judges: dict[str, Reward], trained_on: dict[str, str], what: str
+) -> evaluation.Evaluation:
+    try:
+        return evaluation.evaluate(policy, track, judges, trained_on)
+    except NotFinite as error:
+        raise UsageError(f"{what} on {track.id}: {error}") from None
 
 
 def compare(
@@ -289,7 +299,7 @@ def weights(
     except ValueError as error:  # a scheduler or a network that is no policy
         raise UsageError(f"{path}: {error}") from error
     start = time.perf_counter()
-    done = evaluation.evaluate(policy, track, judges, {})
+    done = _evaluated(policy, track, judges, {}, str(path))
     pictures.base_and_trained(folder / "base_trained.png", done.base, done.trained, track)
     code, dirty = records.code_state()
     found = Evaluation(

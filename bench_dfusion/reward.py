@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from bench_dfusion import parallel
+from bench_dfusion import foreign, parallel
+from bench_dfusion.registry import PluginError
 
 
 class RewardConfig(BaseModel):
@@ -103,9 +104,61 @@ class Reward(ABC):
 
 
 def dealt_out(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`reward.score`, its batches dealt out to the run's processes where that changes no score, else by the first."""
+    """`scored`, its batches dealt out to the run's processes where that changes no score, else by the first."""
     if not reward.by_batch or parallel.size() == 1:
-        return parallel.once(lambda: reward.score(images, prompts))
+        return parallel.once(lambda: scored(reward, images, prompts))
     size: int = reward.config.batch  # type: ignore[attr-defined]
     starts = range(0, len(images), size)
-    return torch.cat(parallel.each(lambda i: reward.score(images[i : i + size], prompts[i : i + size]), starts))
+    return torch.cat(parallel.each(lambda i: scored(reward, images[i : i + size], prompts[i : i + size]), starts))
+
+
+# What follows is how rewards are called, whoever wrote them: on copies, so that nothing written into pictures or scores
+# reaches what is kept, and contained.
+
+
+def made(cls: type[Reward], config: RewardConfig, device: torch.device | str, prompts: Sequence[str] = ()) -> Reward:
+    """The reward on a device. Raises ValueError where it cannot score one of `prompts`."""
+    with foreign.contained(f"reward {cls.name}"):
+        reward = cls(config, device)
+        reward.check(list(prompts))
+    return reward
+
+
+def scored(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`reward.score`. Raises PluginError where it returns no numbers."""
+    with foreign.contained(f"reward {reward.name}"):
+        return _own(reward.score(images.clone(), list(prompts)), f"reward {reward.name}").float()
+
+
+def scored_where_applicable(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """`reward.score_applicable`, as `scored`."""
+    with foreign.contained(f"reward {reward.name}"):
+        scores, applies = reward.score_applicable(images.clone(), list(prompts))
+        what = f"reward {reward.name}"
+        return _own(scores, what).float(), _own(applies, what).bool()
+
+
+def scored_with_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`reward.score_tensors`. Raises PluginError where its scores have no gradient."""
+    with foreign.contained(f"reward {reward.name}"), torch.enable_grad():
+        scores = reward.score_tensors(images, list(prompts))
+    if images.requires_grad and not scores.requires_grad:
+        raise PluginError(f"reward {reward.name} says it is differentiable, but its scores have no gradient")
+    return scores
+
+
+def embedded(reward: Any, images: Tensor) -> Tensor:
+    """`reward.embed`: embeddings [B, D] on the CPU of pictures uint8 [B, H, W, 3]. Raises PluginError where one is not finite."""
+    with foreign.contained(f"reward {reward.name}"), torch.no_grad():
+        found = _own(reward.embed(images.permute(0, 3, 1, 2).float() / 255), f"reward {reward.name}")
+    if not found.isfinite().all():
+        raise PluginError(f"reward {reward.name}: its image embedding is not finite")
+    return found
+
+
+def _own(values: Any, what: str) -> Tensor:
+    """A copy on the CPU, without gradient: some scorers return the same tensor each time, filled anew."""
+    try:
+        return torch.as_tensor(values).detach().to("cpu", copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        raise PluginError(f"{what} returned {type(values).__name__}, not a tensor of numbers") from None

@@ -18,7 +18,7 @@ from bench_dfusion import evaluation, files, model_card, pairs, parallel, pictur
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
-from bench_dfusion.models.base import Adapter
+from bench_dfusion.models.base import Adapter, NotFinite
 from bench_dfusion.models.loading import dtype, load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
@@ -135,8 +135,8 @@ class Run:
                     samples = self._collect(number)
                     metrics = self._improve(samples, number)
                     self._note(samples, metrics, number)
-                except Collapse as error:
-                    self.failure = str(error)
+                except (Collapse, NotFinite) as error:
+                    self.failure = f"round {number}: {error}"
                     break
                 self.progress.network_evaluations += parallel.total(self.policy.network_evaluations - before)
                 self.progress.round += 1
@@ -160,8 +160,6 @@ class Run:
         with self.algorithm.collecting(self.policy):
             with self.progress.phase("sample"):
                 trajectory = self.policy.sample(prompts, seeds)
-                if not trajectory.latents.isfinite().all():
-                    raise Collapse(f"round {number}: the network's predictions are not finite")
                 images = self.policy.decode(trajectory.final)
             drawn = Samples(trajectory, images, self._score(images, prompts))
             with self.progress.phase("build"):
@@ -205,9 +203,8 @@ class Run:
                     ):
                         sums |= {name: sums.get(name, 0.0) + value for name, value in said.items()}
                     count += len(part)
-                    norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_norm))
-                    if not math.isfinite(norm):
-                        raise Collapse(f"round {number}: the gradient's norm is {norm}")
+                    gradient = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_norm)
+                    norm = float(self.policy.finite(gradient, "the gradient is"))
                     sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm * len(part)
                     self.optimizer.step()
                     self.algorithm.stepped(self.policy)
@@ -230,7 +227,7 @@ class Run:
             metrics=metrics,
         )
         if any(not math.isfinite(v) for v in metrics.values()):
-            raise Collapse(f"round {number}: {metrics}")
+            raise Collapse(f"the metrics are not finite: {metrics}")
         self.progress.rounds.append(entry.model_dump())
         first = self.progress.rounds[0]
         if entry.reward is None:
@@ -288,8 +285,8 @@ class Run:
                 verdicts, drift = done.verdicts, done.drift
                 if parallel.first():
                     pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
-            except FloatingPointError as error:
-                self.failure = str(error)
+            except NotFinite as error:
+                self.failure = f"evaluation: {error}"
             self.progress.network_evaluations += parallel.total(policy.network_evaluations - before)
         return parallel.once(lambda: self._record(verdicts, drift))
 

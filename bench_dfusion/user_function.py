@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion import registry
+from bench_dfusion import foreign, registry
 from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import Reward, RewardConfig
 
@@ -132,7 +132,8 @@ def _module(path: Path, digest: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        with foreign.contained(f"reward file {path}"):
+            spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise PluginError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bench_dfusion import registry, track
 from bench_dfusion.registry import UsageError
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.reward import Reward, RewardConfig, made, scored_where_applicable, scored_with_gradient
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:inf|nan)"
 PART = re.compile(rf"(.+?)([:-])({NUMBER})(?:[,+]|$)")
@@ -111,17 +111,17 @@ class WeightedSum(Reward):
     def __init__(self, config: SumConfig, device: torch.device | str = "cpu"):
         super().__init__(config, device)
         own = config.components
-        self.components = {name: part.reward(own[name].options, device) for name, part in self.parts.items()}
+        self.components = {name: made(part.reward, own[name].options, device) for name, part in self.parts.items()}
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         total, any_applies = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
         for name, reward in self.components.items():
-            scores, applies = reward.score_applicable(images, prompts)
+            scores, applies = scored_where_applicable(reward, images, prompts)
             if scores.shape != (len(images),):
                 raise UsageError(
                     f"reward {name} returned shape {tuple(scores.shape)} for {len(images)} images: one score for each"
                 )
-            total += torch.where(applies, self._term(name, scores.float().cpu()), 0.0)
+            total += torch.where(applies, self._term(name, scores), 0.0)
             any_applies |= applies
         if not any_applies.all():
             prompt = prompts[int((~any_applies).nonzero()[0])]
@@ -129,7 +129,8 @@ class WeightedSum(Reward):
         return total
 
     def score_tensors(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        terms = [self._term(name, r.score_tensors(images, prompts)) for name, r in self.components.items()]
+        parts = {n: scored_with_gradient(r, images.clone(), prompts) for n, r in self.components.items()}
+        terms = [self._term(name, scores) for name, scores in parts.items()]
         return torch.stack(terms).sum(0)
 
     def _term(self, name: str, scores: Tensor) -> Tensor:

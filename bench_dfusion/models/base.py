@@ -19,6 +19,20 @@ from bench_dfusion.samplers import Levels, Schedule
 from bench_dfusion.track import MemorySection
 
 Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first
+NETWORK_FIX = "float16 overflows, set track.model.dtype=bfloat16 or float32"
+VAE_FIX = "float16 overflows, set force_upcast in the vae's config.json to true, or track.model.dtype=float32"
+
+
+class NotFinite(FloatingPointError):
+    """A network returned values that are not finite; the message names it, its dtype and what to set."""
+
+
+def finite(values: Tensor, network: nn.Module, what: str, dtype: torch.dtype, fix: str) -> Tensor:
+    """`values`, which `network` computed in `dtype`; `fix` is for float16. Raises NotFinite; tensors without data pass."""
+    if values.is_meta or bool(values.isfinite().all()):
+        return values
+    cure = fix if dtype == torch.float16 else "damaged weights, or training diverged: lower algo.learning_rate"
+    raise NotFinite(f"{what} not finite ({type(network).__name__}, {str(dtype).removeprefix('torch.')}): {cure}")
 
 
 class TextPart(NamedTuple):
@@ -137,11 +151,15 @@ class Adapter(ABC):
         """The network's raw output for `latents` [B, C, H, W] at training timesteps [B]."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32; gradients flow where they are enabled."""
+        """Images [B, 3, H, W] in [0, 1], float32; gradients flow where they are enabled. Raises NotFinite where they are
+        not."""
         scale, shift = self._latent_scale(latents)
         with self.with_vae(latents.device) as vae:
             scaled = (latents.float() / scale + shift).to(vae.dtype)
-            return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+            images = vae.decode(scaled, return_dict=False)[0].float()
+            if not torch.is_grad_enabled():  # clamped, infinity would be white
+                finite(images, vae, "the decoder's pictures are", vae.dtype, VAE_FIX)
+            return (images / 2 + 0.5).clamp(0, 1)
 
     def _latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """(scale, shift) of what the network sees: scale · (the autoencoder's latent − shift)."""
@@ -160,10 +178,12 @@ class Adapter(ABC):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents [B, C, H, W] of pictures [B, 3, H, W] in [0, 1]: the posterior's mean where the autoencoder has one."""
+        """Latents [B, C, H, W] of pictures [B, 3, H, W] in [0, 1]: the posterior's mean where the autoencoder has one.
+        Raises NotFinite."""
         with self.with_vae(images.device) as vae:
             encoded = vae.encode((images * 2 - 1).to(vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+            latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+            finite(latents, vae, "the encoder's latents are", vae.dtype, VAE_FIX)
         scale, shift = self._latent_scale(latents)
         return (latents.float() - shift) * scale
 
