@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,21 +26,31 @@ from pydantic import (
 
 from bench_dfusion import files
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import Track, content_sha256
+from bench_dfusion.track import SETS, Track, content_sha256
 
 if TYPE_CHECKING:
     import torch
 
     from bench_dfusion.reward import Reward
 
-SCHEMA = 1
+SCHEMA = 2
+# Raised with every optional field that is added to this version. A record of a later revision is refused where it has a
+# field that is not known here: what is not understood (that a run is a ceiling, say) must not be left out of a table.
+REVISION = 0
 # From a schema version the function that turns its content into the next version's; `read` applies them in order.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda content: content,  # version 2 only adds fields, which a record of version 1 lacks: they are absent
+}
 TOLERANCE = 1e-5  # of a judge's largest score: its means are taken in float32
 
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def later(description: str) -> Any:
+    """A field that records made before it do not have: None there, and then not written."""
+    return Field(None, exclude_if=lambda value: value is None, description=f"{description}; absent: not recorded")
 
 
 class Gain(Part):
@@ -101,6 +111,10 @@ class Round(Part):
     pairs: int = Field(description="pairs kept (count)")
     dropped: int = Field(description="pairs dropped because the winner did not score above the loser (count)")
     metrics: dict[str, float] = Field(description="means over the round of the loss and what the algorithm reports")
+    base_on_prompts: float | None = later(
+        "mean training reward of the checked base's pictures of the round's prompts, each prompt as often as in the round"
+    )
+    rise: float | None = later("reward − base_on_prompts: the rise on the same prompts")
 
 
 class Provenance(Part):
@@ -115,6 +129,15 @@ class Provenance(Part):
         {}, description="of a weighted sum the same of each component by name, else empty"
     )
     lora_sha256: str = Field(description="hash of the trained LoRA file")
+    scores_sha256: str | None = later(
+        "hash of scores.parquet beside the record: every judge's score of every held-out picture of the trained policy"
+    )
+    base_sha256: str | None = later(
+        "hash of the track's checked base: its pictures' scores, drawn once for the track and never again in a cell"
+    )
+    prompts_seen: dict[str, str] | None = later(
+        "hash of every prompt list of the track, by its name: train, validation (options were chosen on it), heldout"
+    )
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -131,7 +154,8 @@ class Provenance(Part):
 class Record(Part):
     """One cell's result."""
 
-    schema_version: Literal[1] = Field(1, description="version of this schema")
+    schema_version: Literal[2] = Field(2, description="version of this schema")
+    schema_revision: int = Field(REVISION, ge=0, description="revision of it: raised with every optional field added")
     status: Literal["finished", "failed"] = Field(
         description="failed: reward collapsed or turned non-finite; ranks as a miss"
     )
@@ -151,6 +175,15 @@ class Record(Part):
     rounds: list[Round] = Field(description="the training curve")
     cost: Cost = Field(description="what the run cost")
     provenance: Provenance = Field(description="what the numbers come from")
+    submitter: str = Field(
+        "", exclude_if=lambda value: not value, description="who submitted it; empty: the leaderboard's own keeper"
+    )
+    trained: bool | None = later("whether an optimiser's step was made on a gradient that was not zero")
+    untrained: str | None = later("why nothing was trained, where trained is false")
+    agreement: dict[str, float] | None = later(
+        "rank correlation (Spearman) of the training reward and each judge on the same held-out pictures of the trained "
+        "policy, by judge, in [−1, 1]"
+    )
 
     @property
     def name(self) -> str:
@@ -195,6 +228,9 @@ def parse(data: bytes | str, source: str) -> Record:
         where, message = ".".join(map(str, first["loc"])), f"{first['msg']}"
         if first["type"] == "extra_forbidden":
             message = "no field of this schema; another program or another bench-dfusion may have written it"
+            revision = content.get("schema_revision")
+            if isinstance(revision, int) and revision > REVISION:
+                message = f"a field of revision {revision}, this bench-dfusion reads {SCHEMA}.{REVISION}: update bench-dfusion"
         raise UsageError(plain(f"{source} is no record of schema {SCHEMA}: {where}: {message}")) from None
     except UsageError as error:
         raise UsageError(plain(f"{source}: {error}")) from None
@@ -341,18 +377,32 @@ def _verdict_problems(verdict: Verdict, track: Track) -> Iterator[str]:
 def differences(known: Record, new: Record) -> list[str]:
     """Every place where two records of one cell give another result, with both values; none where they agree.
 
-    What does not count is what differs from run to run (see `Record.comparable`), how the options were written, and
-    which release ran them.
+    What does not count is what differs from run to run (see `Record.comparable`), how the options were written, which
+    release ran them, who submitted them, and a later field that one of the two has not.
     """
 
     def result(record: Record) -> dict[str, Any]:
         content = record.comparable()
-        for key in ("given", "tuning", "cell_hash"):  # of one cell the hash tells no more than the resolved batch
-            del content[key]
+        # Of one cell the hash tells no more than the resolved batch.
+        for key in ("given", "tuning", "cell_hash", "schema_revision", "submitter"):
+            content.pop(key, None)
         del content["provenance"]["plugins"]
         return content
 
-    return [plain(found) for found in _unequal(result(known), result(new))]
+    a, b = result(known), result(new)
+    _without_absent(Record, a, b)
+    _without_absent(Provenance, a["provenance"], b["provenance"])
+    for one, other in zip(a["rounds"], b["rounds"], strict=False):
+        _without_absent(Round, one, other)
+    return [plain(found) for found in _unequal(a, b)]
+
+
+def _without_absent(model: type[Part], a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Leave out of both what one of them was made too early to have."""
+    for name, info in model.model_fields.items():
+        if info.exclude_if is not None and (name in a) != (name in b):
+            a.pop(name, None)
+            b.pop(name, None)
 
 
 def _unequal(known: Any, new: Any, where: str = "") -> Iterator[str]:
@@ -384,6 +434,22 @@ def schema() -> dict[str, Any]:
         **{k: v for k, v in content.items() if k not in ("title", "description", "required")},
         "required": ["schema_version", *content["required"]],  # pydantic would take it for given
     }
+
+
+def prompts_seen(track: Track) -> dict[str, str]:
+    """The hash of each of a track's prompt lists that is not empty, by its name, in the order of the list."""
+    lists = {name: getattr(track.prompts, name) for name in SETS}
+    return {name: content_sha256(list(prompts)) for name, prompts in lists.items() if prompts}
+
+
+def training(rounds: Sequence[Round], updates: int) -> tuple[bool, str | None]:
+    """Whether anything was trained, and if not why: `Record.trained` and `Record.untrained`."""
+    if not updates:
+        return False, "no update was made: no round left anything to train on"
+    norms = [r.metrics["grad_norm"] for r in rounds if "grad_norm" in r.metrics]
+    if norms and not any(norms):
+        return False, "no gradient arrived: its norm was 0 in every round"
+    return True, None
 
 
 def write(path: Path, record: Record) -> None:

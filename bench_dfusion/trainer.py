@@ -295,6 +295,8 @@ class Run:
         track, policy, cell = self.cell.track, self.policy, self.cell
         policy.save_lora(self.folder)
         code, dirty = records.code_state()
+        rounds = [Round(**r) for r in self.progress.rounds]
+        trained, untrained = records.training(rounds, self.progress.updates)
         record = Record(
             status="finished" if self.failure is None else "failed",
             evidence=self.failure,
@@ -310,7 +312,9 @@ class Run:
             tuning=track.tuning,
             verdicts=verdicts,
             drift=drift,
-            rounds=[Round(**r) for r in self.progress.rounds],
+            rounds=rounds,
+            trained=trained,
+            untrained=untrained,
             cost=records.Cost(
                 reward_queries=self.progress.queries,
                 network_evaluations=self.progress.network_evaluations,
@@ -330,6 +334,7 @@ class Run:
                 reward_fingerprint=self.reward.fingerprint(),
                 reward_components=self.reward.fingerprints() if isinstance(self.reward, WeightedSum) else {},
                 lora_sha256=files.sha256(self.folder / "pytorch_lora_weights.safetensors"),
+                prompts_seen=records.prompts_seen(track),
             ),
         )
         if record.status == "finished":

