@@ -34,6 +34,8 @@ def record(record: Record, folder: Path, out: Console) -> None:
     queries = f"{c.reward_queries} reward queries" if c.reward_queries else "offline, no reward query"
     drift = f"{_drift(record.drift)}; " if record.drift else ""
     out.print(f"{drift}{queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB")
+    if record.untrained:
+        out.print(f"[yellow]nothing was trained: {_text(record.untrained)}[/yellow]", soft_wrap=True)
     out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
     names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
     out.print(f"{_text(folder)}/: {', '.join(n for n in names if (folder / n).exists())}")

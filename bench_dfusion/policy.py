@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from bench_dfusion import files, lora, parallel, samplers
+from bench_dfusion import arithmetic, files, lora, parallel, samplers
 from bench_dfusion.models.base import NETWORK_FIX, Adapter, Conditioning, finite, guided
 from bench_dfusion.samplers import Levels, Schedule
 
@@ -141,7 +141,8 @@ class Policy:
         """The guided output in float32 for x_t [B, ...] at training timesteps [B]."""
         if not parallel.spare():
             self.network_evaluations += len(x_t) * self.branches
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        casting = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with casting, arithmetic.products(self.device, self.autocast):
             return guided(
                 self.adapter, x_t, timestep, self.condition(prompts), self.guidance if self.branches == 2 else 1
             )

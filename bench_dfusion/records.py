@@ -99,6 +99,11 @@ class Cost(Part):
     seconds: dict[str, float] = Field(description="wall time of each phase (s)")
     peak_memory_mb: float = Field(description="peak memory of the device, or of the process on a CPU (MB)")
     device: str = Field(description="the device's name")
+    base_queries: int | None = later(
+        "images of the base that the training reward scored to measure the rise: beside the budget, nothing is learnt from "
+        "them (count)"
+    )
+    base_network_evaluations: int | None = later("forwards that drew them (count)")
 
 
 class Round(Part):
@@ -112,7 +117,7 @@ class Round(Part):
     dropped: int = Field(description="pairs dropped because the winner did not score above the loser (count)")
     metrics: dict[str, float] = Field(description="means over the round of the loss and what the algorithm reports")
     base_on_prompts: float | None = later(
-        "mean training reward of the checked base's pictures of the round's prompts, each prompt as often as in the round"
+        "mean training reward of the base's pictures of the round's prompts, each prompt as often as in the round"
     )
     rise: float | None = later("reward − base_on_prompts: the rise on the same prompts")
 
@@ -392,6 +397,7 @@ def differences(known: Record, new: Record) -> list[str]:
     a, b = result(known), result(new)
     _without_absent(Record, a, b)
     _without_absent(Provenance, a["provenance"], b["provenance"])
+    _without_absent(Cost, a["cost"], b["cost"])
     for one, other in zip(a["rounds"], b["rounds"], strict=False):
         _without_absent(Round, one, other)
     return [plain(found) for found in _unequal(a, b)]
@@ -444,11 +450,14 @@ def prompts_seen(track: Track) -> dict[str, str]:
 
 def training(rounds: Sequence[Round], updates: int) -> tuple[bool, str | None]:
     """Whether anything was trained, and if not why: `Record.trained` and `Record.untrained`."""
+    drawn = [r for r in rounds if r.reward is not None and r.reward_sd is not None]
+    alike = drawn and all((r.reward_sd or 0) <= 1e-6 * max(1.0, abs(r.reward or 0)) for r in drawn)
+    because = "; the training reward gave every sample of a round the same score" if alike else ""
     if not updates:
-        return False, "no update was made: no round left anything to train on"
+        return False, f"no update was made: no round left anything to train on{because}"
     norms = [r.metrics["grad_norm"] for r in rounds if "grad_norm" in r.metrics]
     if norms and not any(norms):
-        return False, "no gradient arrived: its norm was 0 in every round"
+        return False, f"no gradient arrived: its norm was 0 in every round{because}"
     return True, None
 
 

@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from bench_dfusion import evaluation, files, model_card, pairs, parallel, pictures, records
+from bench_dfusion import baseline, evaluation, files, model_card, pairs, parallel, pictures, records
 from bench_dfusion.algorithm import Algorithm
+from bench_dfusion.baseline import Baseline
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
 from bench_dfusion.models.base import Adapter, NotFinite
@@ -24,16 +25,14 @@ from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round
 from bench_dfusion.registry import PluginError, UsageError
-from bench_dfusion.reward import Reward, dealt_out
+from bench_dfusion.reward import dealt_out, made
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track
 from bench_dfusion.weighted_sum import WeightedSum
 
-COLLAPSE = 4.0  # standard deviations of the first round's rewards below its mean
-
 
 class Collapse(RuntimeError):
-    """The run's reward collapsed or turned non-finite; the message is the evidence."""
+    """The run's reward collapsed or is no number; the message is the evidence."""
 
 
 @dataclass
@@ -90,9 +89,7 @@ class Run:
         self.device = parallel.join(device) or torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         track = cell.track
         prompts = [*track.prompts.train, *track.prompts.heldout]
-        self.reward: Reward = cell.reward(cell.reward_config, self.device)
-        if cell.builder.draws:
-            self.reward.check(prompts)
+        self.reward = made(cell.reward, cell.reward_config, self.device, prompts if cell.builder.draws else ())
         if track.memory.offload_rewards and not cell.algorithm.needs_gradient:
             self.reward.rest()
         self.judges = evaluation.load_judges(track, self.device)
@@ -121,6 +118,7 @@ class Run:
                 f"the budget of {track.budget.reward_queries} reward queries is less than one round of {a_round}: raise track.budget.reward_queries or lower prompts_per_round"
             )
         self.progress = Progress()
+        self.baseline = Baseline()
         self.failure: str | None = None
         self.checkpoint = folder / "checkpoint.safetensors"
 
@@ -142,10 +140,10 @@ class Run:
                 self.progress.round += 1
                 if parallel.first():
                     self._leave(samples, number)
-                rewards = [r["reward"] for r in self.progress.rounds]
                 now = f"loss {metrics.get('loss', 0):.3g}"
                 if samples.drawn:
-                    now = f"reward {rewards[-1]:.3f} (first round {rewards[0]:.3f})"
+                    last = self.progress.rounds[-1]
+                    now = f"reward {last['reward']:.3f}, {last['rise']:+.3f} to the base on the same prompts"
                 progress.advance(1, now)
         if self.failure is not None and parallel.first():
             files.write_json(self.folder / "failure.json", {"round": self.progress.round, "evidence": self.failure})
@@ -157,6 +155,8 @@ class Run:
                 return self.builder.offline(self.policy, self.cell.seed, number, self.drawn)
         prompts = round_prompts(self.cell.track, self.cell.seed, number)
         seeds = torch.tensor([seed_of("train", self.cell.seed, number, p, i) for i, p in enumerate(prompts)])
+        with self.progress.phase("base"):
+            self._measure_base(prompts)
         with self.algorithm.collecting(self.policy):
             with self.progress.phase("sample"):
                 trajectory = self.policy.sample(prompts, seeds)
@@ -165,10 +165,29 @@ class Run:
             with self.progress.phase("build"):
                 return self.builder.build(self.policy, drawn, self._score)
 
+    def _measure_base(self, prompts: Sequence[str]) -> None:
+        """Draw and score the base on the prompts of a round that are new: see `baseline`."""
+        k = baseline.pictures_per_prompt(self.cell.track, self.rounds)
+        new = [p for p in self.baseline.missing(prompts) for _ in range(k)]
+        if not new:
+            return
+        seeds = torch.tensor([seed_of("base", p, i % k) for i, p in enumerate(new)])
+        before = self.policy.network_evaluations
+        with self.policy.reference():
+            trajectory = self.policy.sample(new, seeds)
+        self.baseline.take(new, self._rewards(self.policy.decode(trajectory.final), new))
+        self.baseline.network_evaluations += parallel.total(self.policy.network_evaluations - before)
+        self.policy.network_evaluations = before
+
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        with self.progress.phase("score"), self.reward.scoring():
-            rewards = dealt_out(self.reward, images, prompts).float()
+        with self.progress.phase("score"):
+            rewards = self._rewards(images, prompts)
         self.progress.queries += len(images)
+        return rewards
+
+    def _rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        with self.reward.scoring():
+            rewards = dealt_out(self.reward, images, prompts)
         if rewards.shape != (len(images),):
             raise Collapse(f"reward {self.reward.name} returned shape {tuple(rewards.shape)} for {len(images)} images")
         if not rewards.isfinite().all():
@@ -214,7 +233,8 @@ class Run:
 
     def _note(self, samples: ConsistentSamples, metrics: dict[str, float], number: int) -> None:
         rewards = samples.samples.rewards
-        drawn = rewards[: samples.drawn]
+        drawn, prompts = rewards[: samples.drawn], samples.samples.prompts[: samples.drawn]
+        base = self.baseline.mean(prompts) if samples.drawn else None
         entry = Round(
             round=number,
             queries=self.progress.queries,
@@ -225,18 +245,15 @@ class Run:
             pairs=len(samples.pairs),
             dropped=samples.dropped,
             metrics=metrics,
+            base_on_prompts=base,
+            rise=None if base is None else float(drawn.mean()) - base,
         )
         if any(not math.isfinite(v) for v in metrics.values()):
             raise Collapse(f"the metrics are not finite: {metrics}")
         self.progress.rounds.append(entry.model_dump())
-        first = self.progress.rounds[0]
-        if entry.reward is None:
-            return
-        floor = first["reward"] - COLLAPSE * first["reward_sd"]
-        if first["reward_sd"] > 0 and entry.reward < floor:
-            raise Collapse(
-                f"round {number}: mean reward {entry.reward:.4f} fell below {floor:.4f}, {COLLAPSE} sd of round 0"
-            )
+        evidence = self.baseline.collapsed(prompts, drawn) if samples.drawn else None
+        if evidence is not None:
+            raise Collapse(evidence)
 
     def _leave(self, samples: ConsistentSamples, number: int) -> None:
         """Write what a finished round leaves."""
@@ -250,7 +267,8 @@ class Run:
         tensors: dict[str, Tensor] = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
         tensors |= files.optimizer_tensors(self.optimizer)
         tensors |= {f"algorithm.{k}": v for k, v in self.algorithm.state().items()}
-        files.save_tensors(self.checkpoint, tensors, {"cell": self.cell.hash, "progress": vars(self.progress)})
+        state = {"cell": self.cell.hash, "progress": vars(self.progress), "base": vars(self.baseline)}
+        files.save_tensors(self.checkpoint, tensors, state)
 
     def restore(self) -> None:
         """Go on from the checkpoint, if there is one. Raises UsageError where it is damaged or another cell's."""
@@ -271,6 +289,7 @@ class Run:
         prefix = "algorithm."
         self.algorithm.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.progress = Progress(**meta["progress"])
+        self.baseline = Baseline(**meta.get("base", {}))
 
     def finish(self) -> Record:
         """Evaluate (unless the run failed); the first process writes LoRA, pictures and record."""
@@ -323,6 +342,8 @@ class Run:
                 peak_memory_mb=round(records.peak_memory_mb(self.device), 1),
                 device=(f"{parallel.size()} × " if parallel.size() > 1 else "")
                 + (torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"),
+                base_queries=self.baseline.queries if cell.builder.draws else None,
+                base_network_evaluations=self.baseline.network_evaluations if cell.builder.draws else None,
             ),
             provenance=records.Provenance(
                 code=code,

@@ -51,7 +51,7 @@ def advantages(samples: Samples, rows: Tensor, clip: float, spread: Spread = "pr
 class PromptAdvantages:
     """A reward less the mean of the last rewards of its prompt, over their spread (Black et al. 2023, §5).
 
-    Below `min_count` remembered rewards the mean and spread of all the rewards given serve.
+    Below `min_count` remembered rewards the mean and spread of all the rewards given serve. Exactly 0 where all are alike.
     """
 
     def __init__(self, buffer: int, min_count: int, clip: float):
@@ -65,7 +65,8 @@ class PromptAdvantages:
         for i, prompt in enumerate(prompts):
             own = torch.tensor(list(self._seen[prompt]))
             own = own if len(own) >= self.min_count else rewards
-            result[i] = (rewards[i] - own.mean()) / (own.std(correction=0) + 1e-6)
+            alike = bool(own.min() == own.max())  # then their mean may differ from them by rounding, and that be learnt
+            result[i] = 0.0 if alike else (rewards[i] - own.mean()) / (own.std(correction=0) + 1e-6)
         return result.clamp(-self.clip, self.clip)
 
     def state(self) -> dict[str, Tensor]:
