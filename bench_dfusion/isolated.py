@@ -354,19 +354,20 @@ def _install(name: str, folder: Path, interpreter: Path, requirements: Sequence[
 
 
 def _watch(words: list[str], progress: Bar, lock: int) -> tuple[list[str], int]:
-    """Run a command to its end, its last line beside the bar; returns its last lines and status."""
+    """Run a command to its end, its last line beside the bar; returns its last lines and status. It ends with this
+    process, even where that one is killed: its stdin is a pipe from here, which `scorer_worker` watches."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     lines: deque[str] = deque(maxlen=200)
     process = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-I", scorer_worker.__file__, "--run", *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=clean,
         pass_fds=[lock],
         start_new_session=True,
     )
-    assert process.stdout
+    assert process.stdin and process.stdout
     listener = threading.Thread(target=_listen, args=(process.stdout, lines), daemon=True)
     listener.start()
     try:
@@ -381,6 +382,7 @@ def _watch(words: list[str], progress: Bar, lock: int) -> tuple[list[str], int]:
         raise
     listener.join(5.0)
     process.stdout.close()
+    process.stdin.close()
     return list(lines), process.returncode
 
 

@@ -2,6 +2,7 @@
 
     python -I scorer_worker.py MODULE.py     answer requests on stdin with scores on stdout
     python -I scorer_worker.py --versions    print the installed packages as JSON
+    python -I scorer_worker.py --run WORDS   run a command that ends when stdin does: with whoever started it
 
 A message is two big-endian lengths (4 and 8 bytes), a JSON header and raw bytes. MODULE.py defines
 `load(config, device)`, which returns an object with `score(images, prompts)`: one number for each image. Images are
@@ -19,6 +20,7 @@ import queue
 import re
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import traceback
@@ -94,10 +96,27 @@ def receive(file, inbox):
     while True:
         found = read(file)
         if found is None:
-            if os.getpgrp() == os.getpid():
-                os.killpg(os.getpid(), signal.SIGKILL)
-            os._exit(1)
+            end()
         inbox.put(found)
+
+
+def end():
+    """End this process and its children."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def run(words):
+    """The exit status of a command, which does not outlive the process that holds the other end of stdin, however that
+    one ended. Descriptors are passed on: a lock holds while the command runs."""
+
+    def watch():
+        sys.stdin.buffer.read()
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return subprocess.run(words, stdin=subprocess.DEVNULL, close_fds=False).returncode
 
 
 def main(path):
@@ -130,5 +149,8 @@ def main(path):
 if __name__ == "__main__":
     if sys.argv[1] == "--versions":
         print(json.dumps(versions()))
+    elif sys.argv[1] == "--run":
+        sys.stdout.flush()
+        os._exit(run(sys.argv[2:]) & 0xFF)  # the watching thread holds stdin: an ordinary exit would wait for it
     else:
         main(sys.argv[1])

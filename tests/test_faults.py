@@ -20,7 +20,7 @@ from processes import SETTINGS, TINY, command
 from torch import Tensor
 
 import bench_dfusion
-from bench_dfusion import files, records, trainer
+from bench_dfusion import baseline, files, records, trainer
 from bench_dfusion.models.pixart import PixArtAdapter
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
@@ -192,8 +192,25 @@ def test_a_network_that_breaks_in_the_evaluation_fails_the_cell(
 
     monkeypatch.setattr(trainer.Run, "finish", broken)
     record = run(tmp_path)
-    assert record.status == "failed" and record.evidence == "evaluation: the network's predictions are not finite"
+    assert record.status == "failed"
+    assert str(record.evidence).startswith("evaluation: the network's predictions are not finite (PixArt")
     assert len(record.rounds) == 4 and not record.verdicts
+
+
+def test_a_reward_that_falls_far_below_the_base_fails_the_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, improve = Clip.score, trainer.Run._improve
+
+    def broken(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
+        monkeypatch.setattr(Clip, "score", lambda self, images, prompts: plain(self, images, prompts) - 100)
+        return improve(self, samples, number)
+
+    settings = [s for s in SETTINGS if "reward_queries" not in s] + ["track.budget.reward_queries=96"]
+    monkeypatch.setattr(trainer.Run, "_improve", broken)
+    monkeypatch.setattr(baseline, "pictures_per_prompt", lambda track, rounds: 4)
+    train = ["track.prompts.train=" + '["three green rings", "a cyan square"]']  # both in the first round
+    record = bench_dfusion.run(algo="sft", reward="clip", builder="vanilla", out=tmp_path, settings=settings + train)
+    assert record.status == "failed" and "on the same prompts the base has" in str(record.evidence)
+    assert str(record.evidence).startswith("round 2: ") and len(record.rounds) == 3
 
 
 def test_a_clock_set_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calm: Record) -> None:

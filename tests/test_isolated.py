@@ -141,6 +141,12 @@ def children(pid: int) -> list[bytes]:
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return own + [grandchild for child in own for grandchild in descendants(child)]
+
+
 def open_files(pid: int) -> list[str]:
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -290,11 +296,15 @@ def test_a_build_killed_in_the_middle_is_done_again(
     while not any(b"install" in words for words in children(process.pid)):
         assert process.poll() is None
         time.sleep(0.005)
-    process.kill()
-    process.wait()
+    while len(family := descendants(process.pid)) < 2:  # who watches, and pip
+        assert process.poll() is None
+        time.sleep(0.005)
     (cut,) = (p for p in scorers.iterdir() if p.is_dir())
     with open(f"{cut}.lock") as lock:
-        assert not isolated._flock(lock)  # the pip that the kill has left behind
+        assert not isolated._flock(lock)
+        process.kill()
+        process.wait()
+        assert all(gone(pid) for pid in family) and isolated._flock(lock)  # pip has died with who started it
     assert not (cut / "complete.json").exists()
     (cut / "half").touch()
     found = isolated.build("cut", [requirement])
