@@ -29,7 +29,7 @@ def half(sd_dir: Path) -> Adapter:
     return adapter
 
 
-def scaled(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, factor: float = 1e5) -> None:
+def scaled(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, factor: float = 1e7) -> None:
     """Weights so large that float16 overflows."""
     for parameter in module.parameters():
         monkeypatch.setattr(parameter, "data", (parameter.data.float() * factor).to(parameter.dtype))
