@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -325,14 +326,16 @@ class Pairs:
         Every picture is decoded on the way, so that none can fail in a run: raises UsageError that names the first that
         is missing, damaged or cannot be shown. Where that takes long (`SLOW`) it is noted that these files are fine.
         """
-        note = self._note()
-        if note is not None and note.is_file():
-            known = files.read_json(note)
-        else:
+        note, known = self._note(), None
+        if note is not None:
+            with suppress(OSError, ValueError):  # there is none, or it is damaged
+                known = files.read_json(note)
+        if known is None:
             start = time.monotonic()
             known = self._check()
             if note is not None and time.monotonic() - start > SLOW and not known["outside"]:
-                files.write_json(note, known)
+                with suppress(OSError):  # a disk that is full or cannot be written to
+                    files.write_json(note, known)
         for line in known["said"]:
             _say(line)
         return str(known["sha256"])

@@ -137,7 +137,7 @@ def _most_level(image: Image.Image) -> int | None:
 
 def _levels(values: np.ndarray[Any, Any], mode: str, most: int | None) -> np.ndarray[Any, Any]:
     """Levels in [0, 1]. Raises PictureError where nothing says how bright they are."""
-    values = values.astype(np.float64)
+    values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise PictureError("its levels are not finite")
     low, high = float(values.min()), float(values.max())
