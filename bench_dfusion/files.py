@@ -18,6 +18,11 @@ if TYPE_CHECKING:  # torch takes seconds to import, and tables of records need n
     import torch
 
 
+def cache() -> Path:
+    """The directory of what is made once on a machine and used by every run."""
+    return Path(os.environ.get("BENCH_DFUSION_HOME") or "~/.cache/bench-dfusion").expanduser()
+
+
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold the lock of a directory, or of a file that is made where there is none, while the block runs.

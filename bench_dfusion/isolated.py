@@ -297,7 +297,7 @@ class Environment:
 
 def home() -> Path:
     """Where environments live."""
-    return Path(os.environ.get("BENCH_DFUSION_HOME") or "~/.cache/bench-dfusion").expanduser() / "scorers"
+    return files.cache() / "scorers"
 
 
 def build(name: str, requirements: Sequence[str], python: str | None = None) -> Environment:

@@ -7,7 +7,6 @@ and merged again. Nothing that others published is ever lost.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -22,9 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
-
-from bench_dfusion import __version__, dataset, files
+from bench_dfusion import __version__, dataset, files, picture_reader
 from bench_dfusion.dataset import README, Content
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.progress import bar
@@ -378,9 +375,8 @@ def _tree(
 def _picture(path: Path) -> bytes:
     data = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError) as error:
+        picture_reader.read(data)
+    except picture_reader.PictureError as error:
         raise UsageError(f"{path} is no picture ({error}): remove it, or run its cell again") from None
     return data
 

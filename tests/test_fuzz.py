@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
+import icc
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image as Picture
+from PIL import ImageOps
 
-from bench_dfusion import config, records, registry, track
+from bench_dfusion import config, pairs, picture_reader, records, registry, track
 from bench_dfusion.micro import tracks
 from bench_dfusion.registry import UsageError
 
@@ -196,3 +202,92 @@ def test_prompts_of_every_kind(tmp_path: Path, lines: list[str], works: bool) ->
     path = tmp_path / "my.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
     assert (tried(config.resolve, algo="dpo", reward="clip", prompts=path) is not None) == works
+
+
+# ---------------------------------------------------------------- pictures and pairs
+
+MODES = ("1", "L", "P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B")
+KINDS = ("PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TGA", "JPEG2000", "ICO")
+
+
+@st.composite
+def picture_files(draw: st.DrawFn) -> bytes:
+    """A picture of any mode, size and content in any file that holds it, sometimes with a byte or its end changed."""
+    mode, kind = draw(st.sampled_from(MODES)), draw(st.sampled_from(KINDS))
+    width, height = draw(st.sampled_from([(1, 1), (1, 300), (300, 1), (17, 5)]))
+    size = len(Picture.new(mode, (width, height)).tobytes())
+    content = np.random.default_rng(draw(st.integers(0, 9))).bytes(size)
+    if draw(st.booleans()):
+        content = bytes([draw(st.integers(0, 255))]) * size
+    image = Picture.frombytes(mode, (width, height), content)
+    options: dict[str, Any] = {}
+    if draw(st.booleans()):
+        options["icc_profile"] = draw(
+            st.sampled_from([b"broken", icc.grey(1.8), icc.rgb(icc.GREEN, icc.RED, icc.BLUE)])
+        )
+    if draw(st.booleans()):
+        exif = Picture.Exif()
+        exif[0x0112] = draw(st.sampled_from([1, 3, 6, 99]))
+        options["exif"] = draw(st.sampled_from([exif.tobytes(), b"Exif\0\0II"]))
+    if mode in ("L", "P", "RGB") and kind == "PNG" and draw(st.booleans()):
+        options["transparency"] = (1, 2, 3) if mode == "RGB" else draw(st.integers(0, 255))
+    data = io.BytesIO()
+    try:
+        image.save(data, kind, **options)
+    except Exception:  # a file that cannot hold this
+        assume(False)
+    found = bytearray(data.getvalue())
+    if draw(st.booleans()):
+        found[draw(st.integers(0, len(found) - 1))] ^= draw(st.integers(1, 255))
+        found = found[: draw(st.integers(len(found) // 2, len(found)))]
+    return bytes(found)
+
+
+@settings(fuzz, max_examples=300)
+@given(picture_files() | st.binary(max_size=60))
+def test_any_picture_is_8_bit_rgb_or_one_line(content: bytes) -> None:
+    try:
+        image = picture_reader.read(content, lambda reason: None)
+    except picture_reader.PictureError as error:
+        shown = registry.plain(error)
+        assert shown.strip() and "\n" not in shown and shown.isprintable()
+        return
+    pixels = np.asarray(image)
+    assert image.mode == "RGB" and pixels.dtype == np.uint8 and pixels.shape == (*image.size[::-1], 3)
+    assert ImageOps.fit(image, (8, 8)).size == (8, 8)
+
+
+COLUMNS = st.one_of(
+    st.lists(st.floats() | st.none(), min_size=3, max_size=3),
+    st.lists(st.floats(-2, 2, width=16), min_size=3, max_size=3),
+    st.lists(st.integers(-3, 2**62) | st.none(), min_size=3, max_size=3),
+    st.lists(st.booleans() | st.none(), min_size=3, max_size=3),
+    st.lists(st.text(max_size=4), min_size=3, max_size=3),
+    st.lists(st.lists(st.floats(), max_size=2), min_size=3, max_size=3),
+    st.lists(st.binary(max_size=4) | st.none(), min_size=3, max_size=3),
+    st.lists(st.fixed_dictionaries({"a": st.integers(0, 9)}), min_size=3, max_size=3),
+)
+NAMES = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "reward", "mask")
+
+
+@settings(fuzz, max_examples=30)
+@given(
+    st.fixed_dictionaries({"chosen_score": COLUMNS, "rejected_score": COLUMNS})
+    | st.dictionaries(st.sampled_from(NAMES), COLUMNS, min_size=1, max_size=3)
+)
+def test_any_columns_of_pairs(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
+    white = io.BytesIO()
+    Picture.new("RGB", (8, 8), "white").save(white, "PNG")
+    picture = {"bytes": white.getvalue(), "path": None}
+    content = {"prompt": ["a", "b", "c"], "chosen": [picture] * 3, "rejected": [picture] * 3, **columns}
+    kinds = {n: datasets.Image() for n in ("chosen", "rejected") if n not in columns}
+    data = datasets.Dataset.from_dict(content)
+    for name, kind in kinds.items():
+        data = data.cast_column(name, kind)
+    data.save_to_disk(tmp_path / "mine")
+    found = tried(pairs.read, str(tmp_path / "mine"))
+    if found is not None:
+        chosen, rejected = found.scores(range(len(found)))
+        assert 0 < len(found) == 3 - found.ties and len(found.sha256) == 64
+        assert (chosen > rejected).all() and chosen.isfinite().all() and rejected.isfinite().all()
+        assert found.pictures([0], 4)[0].shape == (1, 4, 4, 3)

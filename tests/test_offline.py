@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
@@ -23,6 +28,7 @@ from bench_dfusion import config, micro, pairs, records, registry
 from bench_dfusion.builders.offline import Offline, OfflineConfig
 from bench_dfusion.consistent import ConsistentSamples, Samples
 from bench_dfusion.policy import Trajectory
+from bench_dfusion.registry import UsageError
 
 ABLE = ("diffusion-dpo", "kto", "rwr", "sft")
 FEATURES = Features(prompt=Value("string"), chosen=Image(), rejected=Image())
@@ -73,14 +79,15 @@ def test_pairs_are_read_from_every_form_alike(form: str, tmp_path: Path) -> None
     assert [s.tolist() for s in found.scores([0, 1])] == [[1, 1], [0, 0]]
 
 
-def test_scores_and_their_reward_are_the_datasets_own(tmp_path: Path) -> None:
-    columns = {"chosen_score": [0.5, 2.0, 3.0], "rejected_score": [0.25, 4.0, -1.0], "reward": ["clip"] * 3}
+def test_scores_and_their_reward_are_the_datasets_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {"chosen_score": [0.5, 2.0, 3.0], "rejected_score": [0.25, 1.0, -1.0], "reward": ["clip"] * 3}
     found = pairs.read(parquet(tmp_path, table(3, **columns)))
     assert found.scored_by == "clip"
     assert [s.tolist() for s in found.scores([2, 0])] == [[3, 0.5], [-1, 0.25]]
     columns["chosen_score"] = [0.5, None, 3.0]
     found = pairs.read(parquet(tmp_path, table(3, **columns), "holes.parquet"))
-    assert [s.tolist() for s in found.scores([0, 1])] == [[1, 1], [0, 0]]  # one is missing: none is used
+    assert "1 of 3 rows of" in capsys.readouterr().err
+    assert [s.tolist() for s in found.scores([0, 2])] == [[1, 1], [0, 0]]  # one is missing: none is used
 
 
 def test_pictures_are_cropped_at_the_centre_turned_as_a_camera_says_and_without_alpha(tmp_path: Path) -> None:
@@ -113,8 +120,149 @@ def test_the_hash_is_of_what_is_trained_on_and_not_of_where_it_lies(tmp_path: Pa
     changed = table().to_list()
     changed[3]["prompt"] += "!"
     assert pairs.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "c.parquet")).sha256 != first
-    scored = table(chosen_score=[1.0] * 6, rejected_score=[0.0] * 6)
+    scored = table(chosen_score=[1.5] * 6, rejected_score=[0.0] * 6)
     assert pairs.read(parquet(tmp_path, scored, "d.parquet")).sha256 != first
+    # What it is of, so that a cell's hash stays: prompts and scores as Python writes them, hashes of the files.
+    total, undecoded = hashlib.sha256(), Image(decode=False)
+    for row in scored.cast_column("chosen", undecoded).cast_column("rejected", undecoded):
+        total.update(f"[{row['prompt']!r}, 1.5, 0.0]".encode())
+        for name in ("chosen", "rejected"):
+            total.update(hashlib.sha256(row[name]["bytes"]).digest())
+    assert pairs.read(str(tmp_path / "d.parquet")).sha256 == total.hexdigest()
+
+
+def with_scores(chosen: list[Any], rejected: list[Any]) -> Dataset:
+    """Pairs with these scores, of the type that `datasets` finds them to be."""
+    return table(len(chosen)).add_column("chosen_score", chosen).add_column("rejected_score", rejected)
+
+
+def test_ties_are_left_out_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = [3.0, 1.0, 2.0, 1 + 1e-12, 5.0], [1.0, 1.0, 0.0, 1.0, 1.0]  # rows 1 and 3, this one in float32
+    found = pairs.read(parquet(tmp_path, with_scores(*scores), "ties.parquet"))
+    assert "pairs: 2 of 5 pairs of" in capsys.readouterr().err
+    assert (len(found), found.ties, found.rows) == (3, 2, [0, 2, 4])
+    assert [s.tolist() for s in found.scores([1, 2])] == [[2, 5], [0, 1]]
+    chosen, rejected = found.pictures([0, 1, 2], 8)
+    assert chosen[:, 0, 0, 0].tolist() == [100, 102, 104] and rejected[:, 0, 0, 0].tolist() == [0, 2, 4]
+    assert found.prompts == ["prompt 0"] * 3
+    without = pairs.read(parquet(tmp_path, with_scores(*scores).select([0, 2, 4]), "none.parquet"))
+    assert without.ties == 0 and without.sha256 != found.sha256, "the record counts ties"
+
+
+def test_a_round_in_which_a_pass_begins_counts_its_ties(tmp_path: Path) -> None:
+    policy = fake_policy()
+    Encoder(policy)
+    path = parquet(tmp_path, with_scores([2.0, 1.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]))
+    builder = Offline(OfflineConfig(pairs=path, pairs_per_round=2))
+    rounds = [builder.offline(policy, 5, n, 8) for n in range(6)]  # passes over 3 pairs begin at 0, 3, 6 and 9
+    assert [r.dropped for r in rounds] == [1, 1, 0, 1, 1, 0]
+    assert all(len(r.pairs) == 2 and (r.samples.rewards[:2] > r.samples.rewards[2:]).all() for r in rounds)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ([1.0, 0.0, 0.5], [0.0, 1.0, 1.5], r"above the chosen one in 2 of 3 rows, row 1 for one \(1 over 0\)"),
+        ([1, 1], [1, 1], "all 2 pairs are ties"),
+        ([1.0, float("nan")], [0.0, 0.0], "chosen_score of row 1 is nan, which is no finite float32"),
+        ([1.0, 2.0], [0.0, float("-inf")], "rejected_score of row 1 is -inf"),
+        ([1e300, 2.0], [0.0, 0.0], r"chosen_score of row 0 is 1e\+300"),
+        (["1", "2"], ["0", "0"], r"column chosen_score holds Value\('string'\), not numbers \(row 0: '1'\)"),
+        ([[1.0]], [[0.0]], r"column chosen_score holds List\(Value\('float64'\)\), not numbers"),
+        ([1.0, 1.0], [False, True], r"column rejected_score holds Value\('bool'\), not numbers"),
+        ([None, 1.0], [float("nan"), 0.0], "rejected_score of row 0 is nan"),
+    ],
+)
+def test_scores_that_say_nothing_or_the_contrary_are_refused(
+    chosen: list[Any], rejected: list[Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"pairs.parquet: .*{expected}"):
+        pairs.read(parquet(tmp_path, with_scores(chosen, rejected)))
+
+
+@pytest.mark.parametrize("values", [([3, 2], [1, 1]), ([None, None], [None, None])])
+def test_scores_may_be_integers_or_none_at_all(values: tuple[list[Any], list[Any]], tmp_path: Path) -> None:
+    found = pairs.read(parquet(tmp_path, with_scores(*values)))
+    assert [s.tolist() for s in found.scores([0, 1])] == ([[3, 2], [1, 1]] if values[0][0] else [[1, 1], [0, 0]])
+
+
+def cells(*chosen: dict[str, Any]) -> Dataset:
+    """Pairs with these chosen pictures as they are stored."""
+    plain = {"bytes": png(), "path": None}
+    data = {"prompt": ["p"] * len(chosen), "chosen": list(chosen), "rejected": [plain] * len(chosen)}
+    return Dataset.from_dict(data, FEATURES)
+
+
+def png(size: tuple[int, int] = (8, 8)) -> bytes:
+    data = io.BytesIO()
+    Picture.new("1", size).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ({"bytes": None, "path": "/nowhere/a.png"}, "the chosen picture of row 1 is not there: no file /nowhere/a.png"),
+        ({"bytes": None, "path": "https://nowhere.invalid/a.png"}, "no file https://nowhere.invalid/a.png"),
+        ({"bytes": None, "path": "/dev/zero"}, "no file /dev/zero"),
+        ({"bytes": None, "path": "a\0b"}, "row 1 is not there"),
+        ({"bytes": b"", "path": None}, r"the chosen picture of row 1 cannot be read \(the file is empty\)"),
+        ({"bytes": png()[:45], "path": None}, "row 1 cannot be read .damaged"),
+        ({"bytes": png((20_000, 20_000)), "path": None}, "row 1 cannot be read .it has more pixels than"),
+        ({"bytes": png((9_000, 9_000)), "path": None}, "row 1 cannot be read .it has 9000 × 9000 pixels"),
+    ],
+)
+def test_a_picture_that_cannot_be_had_is_found_before_any_round(
+    cell: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "pairs.parquet")
+    pq.write_table(cells({"bytes": png(), "path": None}, cell).data.table, path)
+    with pytest.raises(UsageError, match=f"pairs.parquet: .*{expected}"):
+        assert pairs.read(path).sha256
+
+
+def test_the_row_that_is_named_is_the_files_own_where_ties_are_left_out(tmp_path: Path) -> None:
+    content = with_scores([1.0, 2.0, 2.0], [1.0, 1.0, 1.0]).to_list()
+    content[2]["rejected"] = {"bytes": b"x", "path": None}
+    path = parquet(tmp_path, Dataset.from_list(content, with_scores([1.0], [0.0]).features))
+    with pytest.raises(UsageError, match="the rejected picture of row 2 cannot be read"):
+        assert pairs.read(path).sha256
+
+
+def test_a_profile_that_cannot_be_used_is_said_once_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = io.BytesIO()
+    picture(9).save(data, "PNG", icc_profile=b"broken")
+    found = pairs.read(parquet(tmp_path, cells(*[{"bytes": data.getvalue(), "path": None}] * 3)))
+    assert found.sha256 and "pairs: 3 pictures of" in capsys.readouterr().err
+    assert found.pictures([0], 8)[0].unique().tolist() == [9]
+
+
+def test_a_long_check_is_noted_and_done_again_where_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pairs, "SLOW", -1)
+    table().save_to_disk(tmp_path / "mine")
+    first = pairs.read(str(tmp_path / "mine"))
+    digest = first.sha256
+    (note,) = (tmp_path / "home").rglob("*.json")
+    monkeypatch.setattr(pairs.Pairs, "_check", lambda self: pytest.fail("checked again"))
+    assert dataclasses.replace(first).sha256 == digest
+    monkeypatch.undo()
+    monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
+    (arrow,) = (tmp_path / "mine").glob("*.arrow")
+    os.utime(arrow, ns=(0, 0))
+    again = pairs.read(str(tmp_path / "mine"))
+    assert again._note() != note and again.sha256 == digest
+
+
+def test_pictures_that_lie_elsewhere_are_looked_at_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pairs, "SLOW", -1)
+    picture(7).save(tmp_path / "a.png")
+    path = str(tmp_path / "pairs.parquet")
+    pq.write_table(cells({"bytes": None, "path": str(tmp_path / "a.png")}).data.table, path)
+    assert pairs.read(path).sha256 and not (tmp_path / "home").exists()
 
 
 def text_pairs(folder: Path) -> str:
@@ -148,6 +296,37 @@ def empty(folder: Path) -> str:
     return parquet(folder, table(0))
 
 
+def empty_split(folder: Path) -> str:
+    DatasetDict(train=table(0), test=table(2)).save_to_disk(folder / "splits")
+    return str(folder / "splits")
+
+
+def lists(folder: Path) -> str:
+    return parquet(folder, Dataset.from_dict({"prompt": ["a"], "chosen": [[1, 2]], "rejected": [[3, 4]]}))
+
+
+def numbered(folder: Path) -> str:
+    return parquet(folder, table(3).remove_columns("prompt").add_column("prompt", [1, 2, 3]))
+
+
+def rewards_as_numbers(folder: Path) -> str:
+    return parquet(folder, table(3).add_column("reward", [0.1, 0.2, 0.3]))
+
+
+def half_scored(folder: Path) -> str:
+    return parquet(folder, table(2, chosen_score=[1.0, 2.0]))
+
+
+def one_file_damaged(folder: Path) -> str:
+    (folder / "data").mkdir()
+    parquet(folder / "data", table(), "a.parquet")
+    path = Path(parquet(folder / "data", table(), "b.parquet"))
+    content = bytearray(path.read_bytes())
+    content[100:400] = b"\xff" * 300  # a page, not the footer
+    path.write_bytes(content)
+    return str(folder / "data")
+
+
 def damaged(folder: Path) -> str:
     path = Path(parquet(folder, table()))
     path.write_bytes(path.read_bytes()[:-100])
@@ -170,7 +349,13 @@ def damaged(folder: Path) -> str:
         (no_picture, "row 2 has no rejected picture"),
         (no_prompt, "row 2 has no prompt"),
         (two_rewards, "was scored by several rewards, clip, oracle"),
-        (empty, "cannot be read as a dataset"),
+        (empty, "it, or a split of it, has no rows"),
+        (empty_split, "it, or a split of it, has no rows"),
+        (lists, "column chosen holds List(Value('int64')), not pictures"),
+        (numbered, "column prompt holds Value('int64'), not text"),
+        (rewards_as_numbers, "column reward holds Value('float64'), not the name of the reward"),
+        (half_scored, "has a column chosen_score and no rejected_score"),
+        (one_file_damaged, "data/b.parquet is damaged ("),
     ],
 )
 def test_what_is_no_preference_dataset_is_one_line_before_any_compute(

@@ -4,7 +4,8 @@ Nothing is drawn and nothing is scored: reward queries are 0. A round takes as m
 the track's sizes, in shuffled passes over the dataset, so that a run has as many rounds and as many pairs as an online
 one. Pictures are resized and cropped to the model's side and encoded once a round they are in (the mean of the
 autoencoder's posterior where it has one). Scores are the dataset's columns `chosen_score` and `rejected_score`, or 1
-and 0. There are no trajectories, so only algorithms that learn from finished pictures take these samples.
+and 0. Pairs with equal scores are left out; the round in which a pass begins counts those of the pass as dropped. There
+are no trajectories, so only algorithms that learn from finished pictures take these samples.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Offline(Builder):
 
     def offline(self, policy: Policy, seed: int, number: int, drawn: int) -> ConsistentSamples:
         count = self.config.pairs_per_round or drawn // 2
-        rows = passes(len(self._pairs), number * count, count, "offline", seed)
+        total = len(self._pairs)
+        rows = passes(total, number * count, count, "offline", seed)
+        begun = sum(position % total == 0 for position in range(number * count, (number + 1) * count))
         images = torch.cat(self._pairs.pictures(rows, policy.adapter.image_side))
         prompts = [str(p) for p in self._pairs.table.select_columns(["prompt"])[rows]["prompt"]]
         latents = policy.encode(images)
@@ -81,6 +84,7 @@ class Offline(Builder):
             pairs=torch.stack([winner, count + winner], 1),
             train=torch.arange(2 * count),
             triples=torch.zeros(0, 3, dtype=torch.int64),
+            dropped=begun * self._pairs.ties,
         )
 
     def build(self, policy: Policy, drawn: Samples, score: Score) -> ConsistentSamples:

@@ -13,9 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from bench_dfusion import leaderboard
+from bench_dfusion import leaderboard, picture_reader
 from bench_dfusion.leaderboard import Board, Row, signed
 from bench_dfusion.records import Record
 from bench_dfusion.report.marks import marks_of, ticks, visible
@@ -68,7 +66,7 @@ class Pictures:
         """The picture as a data URI, or None: too many, too large, or no picture."""
         try:
             data, width, height = _encode(path)
-        except (OSError, ValueError, Image.DecompressionBombError, SyntaxError):
+        except (OSError, picture_reader.PictureError):
             self.unreadable.append(name)
             return None
         if self.used >= MOST_PICTURES or self.size + len(data) > MOST_BYTES:
@@ -79,10 +77,7 @@ class Pictures:
 
 
 def _encode(path: Path) -> tuple[str, int, int]:
-    with Image.open(path) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{path} has more than {MOST_PIXELS} pixels")
-        picture = image.convert("RGB")
+    picture = picture_reader.read(path.read_bytes(), most=MOST_PIXELS)
     if picture.width > WIDEST:
         picture = picture.resize((WIDEST, max(1, round(picture.height * WIDEST / picture.width))))
     data = io.BytesIO()
