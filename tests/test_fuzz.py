@@ -215,7 +215,7 @@ def test_a_checkpoint_with_a_file_taken_away(file: str, taken: Path) -> None:
 
 @settings(fuzz, max_examples=40)
 @given(st.data(), VALUES, st.sampled_from(["null", "null", "null", "replace", "remove"]))
-def test_a_checkpoint_with_a_config_changed_anywhere(data: st.DataObject, value: Any, how: str, taken: Path) -> None:
+def test_a_checkpoint_with_a_config_changed_anywhere(taken: Path, data: st.DataObject, value: Any, how: str) -> None:
     file = taken / data.draw(st.sampled_from([f for f in FILES if f.endswith(("config.json", "index.json"))]))
     content = json.loads(file.read_bytes())
     keys = [(key,) for key in content]
