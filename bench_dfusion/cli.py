@@ -603,7 +603,7 @@ def _describe_track(source: str) -> None:
             escape(f"prompts: from {origin.title}, not in this package; {origin.hint}"), soft_wrap=True, highlight=False
         )
     elif "model" in content and prompts:
-        settings = tracks.validate(tracks.Track, content, "track")
+        settings = tracks.validate(tracks.Track, tracks.with_model_here(content), "track")
         config.judges_of(settings)
         out.print(f"{settings.id}, hash {settings.hash}", soft_wrap=True, highlight=False)
     else:

@@ -112,6 +112,8 @@ def resolve(
         given["prompts"] = str(prompts)
     changes = track.merge(file_options.get("track", {}), set_options.get("track", {}))
     resolved_track = _change_track(track_source, content, changes, model, prompts)
+    if Path(resolved_track.model.id).is_absolute():  # where it was, which the resolved track does not say
+        given["model"] = changes.get("model", {}).get("id") or model or content["model"]["id"]
     configs: dict[str, Any] = {}
     for section, cls in classes.items():
         defaults = getattr(resolved_track, SECTIONS[section]).get(names[section], {})
@@ -182,7 +184,7 @@ def _change_track(
     # A track whose fixed part is changed is another: its records never mix with the published one's.
     if custom:
         content["name"] = f"{content.get('name', 'track')}-custom"
-    resolved: Track = track.validate(Track, content, "track")
+    resolved: Track = track.validate(Track, track.with_model_here(content), "track")
     judges_of(resolved)
     return resolved
 

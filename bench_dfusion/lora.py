@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA file
 HEADER = "lora_adapter_metadata"  # where diffusers keeps a LoRA's configuration in such a file
+# What trainers and other programs write before a module's own name.
+PREFIXES = ("base_model.model.", "diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "module.")
+_NAME = re.compile(
+    r"(.+?)\.(alpha|lora_magnitude_vector(?:\.default)?(?:\.weight)?|lora_(?:A|B|down|up)(?:\.default)?\.(?:weight|bias))"
+)
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -74,12 +79,17 @@ def read(file: Path, adapter: Adapter) -> Lora:
         raise UsageError(f"{file} cannot be read as a LoRA: {error}") from None
     part = f"{adapter.network_name}."
     alphas: dict[str, float] = {}
+    _check_finite(tensors, file)
+    named = _by_module(tensors, part, {name for name, _ in adapter.network.named_modules()})
     if given:
         _check_peft(given, beside)
+    if named is not None:
+        state, alphas = named
+    elif given:
         state = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
     else:
         state, alphas = _of_network(tensors, adapter, file)
-        given = {key.removeprefix(part): value for key, value in header.items()}
+    given = given or {key.removeprefix(part): value for key, value in header.items()}
     ranks = {
         key.removesuffix(".lora_B.weight"): v.shape[1] for key, v in state.items() if key.endswith(".lora_B.weight")
     }
@@ -96,6 +106,40 @@ def read(file: Path, adapter: Adapter) -> Lora:
         return Lora(_config(ranks, alphas, given, state), state)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{file}: its configuration is no LoRA's: {error}") from None
+
+
+def _by_module(
+    tensors: Mapping[str, Tensor], part: str, modules: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    """The layers and alphas of a file whose names are the network's own modules after one prefix, whatever it is.
+
+    None where they are not: then it is in another format, or another model's.
+    """
+    found = {key: _NAME.fullmatch(key) for key in tensors}
+    if not found or not all(found.values()):
+        return None
+    split = {key: (match[1], match[2]) for key, match in found.items() if match}
+    for prefix in (part, *PREFIXES, f"{PREFIXES[0]}{part}", f"{part}{PREFIXES[0]}", ""):
+        if all(m.startswith(prefix) and m.removeprefix(prefix) in modules for m, _ in split.values()):
+            break
+    else:
+        return None
+    state, alphas = {}, {}
+    for key, (module, rest) in split.items():
+        module = module.removeprefix(prefix)
+        if rest == "alpha":
+            alphas[module] = float(tensors[key])
+        else:
+            rest = rest.replace(".default", "").replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+            state[f"{module}.{rest}"] = tensors[key]
+    return state, alphas
+
+
+def _check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raise UsageError where a weight is not finite, as after a training whose loss became NaN."""
+    for name, values in tensors.items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise UsageError(f"{file}: its weights are not finite, {name} for one")
 
 
 def _of_network(

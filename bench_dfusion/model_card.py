@@ -12,6 +12,7 @@ from bench_dfusion.dataset import BIBTEX
 from bench_dfusion.leaderboard import escaped, signed
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
+from bench_dfusion.track import LOCAL
 
 README = "README.md"
 LORA = "pytorch_lora_weights.safetensors"
@@ -33,8 +34,10 @@ def card(folder: Path, record: Record) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     track = record.resolved["track"]
-    base = track["model"]["id"]
-    on_hub = bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base)) and not Path(base).exists()
+    base, local = track["model"]["id"], track["model"]["id"] == LOCAL
+    if local:
+        base = str(record.given.get("model", base))
+    on_hub = not local and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base)) and not Path(base).exists()
     in_diffusers = _keys_begin_with(folder / LORA, "unet.")
     name = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     data = ModelCardData(

@@ -26,7 +26,7 @@ from pydantic import (
 
 from bench_dfusion import files
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import SETS, Track, content_sha256
+from bench_dfusion.track import SETS, Track, content_sha256, hash_of
 
 if TYPE_CHECKING:
     import torch
@@ -295,7 +295,7 @@ def _problems(record: Record) -> Iterator[str]:
         return
     if record.track != track.id:
         yield f"track {record.track!r}, but the resolved track is {track.id!r}"
-    if record.track_hash != content_sha256({k: v for k, v in resolved["track"].items() if k != "batch"}):
+    if record.track_hash != hash_of(resolved["track"]):
         yield "track_hash is not the hash of the resolved track"
     if record.cell_hash != content_sha256(resolved):
         yield "cell_hash is not the hash of the resolved configuration"

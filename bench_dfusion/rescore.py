@@ -17,13 +17,14 @@ from pydantic import Field, ValidationError
 
 from bench_dfusion import evaluation, files, pictures, records
 from bench_dfusion import lora as loras
+from bench_dfusion.models import layout
 from bench_dfusion.models.base import NotFinite
-from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.models.loading import find, load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.records import Drift, Part, Record, Verdict
 from bench_dfusion.registry import UsageError
 from bench_dfusion.reward import Reward
-from bench_dfusion.track import Track, content_sha256
+from bench_dfusion.track import LOCAL, Track, content_sha256, hash_of
 from bench_dfusion.trainer import make_policy
 
 TOLERANCE = 1e-3  # of the standard deviation over prompts of a judge's scores
@@ -105,7 +106,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
         raise UsageError(f"{folder / 'record.json'} resolves to no track: {str(error).splitlines()[0]}") from None
     where = _device(device)
     judges = _judges(track, where)
-    section = track.model.model_copy(update={"sha256": None, **({"id": model} if model else {})})
+    section = track.model.model_copy(update={"sha256": None, "id": model or _place(record, track)})
     adapter, model_sha256 = load_adapter(section, where, track.memory)
     found = {name: judge.fingerprint() for name, judge in judges.items()}
     problems = _provenance(record, track, file, model_sha256, found)
@@ -127,6 +128,16 @@ def _evaluated(
         return evaluation.evaluate(policy, track, judges, trained_on)
     except NotFinite as error:
         raise UsageError(f"{what} on {track.id}: {error}") from None
+
+
+def _place(record: Record, track: Track) -> str:
+    """Where the base model of a run was. Raises UsageError where it is no longer there."""
+    if track.model.id != LOCAL:
+        return track.model.id
+    place = record.given.get("model")
+    if not isinstance(place, str) or layout.local(place) is None:
+        raise UsageError(f"the run's model was the directory {place}, which is not here: give --model, where it is now")
+    return place
 
 
 def compare(
@@ -171,7 +182,7 @@ def _provenance(record: Record, track: Track, file: Path, model_sha256: str, jud
     resolved = content_sha256(record.resolved)
     provenance = record.provenance
     hashes = {
-        "the track's hash": (track.hash, record.track_hash),
+        "the track's hash": (hash_of(record.resolved["track"]), record.track_hash),
         "the hash of the options (cell_hash)": (resolved, record.cell_hash),
         f"the SHA-256 of {file}": (files.sha256(file), provenance.lora_sha256),
         f"the SHA-256 of the model {track.model.id}": (model_sha256, provenance.model_sha256),
@@ -272,11 +283,11 @@ def weights(
     if (lora is None) == (checkpoint is None):
         raise UsageError("give one of a LoRA and a checkpoint")
     kind: Literal["lora", "checkpoint"] = "lora" if lora else "checkpoint"
-    path = lora or checkpoint or Path()
-    file = loras.locate(path) if kind == "lora" else path
-    if not file.exists():
+    path = (lora or checkpoint or Path()).expanduser()
+    if not path.exists() and kind == "checkpoint":
         raise UsageError(f"no pipeline directory {path}")
-    digest = _digest(file)
+    file = loras.locate(path) if kind == "lora" else path
+    digest = _digest(file) if kind == "lora" else find(str(path.absolute())).sha256()
     label = name or _label(file)
     short = hashlib.sha256(f"{kind} {digest} {track.hash}".encode()).hexdigest()[:8]
     folder = out / track.id / f"eval-{label}-{short}"
@@ -341,7 +352,7 @@ def read(path: Path) -> Evaluation:
 
 def _checkpoint(track: Track, path: Path, base: Policy, device: torch.device) -> Checkpoint:
     """The policy of a pipeline beside the base's. Raises UsageError where the two have no noise in common."""
-    section = track.model.model_copy(update={"id": str(path), "revision": None, "sha256": None})
+    section = track.model.model_copy(update={"id": str(path.absolute()), "revision": None, "sha256": None})
     adapter, _ = load_adapter(section, device, track.memory)
     policy = make_policy(track, adapter, 0, device, kind=Checkpoint)
     assert isinstance(policy, Checkpoint)
@@ -371,9 +382,7 @@ def _load(policy: Policy, own: loras.Lora, file: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    """The hash of a LoRA's file and of the configuration peft keeps beside it, or of a pipeline's directory."""
-    if path.is_dir():
-        return files.tree_sha256(path)
+    """The hash of a LoRA's file and of the configuration peft keeps beside it."""
     beside = path.with_name(loras.PEFT_CONFIG)
     if path.name == loras.PEFT_FILE and beside.is_file():
         return hashlib.sha256(f"{files.sha256(path)} {files.sha256(beside)}".encode()).hexdigest()

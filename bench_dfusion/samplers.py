@@ -90,11 +90,28 @@ def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
         raise ValueError(f"prediction_type {prediction!r} is not supported (epsilon, v_prediction)")
     if not 0 < eta <= 1:
         raise ValueError(f"eta must be in (0, 1], not {eta}: at 0 the sampler is deterministic and no policy")
-    scheduler.set_timesteps(steps)
+    total = len(scheduler.alphas_cumprod)
+    if steps > total:
+        raise ValueError(f"track.sampler.steps is {steps}, and the schedule has {total} steps: take at most as many")
+    try:
+        scheduler.set_timesteps(steps)
+    except (TypeError, ArithmeticError) as error:  # a setting that is null, or of another kind
+        raise ValueError(f"the scheduler's settings make no {steps} steps: {error}") from None
     timesteps = torch.as_tensor(scheduler.timesteps).long().cpu()
     if len(timesteps) != steps:
         raise ValueError(
-            f"the scheduler made {len(timesteps)} steps of {steps}: only first-order samplers are policies"
+            f"the scheduler made {len(timesteps)} steps of {steps}: rounding does so at some numbers (take another one), "
+            "and samplers that are not first-order at every number, which are no policies"
+        )
+    if not 0 <= timesteps.min() <= timesteps.max() < total:
+        offset = config.get("steps_offset", 0)
+        raise ValueError(
+            f"with track.sampler.steps {steps} and the scheduler's steps_offset {offset} the first step is from timestep "
+            f"{timesteps.max()}, and the last that there is is {total - 1}: take fewer steps"
+        )
+    if not timesteps.any():
+        raise ValueError(
+            f"with track.sampler.steps {steps} the only step is from timestep 0, where there is no noise: take more steps"
         )
     cumulative = scheduler.alphas_cumprod.double().cpu()
     if cumulative[timesteps[0]] < 1e-8 and prediction == "epsilon":
@@ -104,7 +121,7 @@ def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
     after = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])
     a_t, a_s = cumulative[timesteps], cumulative[after]
     std = (eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).clamp(min=0).sqrt()).float()
-    a_t, a_s, total = a_t.float(), a_s.float(), len(cumulative)
+    a_t, a_s = a_t.float(), a_s.float()
     return Schedule(
         timesteps,
         signal=a_t.sqrt(),

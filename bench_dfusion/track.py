@@ -130,6 +130,9 @@ class MemorySection(Section):
     )
 
 
+LOCAL = (
+    "local"  # what stands in the place of a directory's path where a track is hashed: `model.sha256` says which model
+)
 NOT_FIXED = {"algorithms", "builders", "tuned", "tuning", "memory"}
 
 
@@ -165,14 +168,19 @@ class Track(Section):
     def fixed(self) -> dict[str, Any]:
         """Everything the track holds equal, JSON-able. The options it suggests for algorithms and builders are not in
         it: they are resolved in each cell, and a track can suggest some for another algorithm and stay what it is.
-        Nor is how memory is saved."""
-        return self.model_dump(mode="json", exclude=NOT_FIXED)
+        Nor is how memory is saved. A model in a directory is what it holds, wherever it lies (see `LOCAL`)."""
+        content = self.model_dump(mode="json", exclude=NOT_FIXED)
+        folder = Path(self.model.id)
+        if folder.is_absolute() and folder.is_dir():
+            from bench_dfusion.models import layout
+
+            content["model"] |= {"id": LOCAL, "revision": None, "sha256": layout.read(folder).sha256()}
+        return content
 
     @property
     def hash(self) -> str:
         """SHA-256 of everything the track holds equal, prompts included."""
-        content = {k: v for k, v in self.fixed.items() if k != "batch"}
-        return content_sha256(content)
+        return hash_of(self.fixed)
 
 
 SETS = ("train", "validation", "heldout")
@@ -181,6 +189,23 @@ SETS = ("train", "validation", "heldout")
 def content_sha256(content: Any) -> str:
     """The hash of JSON-able content, whatever the order of its keys: of a track, of a cell's options."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of(fixed: dict[str, Any]) -> str:
+    """The hash of what a track holds equal, as `Track.fixed` gives it and a record has it."""
+    return content_sha256({k: v for k, v in fixed.items() if k != "batch"})
+
+
+def with_model_here(content: dict[str, Any]) -> dict[str, Any]:
+    """A track's content with the path of a model that is a directory here made absolute, links and ~ resolved."""
+    model = content.get("model")
+    name = model.get("id") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(name, str):
+        return content
+    from bench_dfusion.models import layout
+
+    folder = layout.local(name)
+    return content if folder is None or not folder.is_dir() else {**content, "model": {**model, "id": str(folder)}}
 
 
 def read(source: str | Path) -> dict[str, Any]:

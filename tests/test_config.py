@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from bench_dfusion import files, track
-from bench_dfusion.config import _settings, resolve
+from bench_dfusion.config import _settings, resolve, resolve_track
+from bench_dfusion.models import layout
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import PromptsSection, Track
 
@@ -316,6 +318,39 @@ def test_a_changed_track_is_another_track(toy: str) -> None:
     # An algorithm's option changes the cell and not the track.
     tuned = cell(toy, settings=["algo.beta=9"])
     assert tuned.track.hash == plain.track.hash and tuned.hash != plain.hash
+
+
+def test_a_model_is_what_it_holds_however_it_is_named(
+    toy: str, pixart_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(pixart_dir, tmp_path / "home" / "model")
+    copy = shutil.copytree(pixart_dir, tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    first = cell(toy, model=str(folder))
+    assert first.track.model.id == str(folder) and first.given["model"] == str(folder)
+    digest = layout.read(folder).sha256()
+    fixed = first.resolved["track"]["model"]
+    assert (fixed["id"], fixed["sha256"], fixed["revision"]) == ("local", digest, None)
+    assert str(tmp_path) not in json.dumps(first.resolved)
+    spellings = ["home/model", f"{folder}/", "./home/../home/model", "link", "~/model", str(copy)]
+    for name in spellings:
+        found = cell(toy, model=name)
+        assert (found.hash, found.track.hash, found.folder) == (first.hash, first.track.hash, first.folder), name
+        assert found.given["model"] == name
+        for written in (cell(toy, settings=[f"track.model.id={name}"]), resolve_track(toy, model=name)):
+            assert getattr(written, "track", written).hash == first.track.hash, name
+    assert cell(toy, settings=["track.model.id=link"]).given["model"] == "link"
+    fixed_too = cell(toy, settings=["track.model.id=link", f"track.model.sha256={digest}"])
+    assert fixed_too.track.hash == first.track.hash  # the same content, said twice
+    (copy / "scheduler" / "scheduler_config.json").write_text(
+        (copy / "scheduler" / "scheduler_config.json").read_text().replace("}", ',"beta_end": 0.03}')
+    )
+    assert cell(toy, model=str(copy)).track.hash != first.track.hash
+    # A record reads as it is, wherever it is read.
+    read = track.Track.model_validate(first.resolved["track"])
+    assert read.hash == first.track.hash == track.hash_of(first.resolved["track"])
 
 
 def test_the_hash_is_of_what_was_resolved(toy: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -171,6 +172,68 @@ def test_a_record_changed_anywhere(data: st.DataObject, value: Any, how: str) ->
 @given(st.binary(max_size=80) | VALUES.map(lambda v: json.dumps(v).encode()))
 def test_any_bytes_as_a_record(content: bytes) -> None:
     assert tried(records.parse, content, "record.json") is None
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def used(folder: Path) -> None:
+    """Load a checkpoint as a run does, up to its first sample, and as the doctor does."""
+    from bench_dfusion.models.loading import load_adapter
+    from bench_dfusion.policy import Policy
+
+    section = track.ModelSection(id=str(folder))
+    for device in ("meta", "cpu"):
+        adapter, _ = load_adapter(section, device)
+        try:
+            Policy(adapter, steps=3, device=device)
+        except ValueError as error:  # which a run and the doctor tell as they tell a UsageError
+            raise UsageError(str(error)) from None
+        assert adapter.text_length > 0 and adapter.image_side > 0
+
+
+@pytest.fixture(scope="module")
+def taken(pixart_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(pixart_dir, tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+FILES = (
+    *("model_index.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+    *("scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.safetensors"),
+    *("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"),
+    *("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_checkpoint_with_a_file_taken_away(file: str, taken: Path) -> None:
+    path = taken / file
+    content = path.read_bytes()
+    try:
+        for left in (None, b"", content[: len(content) // 2], b"{}", b"null", b"\xff" * 40):
+            path.unlink(missing_ok=True)
+            if left is not None:
+                path.write_bytes(left)
+            tried(used, taken)
+    finally:
+        path.write_bytes(content)
+
+
+@settings(fuzz, max_examples=40)
+@given(st.data(), VALUES, st.sampled_from(["null", "null", "null", "replace", "remove"]))
+def test_a_checkpoint_with_a_config_changed_anywhere(taken: Path, data: st.DataObject, value: Any, how: str) -> None:
+    file = taken / data.draw(st.sampled_from([f for f in FILES if f.endswith(("config.json", "index.json"))]))
+    content = json.loads(file.read_bytes())
+    keys = [(key,) for key in content]
+    new = changed(
+        content, data.draw(st.sampled_from(keys)), None if how == "null" else value, how.replace("null", "replace")
+    )
+    before = file.read_bytes()
+    try:
+        file.write_text(json.dumps(new))
+        tried(used, taken)
+    finally:
+        file.write_bytes(before)
 
 
 # ---------------------------------------------------------------- prompts

@@ -112,6 +112,39 @@ def test_peft_directories_of_every_scale(options: dict[str, Any], pixart_dir: Pa
     assert_same(read(tmp_path, pixart_dir), model)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
+def test_a_prefix_changes_nothing(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """What diffusers and peft wrote, under the names that other programs give it."""
+    model = request.getfixturevalue(f"{name}_dir")
+    policy_of(model, lora=0.3, rank=2).save_lora(tmp_path)
+    adapter, _ = load_adapter(ModelSection(id=str(model)))
+    own, part = lora.read(tmp_path / lora.FILE, adapter), f"{adapter.network_name}."
+    bare = {key.removeprefix(part): value for key, value in load_file(tmp_path / lora.FILE).items()}
+    shutil.copy(tmp_path / "peft" / lora.PEFT_FILE, tmp_path / "alone.safetensors")  # without its configuration
+    files = [tmp_path / "alone.safetensors"]
+    for i, prefix in enumerate(["", *lora.PREFIXES, f"base_model.model.{part}", f"{part}base_model.model."]):
+        files.append(tmp_path / f"{i}.safetensors")
+        save_file({f"{prefix}{key}": value for key, value in bare.items()}, files[-1])
+    files.append(tmp_path / "adapter.safetensors")  # a peft model's own state
+    save_file({f"base_model.model.{k.replace('.weight', '.default.weight')}": v for k, v in bare.items()}, files[-1])
+    for file in files:
+        found = lora.read(file, adapter)
+        assert found.config.to_dict() == own.config.to_dict(), file
+        assert found.state.keys() == own.state.keys()
+        assert all(torch.equal(value, own.state[key]) for key, value in found.state.items())
+
+
+def test_an_alpha_below_a_prefix_is_read(saved: tuple[Path, Adapter], tmp_path: Path) -> None:
+    tensors = {}
+    for key, value in load_file(saved[0] / lora.FILE).items():
+        module, _, rest = key.removeprefix("transformer.").partition(".lora_")
+        tensors[f"diffusion_model.{module}.lora_{ {'A': 'down', 'B': 'up'}[rest[0]] }{rest[1:]}"] = value
+        tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(6.0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = lora.read(tmp_path / "x.safetensors", saved[1])
+    assert (found.config.r, found.config.lora_alpha, found.config.alpha_pattern) == (2, 6.0, {})
+
+
 @pytest.fixture(scope="module")
 def saved(pixart_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Adapter]:
     """The directory of a LoRA for the tiny PixArt, and the adapter of a fresh one."""
@@ -147,6 +180,11 @@ def set_peft(folder: Path, **values: Any) -> None:
             lambda f: rewrite(f, lambda t: {f"unet.{k}": v for k, v in t.items()}),
             "",
             "of unet, and this one has a transformer",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t | {next(iter(t)): torch.full((2, 16), float("nan"))}),
+            "",
+            "not finite, transformer.transformer_blocks.0.*weight for one",
         ),
         (lambda f: rewrite(f, lambda t: {f"{k}.dora_scale": v for k, v in t.items()}), "", "DoRA"),
         (lambda f: (f / lora.FILE).write_bytes(b"nothing"), "", "cannot be read"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,25 @@ def test_other_flow_schedulers_are_refused() -> None:
         flow_matching(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
 
 
+@pytest.mark.parametrize("flux", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 1000, 1200])
+def test_a_flow_of_any_number_of_steps(steps: int, flux: bool, request: pytest.FixtureRequest) -> None:
+    adapter, _ = load_adapter(
+        ModelSection(id=str(request.getfixturevalue("flux_dir" if flux else "sd3_dir")), resolution=SIDE), "meta"
+    )
+    schedule = adapter.schedule(steps, None)
+    assert len(schedule) == steps and schedule.std.isfinite().all() and schedule.signal_s[-1] == 1
+
+
+def test_flow_settings_that_make_no_sigmas_are_one_line(flux_dir: Path) -> None:
+    adapter, _ = load_adapter(ModelSection(id=str(flux_dir), resolution=SIDE), "meta")
+    for settings in ({"max_image_seq_len": 16}, {"base_shift": None}):
+        adapter.scheduler = FlowMatchEulerDiscreteScheduler.from_config(adapter.scheduler.config, **settings)
+        adapter.scheduler.register_to_config(**settings)
+        with pytest.raises(ValueError, match="settings make no 3 steps"):
+            adapter.schedule(3, None)
+
+
 # ---------------------------------------------------------------- as diffusers' own pipelines
 
 
@@ -181,6 +202,33 @@ def fusing(folder: Path) -> tuple[Policy, Taps]:
     policy = policy_of(folder, guidance=GUIDANCE, resolution=SIDE, batch=4)
     policy.condition(PROMPTS)
     return policy, Taps(policy.adapter, policy.adapter.fused_layers(), policy.adapter.map_side())
+
+
+@pytest.mark.parametrize("how", ["null", "left out", "encoder alone"])
+def test_stable_diffusion_3_without_t5(how: str, sd3_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sd3_dir, tmp_path / "sd3")
+    index = json.loads((folder / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3") if how != "encoder alone" else ("text_encoder_3",):
+        index[part] = [None, None]
+        if how == "left out":
+            del index[part]
+        shutil.rmtree(folder / part)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    policy = policy_of(folder, lora=0, guidance=GUIDANCE, resolution=SIDE)
+    pipe = DiffusionPipeline.from_pretrained(sd3_dir, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    states, empty, pooled, empty_pooled = pipe.encode_prompt(PROMPTS, PROMPTS, PROMPTS)
+    ours = policy.condition(PROMPTS)
+    torch.testing.assert_close(ours["states"], torch.cat([empty, states]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours["pooled"], torch.cat([empty_pooled, pooled]), atol=1e-5, rtol=1e-5)
+    assert [p.start for p in policy.adapter.text_parts()] == [0]
+    assert DFusion(DFusionConfig())._tokens(policy, PROMPTS[1]) == [[2, 3, 4], [7, 8, 9, 10]]
+    hollow, _ = load_adapter(ModelSection(id=str(folder)), "meta")
+    assert hollow.pipe.text_encoder_3 is None
+    index["tokenizer_3"], index["text_encoder_3"] = [None, None], ["transformers", "T5EncoderModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match="no text_encoder_3"):
+        load_adapter(ModelSection(id=str(folder)))
 
 
 def text_of(policy: Policy, rows: int) -> slice:

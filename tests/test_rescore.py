@@ -18,6 +18,7 @@ from tiny import policy_of
 import bench_dfusion
 from bench_dfusion import cli, config, evaluation, files, lora, records, rescore
 from bench_dfusion.records import Record
+from bench_dfusion.registry import UsageError
 from bench_dfusion.track import Track
 
 
@@ -169,6 +170,36 @@ def tiny_track() -> Track:
 
 def plain(verdicts: list[records.Verdict]) -> list[dict[str, Any]]:
     return [v.model_dump(exclude={"trained_on"}) for v in verdicts]
+
+
+def test_a_run_on_a_directory_goes_on_and_is_scored_again_wherever_that_is(
+    pixart_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.toml").write_text(OWN)
+    shutil.copytree(pixart_dir, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+
+    def run(model: str) -> Record:
+        settings = ["track.budget.reward_queries=8", "track.budget.samples_per_prompt=4"]
+        return bench_dfusion.run(
+            algo="diffusion-dpo",
+            builder="vanilla",
+            reward="clip",
+            track_source="own.toml",
+            model=model,
+            settings=settings,
+        )
+
+    record = run("model")
+    ((path, _),) = records.find(tmp_path / "runs")
+    assert record.resolved["track"]["model"]["id"] == "local" and record.given["model"] == "model"
+    assert list(records.check(record)) == []
+    assert run(str(tmp_path / "model") + "/").model_dump() == record.model_dump(), "what is there is only read"
+    assert rescore.run(path.parent).exact
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="the directory model, which is not here: give --model"):
+        rescore.run(path.parent)
+    assert rescore.run(path.parent, model="moved").exact
 
 
 @pytest.mark.parametrize("part", [lora.FILE, "peft"])

@@ -137,6 +137,36 @@ def test_samplers_that_are_no_policy_are_refused_with_the_reason(scheduler, eta,
         ddim_schedule(scheduler, 5, eta)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps", "said"),
+    [
+        (SPACINGS["leading, offset 1"], 1000, "steps_offset 1 the first step is from timestep 1000.* take fewer steps"),
+        (SPACINGS["leading, offset 1"], 1001, "track.sampler.steps is 1001, and the schedule has 1000"),
+        (SPACINGS["trailing"], 1001, "track.sampler.steps is 1001, and the schedule has 1000"),
+        ({"timestep_spacing": "leading", "steps_offset": 700}, 2, "from timestep 1200"),
+        ({"timestep_spacing": "leading", "steps_offset": -1}, 2, "steps_offset -1"),
+        ({"timestep_spacing": "leading", "steps_offset": None}, 2, "settings make no 2 steps"),
+        ({"timestep_spacing": None}, 2, "not supported"),
+        ({"timestep_spacing": "leading"}, 1, "the only step is from timestep 0"),
+        ({"timestep_spacing": "linspace"}, 1, "the only step is from timestep 0"),
+        (SPACINGS["trailing"], 242, "made 243 steps of 242: rounding"),
+    ],
+)
+def test_steps_that_a_schedule_has_not_are_one_line(settings, steps, said):
+    with pytest.raises(ValueError, match=said) as refused:
+        ddim_schedule(ddim(**settings), steps, 1.0)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 999, 1000])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_a_schedule_as_long_as_the_levels(spacing, steps):
+    if steps == 1 and spacing != "trailing":
+        return
+    schedule = ddim_schedule(ddim(timestep_spacing=spacing), steps, 1.0)
+    assert len(schedule.timesteps.unique()) == steps and schedule.std.isfinite().all() and schedule.stochastic.any()
+
+
 # --- densities
 
 

@@ -28,7 +28,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from bench_dfusion import micro, track
+from bench_dfusion import track
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell, judges_of
 from bench_dfusion.config import resolve as resolve_cell
@@ -38,7 +38,7 @@ from bench_dfusion.doctor.device import Rates
 from bench_dfusion.doctor.trace import Cost, tracing
 from bench_dfusion.models import sharding
 from bench_dfusion.models.base import Adapter
-from bench_dfusion.models.loading import dtype, load_adapter, quiet
+from bench_dfusion.models.loading import dtype, find, load_adapter
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import console
 from bench_dfusion.registry import UsageError
@@ -254,13 +254,8 @@ class _Doctor:
         self._lying: dict[str, dict[str, int]] = {}  # by dtype
         self.process = device.own_memory() if self.cpu else CONTEXT if fresh else 0
         model = cell.track.model
-        if model.id == "micro" or Path(model.id).is_dir():
-            self.folder = micro.PIPELINE if model.id == "micro" else Path(model.id)
-            if not (self.folder / "model_index.json").is_file():
-                raise UsageError(f"{self.folder} is no diffusers pipeline directory: it has no model_index.json")
-            self.stored = configs.stored(self.folder)
-        else:
-            self.folder, self.stored = configs.from_hub(model.id, model.revision)
+        self.layout = find(model.id, model.revision)
+        self.stored = configs.stored(self.layout)
         self._scorers()
         settings = cell.track
         self.drawn = settings.budget.prompts_per_round * settings.budget.samples_per_prompt
@@ -298,10 +293,7 @@ class _Doctor:
         """The policy on the meta device, in the dtype of a track."""
         kind = settings.model.dtype
         if kind not in self._policies:
-            with quiet():
-                networks = configs.modules(self.folder, dtype(kind))
-                section = settings.model.model_copy(update={"id": str(self.folder)})
-                adapter, _ = load_adapter(section, "meta", networks=networks)
+            adapter, _ = load_adapter(settings.model, "meta", found=self.layout)
             if self.cpu:
                 adapter.tune_for_cpu()
             policy = self._policies[kind] = make_policy(settings, adapter, 0, torch.device("meta"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bench_dfusion import parallel, samplers
 from bench_dfusion.models import schedulers, sharding
+from bench_dfusion.registry import UsageError
 from bench_dfusion.samplers import Levels, Schedule
 from bench_dfusion.track import MemorySection
 
@@ -67,9 +68,26 @@ class Adapter(ABC):
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
         self.offload_text = self.offload_vae = self.text_dropped = self.offload_network = self.shard = False
         self._latent_side: int | None = None
+        self._token_limit = token_limit(self.tokenizer, getattr(pipe, "text_encoder", None))
         vae = getattr(pipe, "vae", None)
         if vae is not None and getattr(vae.config, "force_upcast", False):
             vae.float()  # it overflows in float16, so the checkpoint says
+
+    # the checkpoint
+
+    @classmethod
+    def left_out(cls, parts: Collection[str]) -> tuple[str, ...]:
+        """The parts that the pipeline works without, of a checkpoint that has `parts`."""
+        return ()
+
+    @classmethod
+    def made_with(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that the network's class is made with in the place of those of its config.
+
+        Raises UsageError where it cannot be made of this config.
+        """
+        side = square(config.get("sample_size"))
+        return {} if side is None or side == config["sample_size"] else {"sample_size": side}
 
     # the process
 
@@ -100,8 +118,15 @@ class Adapter(ABC):
 
     @property
     def own_latent_side(self) -> int:
-        """The latent's side at the model's own resolution."""
-        return int(cast(Any, self.network.config).sample_size)
+        """The latent's side at the model's own resolution. Raises UsageError where its config has none."""
+        size = cast(Any, self.network.config).sample_size
+        side = square(size)
+        if side is None:
+            raise UsageError(
+                f"{self.network_name}/config.json of this model has the sample_size {size}, no side of a square: give "
+                "track.model.resolution, the side of the pictures in pixels (--set track.model.resolution=512)"
+            )
+        return side
 
     @property
     def patch(self) -> int:
@@ -132,7 +157,12 @@ class Adapter(ABC):
     @property
     def text_length(self) -> int:
         """Tokens of a prompt that the network sees, special ones included."""
-        return int(self.tokenizer.model_max_length)
+        if self._token_limit is None:
+            raise UsageError(
+                "this model's tokenizer has no model_max_length and its text encoder no max_position_embeddings: write the "
+                "tokens of a prompt into tokenizer/tokenizer_config.json"
+            )
+        return self._token_limit
 
     def text_parts(self) -> tuple[TextPart, ...]:
         """The stretches of text tokens that attention sees, in order: those columns of the attention maps."""
@@ -331,6 +361,21 @@ class Adapter(ABC):
         """The layers of such a file, and the alphas it gives by module: both with peft's names after the part's,
         as in `unet.<module>.lora_A.weight`."""
         return dict(tensors), {}
+
+
+def square(size: Any) -> int | None:
+    """The side that a config's sample_size gives, a number or two equal ones; None for anything else."""
+    if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
+
+
+def token_limit(tokenizer: Any, encoder: Any) -> int | None:
+    """The longest text in tokens that both take: a tokenizer's file may lack its own (it is then 10^30); None where
+    neither says."""
+    config = getattr(encoder, "config", None)
+    known = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
+    return min((n for n in known if isinstance(n, int) and 0 < n < 10**6), default=None)
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, encoder: Any) -> Tensor:

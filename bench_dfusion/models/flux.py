@@ -10,7 +10,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from bench_dfusion.models.base import Conditioning, TextPart, token_ids
+from bench_dfusion.models.base import Conditioning, TextPart, token_ids, token_limit
 from bench_dfusion.models.mmdit import MMDiTAdapter, text_block
 
 PATCH = 2  # the pipeline packs 2 x 2 places of the latent into one token
@@ -25,6 +25,8 @@ class FluxAdapter(MMDiTAdapter):
         super().__init__(pipe)
         config: Any = self.network.config
         self.distilled = bool(config.guidance_embeds)
+        limit = token_limit(pipe.tokenizer_2, pipe.text_encoder_2)
+        self._states_length = min(512, limit or 512)  # 512 is the pipeline's own
         if config.in_channels != (config.out_channels or config.in_channels):
             raise ValueError("this FLUX network takes a picture beside the latent (Fill, Canny, Depth): not supported")
 
@@ -49,7 +51,7 @@ class FluxAdapter(MMDiTAdapter):
 
     @property
     def text_length(self) -> int:
-        return min(512, int(self.pipe.tokenizer_2.model_max_length))  # 512 is the pipeline's own
+        return self._states_length
 
     def text_parts(self) -> tuple[TextPart, ...]:
         return (TextPart(self.pipe.tokenizer_2, self.text_length, 0),)
@@ -62,7 +64,7 @@ class FluxAdapter(MMDiTAdapter):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """T5's states and CLIP's pooled one."""
         clip, t5 = self.pipe.text_encoder, self.pipe.text_encoder_2
-        pooled = clip(token_ids(self.pipe.tokenizer, prompts, self.pipe.tokenizer_max_length, clip)).pooler_output
+        pooled = clip(token_ids(self.pipe.tokenizer, prompts, super().text_length, clip)).pooler_output
         return {"states": t5(token_ids(self.pipe.tokenizer_2, prompts, self.text_length, t5))[0], "pooled": pooled}
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

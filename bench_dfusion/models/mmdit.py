@@ -38,7 +38,10 @@ class MMDiTAdapter(Adapter):
 
     def schedule(self, steps: int, eta: float | None) -> Schedule:
         """Flow-GRPO's SDE over the sigmas that the family's pipeline takes; `eta` is its noise level a."""
-        self.scheduler.set_timesteps(**self.sigmas(steps))
+        try:
+            self.scheduler.set_timesteps(**self.sigmas(steps))
+        except (TypeError, ArithmeticError) as error:  # a setting that is null, or of another kind
+            raise ValueError(f"the scheduler's settings make no {steps} steps: {error}") from None
         noise_level = NOISE_LEVEL if eta is None else eta
         return samplers.flow_schedule(self.scheduler.sigmas, self.scheduler.timesteps, noise_level)
 

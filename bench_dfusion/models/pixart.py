@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bench_dfusion import files, lora
-from bench_dfusion.models.base import Adapter, Conditioning
+from bench_dfusion.models.base import Adapter, Conditioning, square
+from bench_dfusion.registry import UsageError
 
 
 class PixArtAdapter(Adapter):
@@ -25,10 +26,19 @@ class PixArtAdapter(Adapter):
         if self.network.use_additional_conditions:
             raise ValueError("PixArt checkpoints with micro-conditions (use_additional_conditions) are not supported")
 
+    @classmethod
+    def made_with(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        if square(config.get("sample_size", 1)) is None:
+            raise UsageError(
+                f"transformer/config.json of this model has the sample_size {config['sample_size']}, from which PixArt's "
+                "positions are made: write the latent's side there (track.model.resolution does not say it)"
+            )
+        return super().made_with(config)
+
     @property
     def text_length(self) -> int:
         # PixArt's tokenizers are T5's with no length of their own; the pipeline's default is 300.
-        return min(300, super().text_length)
+        return min(300, self._token_limit or 300)
 
     def text(self, prompt: str) -> str:
         return prompt.lower().strip()  # as the pipeline does

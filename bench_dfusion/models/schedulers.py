@@ -38,6 +38,8 @@ def ddim_like(scheduler: Any) -> DDIMScheduler:
         raise UsageError(
             f"the checkpoint's {name} has beta_schedule={config.beta_schedule}, which DDIM has not"
         ) from None
+    except (TypeError, ValueError, RuntimeError) as error:  # a setting that is null, or of another kind
+        raise UsageError(f"the checkpoint's {name} has settings that make no schedule: {error}") from None
 
 
 def flow_matching(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:

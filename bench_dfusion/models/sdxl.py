@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_dfusion.models.base import Conditioning, token_ids
+from bench_dfusion.models.base import Conditioning, token_ids, token_limit
 from bench_dfusion.models.unet import UNetAdapter
 
 
@@ -25,7 +25,7 @@ class SDXLAdapter(UNetAdapter):
             raise ValueError("an SDXL checkpoint needs two text encoders and a network with text_time embeddings")
         # The places of a prompt's tokens, which D-Fusion's mask reads, are asked of the first tokenizer alone.
         first, second = pipe.tokenizer, pipe.tokenizer_2
-        if first.get_vocab() != second.get_vocab() or first.model_max_length != second.model_max_length:
+        if first.get_vocab() != second.get_vocab() or self._token_limit != token_limit(second, encoders[1]):
             raise ValueError("the two tokenizers of this SDXL checkpoint differ: tokens have no common place")
         wanted = network.add_embedding.linear_1.in_features
         found = config.addition_time_embed_dim * 6 + pipe.text_encoder_2.config.projection_dim
