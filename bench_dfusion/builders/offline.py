@@ -9,6 +9,7 @@ and 0. There are no trajectories, so only algorithms that learn from finished pi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from pydantic import Field
 from bench_dfusion import pairs
 from bench_dfusion.consistent import Builder, BuilderConfig, ConsistentSamples, Samples, Score
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.prompts import shared
 from bench_dfusion.registry import UsageError
 from bench_dfusion.seeds import passes
 from bench_dfusion.track import PromptsSection
@@ -52,11 +54,10 @@ class Offline(Builder):
         if not config.pairs:
             raise UsageError("the builder offline needs a dataset: give --pairs PATH_OR_HUB_ID")
         found = pairs.read(config.pairs)
-        never = set(prompts.heldout)
-        held = [p for p in found.prompts if p in never]
+        held = shared(found.prompts, prompts.heldout)
         if held:
             raise UsageError(
-                f"{config.pairs} has {len(held)} pairs of prompts that the track holds out, {held[0]!r} for one: leave "
+                f"{config.pairs} has {len(held)} pairs of prompts that the track holds out, {held[0]} for one: leave "
                 "them out of the dataset"
             )
         digest = found.sha256
@@ -66,6 +67,9 @@ class Offline(Builder):
 
     def queries(self, drawn: int) -> int:
         return 0
+
+    def trained_on(self, prompts: PromptsSection) -> Sequence[str]:
+        return self._pairs.prompts
 
     def offline(self, policy: Policy, seed: int, number: int, drawn: int) -> ConsistentSamples:
         count = self.config.pairs_per_round or drawn // 2
