@@ -18,7 +18,6 @@ from bench_dfusion.track import PromptsSection
 
 SHOWN = 3  # prompts in a line
 CHUNK = 4096  # prompts tokenized at once
-SETS = {"train": "trained on", "validation": "for validation", "heldout": "held out"}
 
 _short = Repr()
 _short.maxstring = 64
@@ -39,12 +38,12 @@ class Seen:
 
 
 def check(adapter: Adapter, train: Sequence[str], prompts: PromptsSection) -> None:
-    """Say, in a line each, which prompts are cut and which of those trained on the network cannot tell apart.
+    """Say, in a line each, which prompts are cut and which of one set the network cannot tell apart.
 
     train   the prompts that a run trains on: the track's, or those of offline pairs
-    Raises UsageError, naming both, where two of different sets are the same tokens to every text encoder.
+    Raises UsageError, naming both, where one that is trained on and one held out are the same tokens to every text encoder.
     """
-    sets = {"train": train, "validation": prompts.validation, "heldout": prompts.heldout}
+    sets = {"trained on": train, "held out": prompts.heldout}
     seen = read(adapter, [p for own in sets.values() for p in own])
     known: dict[tuple[tuple[int, ...], ...], tuple[str, str]] = {}
     twins = []
@@ -53,13 +52,14 @@ def check(adapter: Adapter, train: Sequence[str], prompts: PromptsSection) -> No
             key = tuple(s.kept[prompt] for s in seen)
             other, where = known.setdefault(key, (prompt, name))
             if where != name:
+                one, two = _apart(other, prompt)
                 raise UsageError(
-                    f"{_short.repr(other)} ({SETS[where]}) and {_short.repr(prompt)} ({SETS[name]}) are one prompt to the "
-                    f"network: {_names([s.reader for s in seen], limits=True)} {_s(len(seen), 'get')} the same tokens of "
+                    f"{one} ({where}) and {two} ({name}) are one prompt to the network: "
+                    f"{_names([s.reader for s in seen], limits=True)} {_s(len(seen), 'get')} the same tokens of "
                     "both; change one of them"
                 )
             if same(other) != same(prompt):
-                twins.append(f"{_short.repr(other)} and {_short.repr(prompt)} ({SETS[name]})")
+                twins.append(f"{' and '.join(_apart(other, prompt))} ({name})")
     _say(_cut(seen))
     if twins:
         _say(f"the network cannot tell apart {_some(twins)}: the text encoders get the same tokens of both")
@@ -112,6 +112,16 @@ def _cut(seen: Sequence[Seen]) -> str | None:
             parts.append(f"{who} up to {length} tokens, so {'it' if len(every) == 1 else 'them'} whole")
     total = len(seen[0].tokens)
     return f"{len(every)} of {total} prompts {'is' if len(every) == 1 else 'are'} cut: {'; '.join(parts)}"
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """Two prompts, shortened so that they look different."""
+    shown = _short.repr(one), _short.repr(other)
+    if shown[0] != shown[1]:
+        return shown
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    start = max(0, next(differ, min(len(one), len(other))) - 24)
+    return f"{one[:24] + '…' + one[start : start + 48]!r}…", f"{other[:24] + '…' + other[start : start + 48]!r}…"
 
 
 def _say(line: str | None) -> None:

@@ -82,6 +82,11 @@ def test_two_that_are_trained_on_are_said_and_the_same_in_two_spellings_is_not(
     assert capsys.readouterr().err == ""
 
 
+def test_twins_are_shown_where_they_differ(adapter: Callable[[str], Adapter]) -> None:
+    with pytest.raises(UsageError, match=r"very very red bus a photo.*very very blue cup a photo"):
+        text_limits.check(adapter("sd"), [f"{LONG}red bus {LONG}"], section(f"{LONG}blue cup {LONG}", "two horses"))
+
+
 def test_many_prompts_are_read_in_parts(adapter: Callable[[str], Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a cat number {i}" for i in range(7)] + [LONG]
     (whole,) = text_limits.read(adapter("sd"), prompts)

@@ -269,7 +269,7 @@ class _Doctor:
         a_round = builder.queries(self.drawn) + algorithm.queries(self.drawn)
         self.rounds = settings.budget.reward_queries // a_round
         prompts = settings.prompts
-        cut = text_limits.cut(self.policy(settings).adapter, [*prompts.train, *prompts.validation, *prompts.heldout])
+        cut = text_limits.cut(self.policy(settings).adapter, [*prompts.train, *prompts.heldout])
         self.notes += [cut] if cut else []
         if settings.model.autocast:
             self.notes.append("autocast is not traced: the network computes in its own dtype here")
