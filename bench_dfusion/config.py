@@ -13,6 +13,7 @@ from bench_dfusion import pairs as preference_data
 from bench_dfusion import prompt_sources, records, registry, track, user_function, weighted_sum
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig
 from bench_dfusion.consistent import Builder, BuilderConfig
+from bench_dfusion.prompts import read_prompts, same, shared, unique
 from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import Reward, RewardConfig
 from bench_dfusion.track import Track
@@ -278,17 +279,20 @@ def _able(kind: str, ability: str) -> list[str]:
 
 def _own_prompts(path: Path, track_prompts: dict[str, Any], given: list[str], name: str) -> dict[str, Any]:
     """The user's training prompts; every fourth is held out where neither the track nor `given` holds any."""
-    own, _ = track.read_prompts(path)
-    held = [*track_prompts.get("heldout", []), *given]
+    own, _ = read_prompts(path)
+    held = [p for p in (*track_prompts.get("heldout", []), *given) if isinstance(p, str)]
     if not held:
-        own = list(dict.fromkeys(own))
+        own = unique(own)
         if len(own) < 8:
             raise UsageError(f"{path} holds {len(own)} prompts; every fourth is held out, so give at least 8")
         return {"train": [p for i, p in enumerate(own) if i % 4 != 3], "heldout": own[3::4]}
-    both = set(own) & set(held)
-    if both:
-        raise UsageError(f"{path}: {sorted(both)[0]!r} is a held-out prompt of {name}, never to be trained on")
-    return {"train": own, "validation": [p for p in track_prompts.get("validation", []) if p not in own]}
+    for own_spelling, its in shared(own, held):
+        what = f"a held-out prompt of {name}"
+        if own_spelling != its:
+            what = f"the held-out prompt {its!r} of {name} in another spelling"
+        raise UsageError(f"{path}: {own_spelling!r} is {what}, never to be trained on")
+    trained, validation = {same(p) for p in own}, track_prompts.get("validation", [])
+    return {"train": own, "validation": [p for p in validation if not isinstance(p, str) or same(p) not in trained]}
 
 
 def _settings(settings: list[str]) -> dict[str, Any]:

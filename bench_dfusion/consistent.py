@@ -109,6 +109,10 @@ class Builder(ABC):
     @abstractmethod
     def build(self, policy: Policy, drawn: Samples, score: Score) -> ConsistentSamples: ...
 
+    def trained_on(self, prompts: PromptsSection) -> Sequence[str]:
+        """The prompts of the samples that it makes on a track."""
+        return prompts.train
+
     def check(self, policy: Policy, prompts: Sequence[str]) -> None:
         """Raise ValueError, before any compute, if this builder cannot work with the policy or a prompt."""
 

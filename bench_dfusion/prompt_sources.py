@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from bench_dfusion import files, hub, registry, track
+from bench_dfusion import files, hub, registry, texts, track
+from bench_dfusion.prompts import PROMPT_COLUMNS, column, read_prompts, same
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import PromptsSection, Section
 
@@ -31,7 +33,7 @@ class SourceSection(Section):
     """`[prompts]` of a track whose prompts come from the user's copy. A size is a count, or a share in (0, 1)."""
 
     source: str = Field(
-        description="prompt set: geneval, t2i-compbench, partiprompts, dsg or lines (one prompt a line)"
+        description="prompt set: geneval, t2i-compbench, partiprompts, dsg or lines (a prompts file of your own)"
     )
     sha256: str | None = Field(
         None,
@@ -71,12 +73,12 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What makes two prompts the same: neither case nor spacing nor a full stop."""
-        return self.prompt.casefold().rstrip(" .")
+        return same(self.prompt)
 
     @property
     def rank(self) -> str:
-        return hashlib.sha256(self.key.encode()).hexdigest()
+        """What a split goes by; not the key, so that splits stay where they were when the key changed."""
+        return hashlib.sha256(self.prompt.casefold().rstrip(" .").encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Source:
     def hint(self) -> str:
         """What a user does to have the prompts."""
         if not self.places:
-            return "give --prompts FILE, a prompt a line"
+            return "give --prompts FILE, a prompt a line or a table with a column prompt"
         return f"get {self.home} and give --prompts COPY, {self.what}"
 
 
@@ -159,9 +161,7 @@ def _rows(asked: SourceSection, copy: str) -> list[Row]:
     for file in found:
         try:
             rows += [Row(" ".join(r.prompt.split()), " ".join(r.category.split()), r.split) for r in source.parse(file)]
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file}: no UTF-8 text ({error}); save it as UTF-8") from None
-        except (OSError, csv.Error) as error:
+        except csv.Error as error:
             raise UsageError(f"{file}: {error}") from None
     rows = [row for row in rows if row.prompt]
     if not rows:
@@ -255,27 +255,25 @@ def _interleaved(rows: list[Row]) -> list[Row]:
 
 def _geneval(path: Path) -> Iterator[Row]:
     """A JSON object a line, with `prompt` and `tag`."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-                raise UsageError(
-                    f"{path}:{number} is no JSON object with a prompt: give GenEval's evaluation_metadata.jsonl"
-                )
-            yield Row(entry["prompt"], str(entry.get("tag") or ""))
+    for number, line in enumerate(texts.read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise UsageError(
+                f"{path}:{number} is no JSON object with a prompt: give GenEval's evaluation_metadata.jsonl"
+            )
+        yield Row(entry["prompt"], str(entry.get("tag") or ""))
 
 
 def _compbench(path: Path) -> Iterator[Row]:
     """A prompt a line; the file's name is CATEGORY_train.txt or CATEGORY_val.txt."""
     category, _, part = path.stem.rpartition("_")
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            yield Row(line, category, "train" if part == "train" else "heldout")
+    for line in texts.read(path).split("\n"):
+        yield Row(line, category, "train" if part == "train" else "heldout")
 
 
 def _partiprompts(path: Path) -> Iterator[Row]:
@@ -289,23 +287,21 @@ def _dsg(path: Path) -> Iterator[Row]:
 
 
 def _table(
-    path: Path, delimiter: str, quoting: Any, column: str, category: Callable[[dict[str, str]], str]
+    path: Path, delimiter: str, quoting: Any, of_prompts: str, category: Callable[[dict[str, str]], str]
 ) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
-        if column not in (table.fieldnames or ()):
-            raise UsageError(f"{path} has no column {column!r}: it is not the file the track reads")
-        for row in table:
-            yield Row(row[column] or "", category(row))
+    table = csv.DictReader(io.StringIO(texts.read(path)), delimiter=delimiter, quoting=quoting)
+    if of_prompts not in (table.fieldnames or ()):
+        raise UsageError(f"{path} has no column {of_prompts!r}: it is not the file the track reads")
+    for row in table:
+        yield Row(row[of_prompts] or "", category(row))
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    prompts, templates = track.read_prompts(path)
+    prompts, templates = read_prompts(path)
     yield from (Row(prompt, templates.get(prompt, "")) for prompt in prompts)
 
 
-PROMPT_COLUMNS = ("Prompt", "prompt", "text")
-CATEGORY_COLUMNS = ("Category", "category", "tag", "item_id")
+CATEGORY_COLUMNS = ("category", "template", "tag", "item_id")
 
 
 def _from_dataset(repo: str, source: str) -> list[Row]:
@@ -322,14 +318,14 @@ def _from_dataset(repo: str, source: str) -> list[Row]:
         raise UsageError(f"no dataset {repo!r}, neither a directory here nor reachable on the Hub ({line})") from None
     rows = []
     for part in parts.values():
-        column = next((c for c in PROMPT_COLUMNS if c in part.column_names), None)
-        if column is None:
+        wanted = column(part.column_names, PROMPT_COLUMNS)
+        if wanted is None:
             raise UsageError(f"dataset {repo} has no column {', '.join(PROMPT_COLUMNS)}; it has {part.column_names}")
-        category = next((c for c in CATEGORY_COLUMNS if c in part.column_names), None)
+        category = column(part.column_names, CATEGORY_COLUMNS)
         categories = [str(c or "") for c in part[category]] if category else [""] * len(part)
         if category == "item_id":
             categories = [c.rpartition("_")[0] for c in categories]
-        pairs = zip(part[column], categories, strict=True)
+        pairs = zip(part[wanted], categories, strict=True)
         rows += [Row(" ".join(str(p or "").split()), " ".join(c.split())) for p, c in pairs]
     rows = [row for row in rows if row.prompt]
     if not rows:

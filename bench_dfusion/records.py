@@ -290,8 +290,8 @@ def _problems(record: Record) -> Iterator[str]:
         return
     try:
         track = Track.model_validate(resolved["track"])
-    except (ValidationError, KeyError) as error:
-        yield f"resolved.track is no track: {str(error).splitlines()[0]}"
+    except ValidationError as error:
+        yield f"resolved.track is no track: {error.errors()[0]['msg']} ({'.'.join(map(str, error.errors()[0]['loc']))})"
         return
     if record.track != track.id:
         yield f"track {record.track!r}, but the resolved track is {track.id!r}"

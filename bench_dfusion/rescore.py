@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 
-from bench_dfusion import evaluation, files, pictures, records
+from bench_dfusion import evaluation, files, pictures, records, text_limits
 from bench_dfusion import lora as loras
 from bench_dfusion.models import layout
 from bench_dfusion.models.base import NotFinite
@@ -103,7 +103,8 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     try:
         track = Track.model_validate(record.resolved["track"])
     except (KeyError, ValidationError) as error:
-        raise UsageError(f"{folder / 'record.json'} resolves to no track: {str(error).splitlines()[0]}") from None
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UsageError(f"{folder / 'record.json'} resolves to no track: {reason}") from None
     where = _device(device)
     judges = _judges(track, where)
     section = track.model.model_copy(update={"sha256": None, "id": model or _place(record, track)})
@@ -114,6 +115,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
         return Rescored(record, problems, [], [], {}, False, [])
     policy = make_policy(track, adapter, record.seed, where)
     _load(policy, loras.read(file, adapter), file)
+    text_limits.say(adapter, track.prompts.heldout)
     trained_on = record.provenance.reward_components or {record.reward: record.provenance.reward_fingerprint}
     done = _evaluated(policy, track, judges, trained_on, str(folder))
     differences, largest = compare(record, done.verdicts, done.drift, track.prompts.heldout)
@@ -309,6 +311,7 @@ def weights(
         raise
     except ValueError as error:  # a scheduler or a network that is no policy
         raise UsageError(f"{path}: {error}") from error
+    text_limits.say(policy.adapter, track.prompts.heldout)
     start = time.perf_counter()
     done = _evaluated(policy, track, judges, {}, str(path))
     pictures.base_and_trained(folder / "base_trained.png", done.base, done.trained, track)

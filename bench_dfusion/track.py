@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bench_dfusion import registry
+from bench_dfusion import registry, texts
+from bench_dfusion.prompts import read_prompts, same, shared, twice, unprintable
 from bench_dfusion.registry import UsageError
 
 
@@ -73,19 +74,31 @@ class PromptsSection(Section):
         None, description="template of each held-out prompt, for figures by template"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_heldout(cls, values: Any) -> Any:
+        """Templates by the held-out prompts' own spelling."""
+        heldout, templates = (values.get(key) if isinstance(values, dict) else None for key in ("heldout", "templates"))
+        if not isinstance(templates, dict) or not isinstance(heldout, list | tuple):
+            return values
+        own = {same(p): p for p in heldout if isinstance(p, str)}
+        named = {own.get(same(p), p) if isinstance(p, str) and p not in heldout else p: t for p, t in templates.items()}
+        return {**values, "templates": {**named, **{p: t for p, t in templates.items() if p in heldout}}}
+
     @model_validator(mode="after")
     def _disjoint(self) -> PromptsSection:
         sets = {"train": self.train, "validation": self.validation, "heldout": self.heldout}
         for name, prompts in sets.items():
-            if len(set(prompts)) != len(prompts):
-                double = next(p for p in prompts if prompts.count(p) > 1)
-                raise ValueError(f"prompts.{name} holds {double!r} twice")
-            if any(not p.strip() for p in prompts):
+            if any(not same(p) for p in prompts):
                 raise ValueError(f"prompts.{name} holds an empty prompt")
+            strange = next((p for p in prompts if unprintable(p)), None)
+            if strange is not None:
+                raise ValueError(f"prompts.{name} holds a control character in {strange!a}: remove it")
+            if twins := twice(prompts):
+                raise ValueError(f"prompts.{name} holds {twins}{' twice' * (twins.first == twins.second)}")
         for a, b in (("train", "validation"), ("train", "heldout"), ("validation", "heldout")):
-            both = set(sets[a]) & set(sets[b])
-            if both:
-                raise ValueError(f"prompts.{a} and prompts.{b} share {sorted(both)[0]!r}: sets must be disjoint")
+            for twins in shared(sets[a], sets[b]):
+                raise ValueError(f"prompts.{a} and prompts.{b} share {twins}: sets must be disjoint")
         return self
 
 
@@ -250,7 +263,7 @@ def _read(source: str, folder: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _with_files(prompts: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A prompts section with the text files it names read, relative to the file that names them."""
+    """A prompts section with the files it names read, relative to the file that names them."""
     found = dict(prompts)
     for key in () if "source" in prompts else SETS:
         if isinstance(found.get(key), str):
@@ -287,29 +300,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no file {path}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: no UTF-8 text ({error}); save it as UTF-8") from None
-    except (tomllib.TOMLDecodeError, OSError) as error:
+        return tomllib.loads(texts.read(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def read_prompts(path: Path) -> tuple[list[str], dict[str, str]]:
-    """The prompts of a text file, one a line, a tab and the prompt's template may follow. Raises UsageError."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UsageError(f"no prompts file {path}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"prompts file {path}: no UTF-8 text ({error}); save it as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"prompts file {path}: {error}") from None
-    parts = [line.partition("\t") for line in lines if line]
-    if not parts:
-        raise UsageError(f"prompts file {path} holds no prompt (one a line)")
-    return [p[0].strip() for p in parts], {p[0].strip(): p[2].strip() for p in parts if p[2].strip()}
 
 
 def validate(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from bench_dfusion import baseline, evaluation, files, model_card, pairs, parallel, pictures, records
+from bench_dfusion import baseline, evaluation, files, model_card, pairs, parallel, pictures, records, text_limits
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.baseline import Baseline
 from bench_dfusion.config import Cell
@@ -96,6 +96,7 @@ class Run:
         adapter, self.model_sha256 = load_adapter(track.model, self.device, track.memory)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
         self.builder: Builder = cell.builder(cell.builder_config)
+        text_limits.check(adapter, self.builder.trained_on(track.prompts), track.prompts)
         self.builder.check(self.policy, prompts)
         self.algorithm: Algorithm = cell.algorithm(cell.algorithm_config)
         self.algorithm.setup(self.policy, self.reward)

@@ -12,6 +12,7 @@ yes, where one whose parent is answered with no counts as no.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,7 +22,8 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion import files, hub, weights
+from bench_dfusion import files, hub, texts, weights
+from bench_dfusion.prompts import same
 from bench_dfusion.registry import UsageError
 from bench_dfusion.reward import Reward, RewardConfig
 
@@ -42,11 +44,10 @@ def read_questions(path: Path) -> dict[str, tuple[Question, ...]]:
     dependency is 0 or the proposition_ids of its parents, separated by commas. Raises ValueError.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
-            missing = [c for c in COLUMNS if c not in (table.fieldnames or ())]
-            rows = [] if missing else [(table.line_num, row) for row in table]
-    except (OSError, ValueError, csv.Error) as error:
+        table = csv.DictReader(io.StringIO(texts.read(path, "questions")))
+        missing = [c for c in COLUMNS if c not in (table.fieldnames or ())]
+        rows = [] if missing else [(table.line_num, row) for row in table]
+    except csv.Error as error:
         raise ValueError(f"questions {path}: {error}") from None
     if missing or not rows:
         raise ValueError(f"questions {path}: " + (f"no column {missing[0]}" if missing else "no question"))
@@ -158,6 +159,7 @@ class VQA(Reward):
         self.processor.tokenizer.padding_side = "left"  # the answer follows the last token of every row
         self.yes, self.no = self._tokens("yes"), self._tokens("no")
         self.questions = read_questions(Path(config.questions)) if config.questions else None
+        self._spelled = {same(prompt): prompt for prompt in reversed(self.questions or {})}
 
     def check(self, prompts: Sequence[str]) -> None:
         for prompt in prompts if self.questions is not None else ():
@@ -165,9 +167,10 @@ class VQA(Reward):
 
     def _asked(self, prompt: str) -> tuple[Question, ...]:
         assert self.questions is not None
-        if _key(prompt) not in self.questions:
+        own = prompt if _key(prompt) in self.questions else self._spelled.get(same(prompt))
+        if own is None:
             raise ValueError(f"reward vqa: {self.config.questions} has no questions for {prompt!r}")
-        return self.questions[_key(prompt)]
+        return self.questions[_key(own)]
 
     def _tokens(self, word: str) -> list[int]:
         """The tokens that are a spelling of a word by themselves. Raises UsageError where there is none."""

@@ -238,6 +238,7 @@ def prompts(tmp_path: Path, *lines: str) -> Path:
 
 def test_own_prompts_replace_the_tracks_and_leave_the_validation_set(toy: str, tmp_path: Path) -> None:
     found = cell(toy, prompts=prompts(tmp_path, "  a lion ", "", "a bird\tanimals")).track
+    assert cell(toy, prompts=prompts(tmp_path, "a lion", "A FISH.")).track.prompts.validation == ("a bird",)
     assert found.prompts.train == ("a lion", "a bird")
     assert found.prompts.validation == ("a fish",) and found.prompts.heldout == ("a horse", "a cow")
     assert found.name == "toy-custom"
@@ -245,6 +246,9 @@ def test_own_prompts_replace_the_tracks_and_leave_the_validation_set(toy: str, t
 
 def test_held_out_prompts_are_never_trained_on(toy: str, tmp_path: Path) -> None:
     assert "'a cow' is a held-out prompt" in refusal(toy, prompts=prompts(tmp_path, "a lion", "a cow"))
+    assert "'a cow' is a held-out prompt" in refusal(toy, prompts=prompts(tmp_path, "a  cow", "a\u00a0lion"))
+    for spelling in ("A cow", "a cow.", "the cow", "a c\u00adow"):
+        assert "is the held-out prompt 'a cow' of" in refusal(toy, prompts=prompts(tmp_path, "a lion", spelling))
     message = refusal(toy, settings=['track.prompts.train=["a horse"]'])
     assert "train" in message and "heldout" in message and "'a horse'" in message
     # Nor by giving a file and other held-out prompts at once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import io
 import json
 import shutil
@@ -14,13 +15,15 @@ from typing import Any
 import datasets
 import icc
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
 from PIL import ImageOps
 
-from bench_dfusion import config, pairs, picture_reader, records, registry, track
+from bench_dfusion import config, pairs, picture_reader, prompts, records, registry, track
 from bench_dfusion.micro import tracks
 from bench_dfusion.registry import UsageError
 
@@ -239,12 +242,59 @@ def test_a_checkpoint_with_a_config_changed_anywhere(taken: Path, data: st.DataO
 # ---------------------------------------------------------------- prompts
 
 
+FORMS = [".txt", "", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"]
+NAMES = st.sampled_from(["prompt", "Prompt", "text", "caption", "category", "template", "id", ""]) | st.text(max_size=4)
+CELLS = st.sampled_from(["a llama", "A llama.", "a red ring", "", '"', "a, b\tc\nd", "\ufeff", "\x00"]) | VALUES
+
+
+def given_prompts(path: Path) -> None:
+    """Read a file of prompts: those it holds are texts with single spaces."""
+    found = tried(prompts.read_prompts, path)
+    for prompt in found[0] if found else ():
+        assert prompt == " ".join(prompt.split()) and prompts.same(prompt) and not prompts.unprintable(prompt)
+
+
 @fuzz
-@given(st.binary(max_size=120) | st.text(max_size=120).map(lambda t: t.encode("utf-8", "replace")))
-def test_any_bytes_as_prompts(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "my.txt"
-    path.write_bytes(content)
+@given(
+    st.binary(max_size=120) | st.text(max_size=120).map(lambda t: t.encode("utf-8", "replace")),
+    st.sampled_from([b"", b"prompt\n", b"id\tprompt\n", b"\xef\xbb\xbf", b"\xff\xfe", b"[", b'{"prompt": ', b"PAR1"]),
+    st.sampled_from(FORMS),
+)
+def test_any_bytes_as_prompts(tmp_path: Path, content: bytes, start: bytes, form: str) -> None:
+    path = tmp_path / f"my{form}"
+    path.write_bytes(start + content)
+    given_prompts(path)
     tried(config.resolve, algo="dpo", reward="clip", prompts=path)
+
+
+@fuzz
+@given(st.lists(st.dictionaries(NAMES, CELLS, max_size=3) | CELLS, max_size=4), st.sampled_from(FORMS), st.data())
+def test_any_table_as_prompts(tmp_path: Path, rows: list[Any], form: str, data: st.DataObject) -> None:
+    path = tmp_path / f"my{form}"
+    if form == ".parquet":
+        try:
+            pq.write_table(pa.Table.from_pylist([row for row in rows if isinstance(row, dict)]), path)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError):  # no table
+            assume(False)
+    elif form in (".csv", ".tsv"):
+        with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
+            writer = csv.writer(file, "excel-tab" if form == ".tsv" else data.draw(st.sampled_from(["excel", "unix"])))
+            writer.writerows([list(row) if isinstance(row, dict) else [row, row] for row in rows])
+    else:
+        text = json.dumps(rows) if data.draw(st.booleans()) else "\n".join(map(json.dumps, rows))
+        path.write_text(text, encoding="utf-8", errors="replace")
+    given_prompts(path)
+
+
+@fuzz
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_a_damaged_table_of_prompts(tmp_path: Path, place: int, byte: int) -> None:
+    path = tmp_path / "my.parquet"
+    pq.write_table(pa.table({"prompt": ["a llama", "a fox"], "category": ["x", None]}), path)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = byte
+    path.write_bytes(content)
+    given_prompts(path)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +307,10 @@ def test_any_bytes_as_prompts(tmp_path: Path, content: bytes) -> None:
         ([f"a llama number {i}" for i in range(10_000)], True),
         (["a " + "very " * 30_000 + "red llama"], True),
         (["ein roter Kreis", "赤い円", "دائرة حمراء", "красный круг"], True),
-        (["a llama\x00", "\x1b[31ma llama"], True),
+        (["a llama\x00", "a fox"], False),
+        (["\x1b[31ma llama"], False),
         (["\ufeffa llama"], True),
+        (["A  RED ring."], False),  # held out, in other letters
     ],
 )
 def test_prompts_of_every_kind(tmp_path: Path, lines: list[str], works: bool) -> None:

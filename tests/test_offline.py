@@ -385,7 +385,10 @@ def run_refused(refused: Callable[..., str], tmp_path: Path) -> Callable[..., st
         (["--algo", "sft", "--reward", "oracle"], "were scored by clip, not by oracle"),
         (["--algo", "sft", "--set", "builder.sha256=abc"], "not to the abc… that is asked"),
         (["--algo", "sft", "--set", "builder.margin=1"], "unknown option builder 'margin'"),
-        (["--algo", "sft", "--set", 'track.prompts.heldout=["prompt 1", "x"]'], "3 pairs of prompts that the track"),
+        (
+            ["--algo", "sft", "--set", 'track.prompts.heldout=["Prompt  1.", "x"]'],
+            "holds out, 'prompt 1' and 'Prompt  1.', two",
+        ),
         (["--algo", "sft", "--set", "algo.levels=[0.5,0.5]"], "algo.levels"),
     ],
 )

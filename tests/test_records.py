@@ -216,6 +216,7 @@ def test_sound_records_have_no_problem() -> None:
         ("resolved.algorithm.beta", 3, "cell_hash is not the hash"),
         ("resolved.track.sampler.steps", 5, "track_hash is not the hash"),
         ("resolved.track", {"name": "toy"}, "resolved.track is no track"),
+        ("resolved.track.prompts.train", ["A red  ring."], "share 'A red  ring.' and 'a red ring', two spellings"),
         ("algorithm", "kto", "algorithm 'kto', but the resolved algorithm is 'dpo'"),
         ("builder", "vanilla", "builder 'vanilla', but the resolved builder is 'dfusion'"),
         ("reward", "oracle", "reward 'oracle', but the resolved reward is 'clip'"),

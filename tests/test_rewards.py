@@ -380,7 +380,7 @@ def test_a_cell_is_of_the_questions_content(dsg: Path) -> None:
     assert first.questions_sha256 != second.questions_sha256 and first.questions == second.questions
     with pytest.raises(ValueError, match="hashes to .*, not "):
         VQAConfig(questions=str(dsg), questions_sha256=first.questions_sha256)
-    with pytest.raises(ValueError, match="No such file"):
+    with pytest.raises(ValueError, match="no questions nowhere.csv"):
         VQAConfig(questions="nowhere.csv")
     with pytest.raises(ValueError, match="graded is for questions"):
         VQAConfig(graded=True)

@@ -17,6 +17,7 @@ from bench_dfusion import cli, files, prompt_sources, registry, track
 from bench_dfusion.config import resolve
 from bench_dfusion.fusion.items import item_tokens
 from bench_dfusion.prompt_sources import SOURCES, SourceSection
+from bench_dfusion.prompts import read_prompts
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import Track
 from bench_dfusion.tracks import words
@@ -150,7 +151,7 @@ def test_fusion_finds_the_items_of_every_prompt() -> None:
     tokenizer = clip_tokenizer()
     for path in PROMPTS.glob("*.txt"):
         template = path.name.partition("-")[0]
-        for prompt in track.read_prompts(path)[0]:
+        for prompt in read_prompts(path)[0]:
             first, second = PARTS[template](prompt)
             nouns = {
                 "animals": [first, second.split()[-1]],
@@ -272,8 +273,8 @@ def test_a_dataset_directory_is_a_copy_too(tmp_path: Path) -> None:
     )
     found = prompt_sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'hub'}", "mine")
     assert found == prompt_sources.resolve(sizes("partiprompts"), path, "mine")
-    write(tmp_path, "other/all.csv", "caption\na cat\n")
-    with pytest.raises(UsageError, match="no column Prompt, prompt, text; it has"):
+    write(tmp_path, "other/all.csv", "title\na cat\n")
+    with pytest.raises(UsageError, match="no column prompt, text, caption; it has"):
         prompt_sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'other'}", "mine")
 
 

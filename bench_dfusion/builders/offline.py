@@ -10,6 +10,7 @@ are no trajectories, so only algorithms that learn from finished pictures take t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from pydantic import Field
 from bench_dfusion import pairs
 from bench_dfusion.consistent import Builder, BuilderConfig, ConsistentSamples, Samples, Score
 from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.prompts import shared
 from bench_dfusion.registry import UsageError
 from bench_dfusion.seeds import passes
 from bench_dfusion.track import PromptsSection
@@ -53,11 +55,10 @@ class Offline(Builder):
         if not config.pairs:
             raise UsageError("the builder offline needs a dataset: give --pairs PATH_OR_HUB_ID")
         found = pairs.read(config.pairs)
-        never = set(prompts.heldout)
-        held = [p for p in found.prompts if p in never]
+        held = shared(found.prompts, prompts.heldout)
         if held:
             raise UsageError(
-                f"{config.pairs} has {len(held)} pairs of prompts that the track holds out, {held[0]!r} for one: leave "
+                f"{config.pairs} has {len(held)} pairs of prompts that the track holds out, {held[0]} for one: leave "
                 "them out of the dataset"
             )
         digest = found.sha256
@@ -67,6 +68,9 @@ class Offline(Builder):
 
     def queries(self, drawn: int) -> int:
         return 0
+
+    def trained_on(self, prompts: PromptsSection) -> Sequence[str]:
+        return self._pairs.prompts
 
     def offline(self, policy: Policy, seed: int, number: int, drawn: int) -> ConsistentSamples:
         count = self.config.pairs_per_round or drawn // 2

@@ -28,7 +28,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from bench_dfusion import track
+from bench_dfusion import text_limits, track
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell, judges_of
 from bench_dfusion.config import resolve as resolve_cell
@@ -263,6 +263,9 @@ class _Doctor:
         self.made = builder.queries(self.drawn) - self.drawn
         a_round = builder.queries(self.drawn) + algorithm.queries(self.drawn)
         self.rounds = settings.budget.reward_queries // a_round
+        prompts = settings.prompts
+        cut = text_limits.cut(self.policy(settings).adapter, [*prompts.train, *prompts.heldout])
+        self.notes += [cut] if cut else []
         if settings.model.autocast:
             self.notes.append("autocast is not traced: the network computes in its own dtype here")
         for part, files in self.stored.items():

@@ -11,9 +11,10 @@ from typing import TypeVar
 
 import torch
 
-from bench_dfusion import track
+from bench_dfusion import texts, track
 from bench_dfusion.fusion.items import find_items, spans_of
 from bench_dfusion.fusion.masks import threshold
+from bench_dfusion.prompts import same
 from bench_dfusion.registry import UsageError
 
 Items = dict[str, tuple[int | str, ...]]  # by prompt: words or phrases of it, or their numbers
@@ -71,10 +72,10 @@ def _read(path: Path) -> object:
     if path.suffix == ".toml":
         return track.read_toml(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give a JSON or TOML file of prompts") from None
-    except ValueError as error:
+        return json.loads(texts.read(path))
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON ({error}); a TOML file's name ends in .toml") from None
 
 
@@ -109,9 +110,10 @@ def _threshold(entry: object, prompt: str) -> float | str:
 
 def _of_track(content: dict[str, Entry], prompts: Sequence[str], source: str, strict: bool) -> dict[str, Entry]:
     found = {prompt: content[prompt] for prompt in prompts if prompt in content}
-    alike = {_plain(p): p for p in prompts if p not in content}
+    # Another spelling is not taken: numbers of words count in the prompt as it is spelled.
+    alike = {same(p): p for p in prompts if p not in content}
     for prompt in (p for p in content if p not in found):
-        near = [alike[_plain(prompt)]] if _plain(prompt) in alike else []
+        near = [alike[same(prompt)]] if same(prompt) in alike else []
         if strict and not near:
             near = difflib.get_close_matches(prompt, prompts, n=1)
         if strict or near:
@@ -120,7 +122,3 @@ def _of_track(content: dict[str, Entry], prompts: Sequence[str], source: str, st
     if not found:
         raise UsageError(f"{source} names no prompt of the track, {prompts[0]!r} for one: give a file for this track")
     return found
-
-
-def _plain(prompt: str) -> str:
-    return " ".join(prompt.casefold().split()).rstrip(" .!")

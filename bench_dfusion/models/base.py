@@ -44,6 +44,15 @@ class TextPart(NamedTuple):
     start: int
 
 
+class TextReader(NamedTuple):
+    """A text encoder of a pipeline: the part's name and class, its tokenizer, and the tokens it is given at most."""
+
+    name: str
+    kind: str
+    tokenizer: Any
+    length: int
+
+
 class Adapter(ABC):
     """A diffusers pipeline seen by the Policy. One subclass for a family of networks.
 
@@ -167,6 +176,18 @@ class Adapter(ABC):
     def text_parts(self) -> tuple[TextPart, ...]:
         """The stretches of text tokens that attention sees, in order: those columns of the attention maps."""
         return (TextPart(self.tokenizer, self.text_length, 0),)
+
+    def text_readers(self) -> tuple[TextReader, ...]:
+        """The text encoders that read a prompt, in the pipeline's order; also those whose tokens no attention sees."""
+        lengths = {id(part.tokenizer): part.length for part in self.text_parts()}
+        found = []
+        for number in ("", "_2", "_3"):
+            tokenizer, name = getattr(self.pipe, f"tokenizer{number}", None), f"text_encoder{number}"
+            encoder = getattr(self.pipe, name, None)
+            if tokenizer is not None and encoder is not None:
+                length = lengths.get(id(tokenizer)) or cast(Any, Adapter.text_length).fget(self)  # a CLIP's
+                found.append(TextReader(name, type(encoder).__name__, tokenizer, length))
+        return tuple(found)
 
     def text(self, prompt: str) -> str:
         """The prompt as the tokenizer receives it."""
