@@ -224,7 +224,7 @@ def table(board: Board) -> pd.DataFrame:
 
     A row trained on the ranking judge is a ceiling: shown, unranked. Below three seeds there is no rank and no interval
     of the algorithm. A run that collapsed counts as a miss: its row's gain is minus infinity. A row with cells that
-    have no record is incomplete: shown with what there is, unranked. Ranks compare rows on the seeds they share.
+    have no record is incomplete: shown with what there is, unranked. So is a row of other seeds than the track's.
 
     Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
     (counts of records, collapsed runs, cells without a record); of each judge base, trained, gain, low, high (means over
@@ -269,7 +269,7 @@ def table(board: Board) -> pd.DataFrame:
         line["memory"] = _mean(r.cost.peak_memory_mb for r in row.records)
         line["note"] = row.note
         if not row.state and not line["rank"]:
-            unranked = f"unranked: fewer than {statistics.MIN_SEEDS} seeds that all rows share"
+            unranked = f"unranked: not exactly the track's {_track_seeds(row)} seeds, counted from 0"
             line["note"] = "; ".join(n for n in (unranked, row.note) if n)
         lines.append(line)
     frame = pd.DataFrame(lines)
@@ -285,13 +285,23 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _ranks(found: Sequence[Row]) -> dict[str, str]:
-    """The range of ranks of each row that has none of `Row.state`'s reasons, on the seeds all of them share."""
-    gains = {row.name: row.gains() for row in found if not row.state}
-    shared = sorted(set.intersection(*map(set, gains.values()))) if gains else []
-    if len(shared) < statistics.MIN_SEEDS:
-        return dict.fromkeys(gains, "")
-    ranges = statistics.rank_ranges({name: np.stack([own[s] for s in shared]) for name, own in gains.items()})
+    """The range of ranks of each row that has none of `Row.state`'s reasons and exactly the track's seeds. What other
+    rows have takes nothing from these."""
+    tables = {
+        row.name: np.stack([gains for _, gains in sorted(row.gains().items())])
+        for row in found
+        if not row.state
+        and len(row.records) == _track_seeds(row)
+        and sorted(r.seed for r in row.records) == list(range(len(row.records)))
+    }
+    ranges = statistics.rank_ranges(tables)
     return {name: str(low) if low == high else f"{low}–{high}" for name, (low, high) in ranges.items()}
+
+
+def _track_seeds(row: Row) -> int:
+    """How many seeds the row's track gives a published row: 0 to this minus 1; 0 where a record has no such number."""
+    seeds = row.records[0].resolved["track"].get("seeds")
+    return seeds if isinstance(seeds, int) else 0
 
 
 def contrasts(board: Board, builder: str = "dfusion", control: str = "vanilla") -> pd.DataFrame:

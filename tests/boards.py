@@ -31,6 +31,7 @@ def track(heldout: dict[str, str] = HELDOUT, **changes: Any) -> Track:
         "prompts": {"train": ["a green ring"], "heldout": list(heldout), "templates": heldout},
         "budget": {"reward_queries": 96, "prompts_per_round": 2},
         "evaluation": {"judges": ["oracle", "clip"]},
+        "seeds": 3,
     }
     return Track.model_validate(content | changes)
 

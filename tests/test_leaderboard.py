@@ -156,20 +156,36 @@ def test_a_clear_winner_is_first_and_ties_share_a_range() -> None:
     assert not frame["note"].any()
 
 
-def test_ranks_compare_the_seeds_that_all_rows_share() -> None:
-    """`a` is worse over its own seeds, by two bad ones that `b` never ran, and better on the shared ones."""
-    a = np.vstack([level(-0.9, 1), level(0.4), level(-0.9, 1)])
-    board = Board((*runs(a, algorithm="a"), *runs(level(0.2), first=1, algorithm="b")))
-    assert line_of(board, algorithm="a")["oracle gain"] < line_of(board, algorithm="b")["oracle gain"]
-    assert line_of(board, algorithm="a")["rank"] == "1" and line_of(board, algorithm="b")["rank"] == "2"
+@pytest.mark.parametrize(
+    "seeds", [(1, 2, 3), (0, 1, 2, 3), (0, 2, 4, 7)], ids=["others", "one more", "a choice of more"]
+)
+def test_a_row_of_other_seeds_has_no_rank_and_takes_nothing_from_the_others(seeds: tuple[int, ...]) -> None:
+    own = [*runs(level(0.4), algorithm="a"), *runs(level(0.1), algorithm="b")]
+    odd = [record(gains=[0.9] * 4, seed=s, algorithm="odd") for s in seeds]
+    for board in (Board((*own, *odd)), Board((*odd, *own))):
+        assert line_of(board, algorithm="a")["rank"] == "1" and line_of(board, algorithm="b")["rank"] == "2"
+        line = line_of(board, algorithm="odd")
+        assert line["rank"] == "" and line["note"] == "unranked: not exactly the track's 3 seeds, counted from 0"
+        assert line["oracle gain"] == pytest.approx(0.9), "shown all the same"
+        assert leaderboard.markdown(board).count("| unranked |") == 1
+    alone = leaderboard.table(Board(tuple(odd)))
+    assert list(alone["rank"]) == [""]
 
 
-def test_fewer_than_three_shared_seeds_give_no_rank_and_say_so() -> None:
-    board = Board((*runs(level(0.4), algorithm="a"), *runs(level(0.1), first=1, algorithm="b")))
-    frame = leaderboard.table(board)
-    assert list(frame["rank"]) == ["", ""]
-    assert set(frame["note"]) == {"unranked: fewer than 3 seeds that all rows share"}
-    assert leaderboard.markdown(board).count("| unranked |") == 2
+@pytest.mark.parametrize("seeds", [None, "three", 10**12])
+def test_a_record_that_names_no_number_of_seeds_has_no_rank(seeds: object) -> None:
+    board = Board(tuple(changed(r, "resolved.track.seeds", seeds) for r in runs(level(0.4))))
+    assert list(leaderboard.table(board)["rank"]) == [""]
+
+
+def test_the_track_says_how_many_seeds_a_rank_takes() -> None:
+    five = track(seeds=5)
+    of_three = runs(level(0.4), algorithm="a", of=five)
+    board = Board(
+        (*of_three, *runs(level(0.1, 5), algorithm="b", of=five), *runs(level(0.3, 5), algorithm="c", of=five))
+    )
+    assert [line_of(board, algorithm=a)["rank"] for a in "abc"] == ["", "2", "1"]
+    assert line_of(board, algorithm="a")["note"] == "unranked: not exactly the track's 5 seeds, counted from 0"
 
 
 # States

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import integrate, optimize, stats
 
 from bench_dfusion.statistics import (
+    adjusted_gains,
     compare,
     holm,
     mean_interval,
+    moderated_variances,
     paired_gain,
     pairwise_accuracy,
     rank_ranges,
+    separation,
     vendi,
 )
 
@@ -139,35 +145,100 @@ def test_a_constant_shifts_the_interval(table, constant):
     assert after.low <= after.mean + 1e-9 and after.mean <= after.high + 1e-9
 
 
-# --- coverage under the design of method.md, Statistics
+# --- clusters of prompts
 
 
-def coverage(seeds, runs, rng, interaction=0.2, prompts=200, images=4):
-    """The share of `runs` simulated studies whose interval holds the true gain."""
-    truth, held = 0.3, 0
-    for _ in range(runs):
-        table = (
-            truth
-            + rng.normal(0, 0.15, (seeds, 1))
-            + rng.normal(0, 0.5, (1, prompts))
-            + rng.normal(0, interaction, (seeds, prompts))
-            + rng.normal(0, 1, (seeds, prompts, images)).mean(-1)
-        )
-        interval = paired_gain(table)
-        held += interval.low <= truth <= interval.high
-    return held / runs
+def test_prompts_of_a_cluster_are_averaged_first():
+    table = np.array([[1.0, 3, 10, 4], [2, 6, 20, 5], [3, 9, 60, 9]])
+    # Labels b a b a: the clusters' gains are (1 + 10) / 2 and (3 + 4) / 2, and so on.
+    by_cluster = [[5.5, 3.5], [11, 5.5], [31.5, 9]]
+    assert paired_gain(table, clusters=["b", "a", "b", "a"]) == paired_gain(by_cluster)
+    assert compare(table, table / 2, clusters=[0, 1, 0, 1]).p == pytest.approx(
+        compare(by_cluster, np.array(by_cluster) / 2).p
+    )
+    assert paired_gain(table, clusters=[(0,), None, "x", 3]) == paired_gain(table), "each its own"
+    assert paired_gain(table[:1], clusters=list("baba")).kind == "BCa bootstrap"
+    # A composition counts once: seed means (1 + 3 + 10) / 3 and 4, and so on.
+    assert paired_gain(table, clusters=list("aaab")).mean == pytest.approx(np.mean([14 / 3, 4, 28 / 3, 5, 24, 9]))
+    assert paired_gain(np.full((3, 4), 0.1), clusters=list("aaab")).standard_error == 0
 
 
-def test_coverage():
-    assert 0.90 <= coverage(5, 400, np.random.default_rng(3)) <= 0.985
+def test_ranks_of_clusters_are_those_of_their_means():
+    rng = np.random.default_rng(5)
+    tables = {name: rng.normal(gain, 1, (4, 30)) for name, gain in (("a", 0.0), ("b", 1.5), ("c", 1.6))}
+    labels = rng.permutation(np.repeat(np.arange(10), 3))
+    means = {n: np.stack([t[:, labels == c].mean(1) for c in range(10)], 1) for n, t in tables.items()}
+    assert (
+        rank_ranges(tables, clusters=labels.tolist()) == rank_ranges(means) == {"a": (3, 3), "b": (1, 2), "c": (1, 2)}
+    )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("interaction", [0.2, 0.4])
-@pytest.mark.parametrize("seeds", [5, 10])
-def test_coverage_closely(seeds, interaction):
-    # One generator's seed for all cases, kept from the first two: none was chosen by what came out.
-    assert 0.93 <= coverage(seeds, 2_000, np.random.default_rng(4), interaction) <= 0.97
+def test_wrong_clusters_are_refused():
+    for use in (
+        lambda labels: paired_gain(np.zeros((3, 4)), clusters=labels),
+        lambda labels: compare(np.zeros((3, 4)), np.ones((3, 4)), clusters=labels),
+        lambda labels: rank_ranges({"a": np.zeros((3, 4))}, clusters=labels),
+    ):
+        with pytest.raises(ValueError, match="each of the 4 prompts needs one cluster label, not 3 labels"):
+            use("aab")
+        with pytest.raises(ValueError, match="at least 2 clusters of prompts, not 1"):
+            use("aaaa")
+
+
+# --- the base pictures' luck
+
+
+def test_adjusted_gains_by_hand():
+    # Prompt A: own base 0 2 of mean 1, all three 0 2 3 + 1 of mean 2: luck -1; Σ(x - x̄)(y - ȳ) = 1 of Σ(x - x̄)² = 2.
+    # Prompt B: own base 1 5 of mean 3, all three of mean 4: luck -1; 8 of 8. Slopes: A's 1/2, B's 1, of both 9/10.
+    # Each takes the other's: 1.5 - 2 - 1 · -1 and 2 - 4 - 1/2 · -1.
+    base, trained = [[0, 2, 4], [1, 5, 6]], [[[1, 2], [0, 4]]]
+    result = adjusted_gains(base, trained)
+    assert result.slope == pytest.approx(0.9)
+    assert result.table == pytest.approx(np.array([[0.5, -1.5]]))
+    # With both left out there is no slope: 1.5 - 2 and 2 - 4.
+    assert adjusted_gains(base, trained, clusters="xx").table == pytest.approx(np.array([[-0.5, -2]]))
+    # A second seed whose scores do not follow the base halves the slopes.
+    assert adjusted_gains(base, [trained[0], [[3, 3], [3, 3]]]).slope == pytest.approx(0.45)
+
+
+def test_adjusted_gains_of_plain_cases():
+    rng = np.random.default_rng(6)
+    base = rng.random((9, 12))
+    # Trained is base and a constant: all luck is known, and the gain is the constant.
+    assert adjusted_gains(base, base[None, :, :4] + 0.25).table == pytest.approx(np.full((1, 9), 0.25))
+    # As many base pictures as trained: there is no luck to know.
+    trained = rng.random((3, 9, 12))
+    assert adjusted_gains(base, trained).table == pytest.approx(trained.mean(2) - base.mean(1))
+    # A base whose scores do not vary says nothing about noise.
+    level = np.full((9, 12), 0.1)
+    assert adjusted_gains(level, trained).slope == 0
+    assert adjusted_gains(level, trained).table == pytest.approx(trained.mean(2) - 0.1)
+    # One prompt alone varies: the others take their slope from it, itself from none.
+    one = np.where(np.arange(9)[:, None] == 4, base, 0.1)
+    table, luck = adjusted_gains(one, trained[:, :, :5]).table, one[:, :5].mean(1) - one.mean(1)
+    assert table == pytest.approx(trained[:, :, :5].mean(2) - one.mean(1)) and luck[4] != 0
+    seeds, prompts = rng.permutation(3), rng.permutation(9)
+    few = trained[:, :, :5]
+    moved = adjusted_gains(base[prompts] * 3 - 1, few[seeds][:, prompts] * 3 - 1).table
+    assert moved == pytest.approx(3 * adjusted_gains(base, few).table[seeds][:, prompts])
+
+
+def test_adjusted_gains_refuse():
+    for base, trained in (
+        ((4, 8), (3, 5, 4)),  # other prompts
+        ((4, 3), (3, 4, 4)),  # fewer base pictures
+        ((4, 8), (3, 4, 1)),  # no slope within one picture
+        ((4, 8), (0, 4, 4)),
+        ((8,), (3, 4, 4)),
+        ((4, 8), (4, 4)),
+    ):
+        with pytest.raises(ValueError, match="must have the same prompts"):
+            adjusted_gains(np.zeros(base), np.zeros(trained))
+    with pytest.raises(ValueError, match="trained scores must be finite: 1 of 32"):
+        adjusted_gains(np.zeros((4, 8)), np.where(np.arange(32) == 5, np.nan, 0).reshape(2, 4, 4))
+    with pytest.raises(ValueError, match="one cluster label"):
+        adjusted_gains(np.zeros((4, 8)), np.zeros((2, 4, 4)), clusters="abc")
 
 
 # --- comparisons and ranks
@@ -208,14 +279,175 @@ def test_compare_refuses_unpaired_and_few():
         compare(np.zeros((2, 4)), np.zeros((2, 4)))
 
 
-def test_rank_ranges_under_holm():
-    # Seed means 1.5 2 2.5 over zero: t = 2 / √(.25/3), t² = 48, p = 1 - √(48/50) = .0202 with 2 degrees of freedom.
-    zero, two = np.zeros((3, 2)), np.array([[1.5, 1.5], [2, 2], [2.5, 2.5]])
-    assert rank_ranges({"zero": zero, "two": two}) == {"zero": (2, 2), "two": (1, 1)}
-    # A third entry makes three tests: 3 · .0202 = .0606 separates nothing at .05, and everything but the twins at .1.
-    three = {"zero": zero, "two": two, "twin": two.copy()}
-    assert rank_ranges(three) == {"zero": (1, 3), "two": (1, 3), "twin": (1, 3)}
-    assert rank_ranges(three, alpha=0.1) == {"zero": (3, 3), "two": (1, 2), "twin": (1, 2)}
+def log_likelihood(variances, df, d, scale):
+    return stats.f.logpdf(np.array(variances) / scale, df, d).sum() - len(variances) * np.log(scale)
+
+
+@pytest.mark.parametrize("variances", [[1, 2, 3, 4, 5, 6], [0.01, 0.02, 3, 5], [7.0, 7.0, 7.0], [0.4, 0.9]])
+def test_moderated_variances_are_of_the_least_pooling_that_is_likely(variances):
+    df = 4
+    moderated, freedom = moderated_variances(np.array(variances, dtype=float), df)
+
+    def best(d):  # over the scale, by scipy's density and optimiser
+        return max(
+            -optimize.minimize_scalar(
+                lambda log: -log_likelihood(variances, df, d, np.exp(log)), (np.log(v) - 1, np.log(v) + 1)
+            ).fun
+            for v in variances
+        )
+
+    prior = freedom - df
+    ds = [1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 1000]
+    top = max(map(best, ds))
+    likely = [d for d in ds if best(d) >= top - 0.5]
+    assert prior == likely[0]
+    scale = np.exp(
+        optimize.minimize_scalar(
+            lambda log: -log_likelihood(variances, df, prior, np.exp(log)), (np.log(np.median(variances)), 1)
+        ).x
+    )
+    pooled = [(prior * scale + df * v) / freedom for v in variances]
+    assert moderated == pytest.approx(np.maximum(pooled, variances), rel=0.04)  # the scale is found on a grid
+
+
+def test_moderated_variances_of_odd_rows():
+    calm = np.random.default_rng(7).chisquare(4, 12)
+    of_calm, freedom = moderated_variances(calm, 4)
+    assert freedom > 12 and (of_calm >= calm).all() and of_calm.min() > calm.mean() / 2
+    scaled, same = moderated_variances(calm * 1e-9, 4)
+    assert same == freedom and scaled == pytest.approx(of_calm * 1e-9)
+    # A wild row keeps its own variance; a row without any is given the others', and takes little from them.
+    wild, less = moderated_variances(np.append(calm, 1e4), 4)
+    assert wild[-1] == 1e4 and less < freedom
+    none, nearly = moderated_variances(np.append(calm, 0), 4)
+    assert none[-1] > calm.mean() / 4 and nearly == moderated_variances(np.append(calm, 1e-9), 4)[1]
+    assert none[:-1] == pytest.approx(of_calm, rel=0.4)
+    nothing, _ = moderated_variances(np.zeros(3), 4)
+    assert not nothing.any()
+
+
+def separation_by_loops(tables, draws, rng):
+    """The definition, a pair and a draw at a time."""
+    rows, seeds, prompts = tables.shape
+    variances, df = moderated_variances(np.array([t.mean(1).var(ddof=1) for t in tables]), seeds - 1)
+    profiles = tables.mean(1)
+    covariance = np.cov(profiles) / prompts
+    ratios, spreads = {}, {}
+    for i in range(rows):
+        for j in range(i):
+            seed = (variances[i] + variances[j]) / seeds
+            prompt = (profiles[i] - profiles[j]).var(ddof=1) / prompts
+            shared = 0
+            for t in (tables[i], tables[j]):
+                residual = t - t.mean(0) - t.mean(1, keepdims=True) + t.mean()
+                shared += (residual**2).sum() / ((seeds - 1) * (prompts - 1)) / (seeds * prompts)
+            error = np.sqrt(max(seed + prompt - shared, seed, prompt))
+            ratios[i, j] = abs(tables[i].mean() - tables[j].mean()) / error
+            spreads[i, j] = np.sqrt(seed + prompt)
+    counts = dict.fromkeys(ratios, 0)
+    for _ in range(draws):
+        of_seeds = rng.standard_t(df, rows) * np.sqrt(variances / seeds)
+        scale = np.sqrt((prompts - 1) / rng.chisquare(prompts - 1))
+        errors = of_seeds + scale * rng.multivariate_normal(np.zeros(rows), covariance, method="svd")
+        chance = {(i, j): abs(errors[i] - errors[j]) / spreads[i, j] for i, j in ratios}
+        for pair, ratio in ratios.items():
+            counts[pair] += max(chance[other] for other in ratios if ratios[other] <= ratio) >= ratio
+    result = np.ones((rows, rows))
+    for pair, ratio in ratios.items():
+        i, j = pair
+        # No pair is surer than one that is further apart.
+        result[i, j] = result[j, i] = max(counts[p] for p in ratios if ratios[p] >= ratio) / draws
+    return result
+
+
+def test_separation_is_what_its_definition_says():
+    rng = np.random.default_rng(8)
+    effects = np.array([0, -0.2, 0.1, 0.2])[:, None, None]
+    tables = effects + 0.15 * rng.normal(size=(4, 4, 1)) + rng.normal(size=(1, 1, 9)) + 0.6 * rng.normal(size=(4, 4, 9))
+    expected = separation_by_loops(tables, 4_000, rng)
+    assert ((expected > 0.02) & (expected < 0.6)).sum() / 2 >= 4, "a case that tells something"
+    assert separation(tables) == pytest.approx(expected, abs=0.03)
+
+
+def test_separation_of_two_rows_by_integration():
+    # No variance but between seeds: the chance that two t variables of these scales differ by more than the gains.
+    a, b = (np.repeat(np.array([means]).T, 2, axis=1) for means in ([1.0, 2, 3], [4.5, 5.0, 5.1]))
+    (va, vb), df = moderated_variances(np.array([1, np.var([4.5, 5.0, 5.1], ddof=1)]), 2)
+    sa, sb, gap = np.sqrt(va / 3), np.sqrt(vb / 3), (4.5 + 5.0 + 5.1) / 3 - 2
+    inside, _ = integrate.quad(
+        lambda x: stats.t.pdf(x, df) * (stats.t.cdf((gap - sa * x) / sb, df) - stats.t.cdf((-gap - sa * x) / sb, df)),
+        -200,
+        200,
+        limit=500,
+    )
+    assert separation([a, b], draws=200_000)[0, 1] == pytest.approx(1 - inside, abs=0.002)
+
+
+def test_separation_knows_no_order_and_no_unit():
+    rng = np.random.default_rng(9)
+    tables = rng.normal(size=(6, 1, 1)) + 0.3 * rng.normal(size=(6, 5, 1)) + rng.normal(size=(6, 5, 20))
+    p = separation(tables)
+    assert (p == p.T).all() and (np.diag(p) == 1).all() and ((p > 0.001) & (p < 0.5)).any()
+    rows, prompts = rng.permutation(6), rng.permutation(20)
+    moved = np.stack([t[rng.permutation(5)][:, prompts] for t in tables[rows]])  # seeds in another order in each row
+    assert separation(moved) == pytest.approx(p[rows][:, rows], abs=1e-3)
+    assert separation(tables * 1e-7) == pytest.approx(p, abs=1e-3)
+    assert separation(tables + 3) == pytest.approx(p, abs=1e-3)
+    # What all rows share on a prompt cancels, but the draws fall otherwise.
+    assert separation(tables + 2 * rng.normal(size=20)) == pytest.approx(p, abs=0.03)
+
+
+def test_separation_without_variance():
+    level = np.zeros((3, 4))
+    p = separation([level, level, level + 0.1])
+    assert p[0, 1] == 1 and p[0, 2] == p[1, 2] == 1e-4
+    # The same profile over prompts in both: rounding is no variance.
+    profile = np.random.default_rng(10).normal(size=64) * np.ones((3, 1))
+    assert separation([profile, profile])[0, 1] == 1
+    assert separation([profile, profile + 0.1])[0, 1] == 1e-4
+    assert separation([level]) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hnp.arrays(
+        float,
+        st.tuples(st.integers(1, 5), st.integers(3, 5), st.integers(2, 5)),
+        elements=st.floats(-10, 10) | st.sampled_from([0.0, 0.1, 0.5, 1e150, -1e-150]),
+    )
+)
+def test_separation_of_any_tables_is_of_p_values(tables):
+    p = separation(tables, draws=49)
+    assert ((p > 0) & (p <= 1)).all() and (p == p.T).all()
+    gains = tables.mean((1, 2))
+    assert (p[gains[:, None] == gains] == 1).all()
+
+
+def test_separation_refuses():
+    for shape in ((2, 2, 4), (2, 3, 1), (3, 4)):
+        with pytest.raises(ValueError, match="at least 3 seeds, at least 2 prompts"):
+            separation(np.zeros(shape))
+
+
+def test_equal_rows_are_rarely_separated_where_seeds_dominate():
+    rng = np.random.default_rng(11)
+    tables = [0.04 * rng.normal(size=(12, 5, 1)) + 0.05 * rng.normal(size=(12, 5, 32)) for _ in range(100)]
+    assert sum(separation(t, draws=499).min() <= 0.05 for t in tables) / 100 <= 0.08
+
+
+def test_rank_ranges_count_what_is_separated():
+    rng = np.random.default_rng(12)
+    gains = {"a": 0.0, "b": 0.5, "c": 0.6, "d": 1.5}
+    tables = {n: g + 0.1 * rng.normal(size=(5, 1)) + rng.normal(size=(5, 40)) for n, g in gains.items()}
+    p = separation(np.stack(list(tables.values())))
+    names = list(gains)
+    for alpha in (0.05, 0.3):
+        expected = {}
+        for i, name in enumerate(names):
+            others = [tables[names[j]].mean() > tables[name].mean() for j in range(4) if j != i and p[i, j] <= alpha]
+            expected[name] = (1 + sum(others), 4 - sum(not above for above in others))
+        assert rank_ranges(tables, alpha) == expected
+    assert rank_ranges(tables)["d"] == (1, 1) and rank_ranges(tables)["b"][1] >= 3
 
 
 def test_rank_ranges_overlap():
@@ -284,3 +516,50 @@ def test_mean_interval_by_hand():
             mean_interval(bad)
     with pytest.raises(ValueError, match="finite"):
         mean_interval([1, np.inf])
+
+
+# --- simulations: benchmarks/ranking.py at a part of its runs, the figures of docs/statistics.md
+
+
+@pytest.fixture
+def ranking(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import ranking
+
+    return ranking
+
+
+def nothing():
+    """The progress of a simulation that nobody watches."""
+
+
+def test_components_of_drawn_tables_are_found(ranking):
+    model = ranking.Model(seed=0.3, prompt=0.5, row_prompt=0.4, seed_prompt=0.2, picture=1, pictures=4)
+    tables = ranking.draw(model, np.random.default_rng(13), 40, 20, 300)
+    assert ranking.components(tables) == pytest.approx(
+        {"seed": 0.3, "prompt": math.hypot(0.5, 0.5), "row_prompt": 0.4, "seed_prompt": 0.2}, rel=0.1
+    )
+
+
+def test_coverage(ranking):
+    model = ranking.Model(seed=0.15, prompt=0.5, row_prompt=0.1, seed_prompt=0.2, row_picture=0.6, run_picture=0.8)
+    assert 0.90 <= ranking.coverage(model, 5, 200, 1, 400, nothing)["interval"] <= 0.985
+
+
+@pytest.mark.slow
+def test_the_published_simulation_in_short(ranking):
+    found = ranking.simulate(0.2)
+    chosen, before = list(ranking.PROCEDURES)[-1], next(iter(ranking.PROCEDURES))
+    title = "false separations of the chosen procedure, 24 equal rows, 5 seeds"
+    for design in ("record-like", "seeds dominate", "picture noise removed", "heavy tails, collapsing seeds"):
+        assert found[title][design][chosen] <= 0.06, design
+        for seeds in (3, 5, 10):
+            # 800 intervals: the share that holds the truth is known to .008.
+            assert 0.92 <= found[f"coverage of a gain's interval, {seeds} seeds"][design]["interval"] <= 0.985
+    power = found["power, 24 rows as far apart as micro-v1's, 5 seeds"]
+    assert power["record-like"][chosen] > power["record-like"][before]
+    assert found["false separations, 24 equal rows, 5 seeds"]["seeds dominate"][before] > 0.2
+    for line in found["control variate, 5 seeds"].values():
+        assert 0.93 <= line["coverage"]["16 on 64, adjusted"] <= 0.97
+        width = line["half width"]
+        assert width["16 on 64, adjusted"] < width["16 on the base's first 16"] < 0.7 * width["4 on 4 pictures"]
