@@ -62,7 +62,7 @@ def test_the_same_result_is_there_already_whatever_ran_it(tmp_path: Path) -> Non
         "cost.seconds": {"sample": 9.0},
         "cost.device": "H100",
         "provenance.hardware": "another computer",
-        "provenance.plugins": {"algo": "bench-dfusion 0.2.0"},
+        "provenance.plugins": dict.fromkeys(("algo", "builder", "reward"), "bench-dfusion 0.2.0"),
         "given.set": ["algo.beta=1"],
     }.items():
         again = changed(again, path, value)
@@ -80,7 +80,7 @@ def refusals() -> dict[str, tuple[records.Record, str]]:
         "track": (other_version, "results of different track versions never merge"),
         "judge": (judge, "its judge oracle has other weights or rules than that of "),
         "check": (changed(record(seed=1), "verdicts.0.gain.mean", 0.9), "it contradicts itself: verdict of oracle"),
-        "result": (record(gains=(0.25, 0.25, 0.25, 0.75)), "verdicts.0.trained is 0.75 there and 0.875 here"),
+        "result": (record(gains=(0.25, 0.25, 0.25, 0.5)), "verdicts.0.trained is 0.75 there and 0.8125 here"),
         "batch": (record(of=track(batch=7)), "resolved.track.batch is 64 there and 7 here"),
         "unpinned": (record(seed=1, of=unpinned), "results of different track versions never merge"),
     }
