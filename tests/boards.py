@@ -65,7 +65,9 @@ def record(
     judges, failed = of.evaluation.judges, gains is None
     if rounds is None:
         drawn = of.budget.prompts_per_round * of.budget.samples_per_prompt
-        rounds = of.budget.reward_queries // (drawn if builder == "vanilla" or not queries else drawn * 3 // 2)
+        a_round = {"vanilla": drawn, "same-noise": 2 * drawn}.get(builder, drawn * 3 // 2) if queries else drawn
+        rounds = of.budget.reward_queries // a_round
+        queries = min(queries, a_round * rounds)
     shape = (len(judges), len(of.prompts.heldout))
     if isinstance(gains, float):
         rng = np.random.default_rng(int(cell_hash[:8], 16))
