@@ -53,7 +53,7 @@ class StepwiseConfig(AlgorithmConfig):
 
     step_weight: Literal["one", "sigma"] = Field(
         "one",
-        description="weight of a step's loss: 1, or sigma_t scaled to mean 1 (late steps have gradients 1/sigma "
+        description="weight of a step's loss: 1, or sigma_t scaled to mean 1 (late steps have gradients much "
         "larger and little signal: docs/micro.md)",
     )
     window: Share = Field(

@@ -425,6 +425,9 @@ def leaderboard(
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the table of one track instead, as an SVG.")
     ] = None,
     wins: Annotated[bool, typer.Option("--wins", help="Print how often each row beats each other, in %.")] = False,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Show the rows too whose options are not those the track's tuning chose.")
+    ] = False,
 ) -> None:
     """Print the table of the runs found, one table a track, and the effect of D-Fusion."""
     from bench_dfusion import display
@@ -447,9 +450,11 @@ def leaderboard(
         return
     for number, board in enumerate(found):
         if csv or markdown:
-            print("\n" * (number > 0) + (as_csv(board) if csv else as_markdown(board)), end="")
+            print("\n" * (number > 0) + (as_csv if csv else as_markdown)(board, variants), end="")
+        elif wins:
+            display.wins(board, out)
         else:
-            (display.wins if wins else display.board)(board, out)
+            display.board(board, out, variants)
 
 
 @app.command()
@@ -485,22 +490,48 @@ def merge(
         bool,
         typer.Option("--skip-refused", help="Add the others where records are refused (the first of two that differ)."),
     ] = False,
+    submitter: Annotated[str, typer.Option(help="Who submits the records that name nobody.")] = "",
 ) -> None:
     """Add records from other machines or people to a leaderboard directory.
 
-    Only records are copied, to DIR/TRACK/CELL/record.json: no LoRA, no pictures.
+    Records are copied to DIR/TRACK/CELL/record.json, and the LoRA beside a record with it: no pictures.
 
-    Refused: a damaged record, one that contradicts itself, another version of DIR's track, model or judges, and another result for a cell that DIR has.
+    Refused: a damaged record, one that contradicts itself or cannot be, one of code that no revision has, another version of DIR's track, model, judges or base, and another result for a cell that DIR has.
 
     Exit status: 0; 2 if any record is refused, and nothing is written; 1 if so with --skip-refused, and the others are written.
     """
     from bench_dfusion import display
     from bench_dfusion import merge as merging
 
-    done = merging.merge(sources, into, dry_run, skip_refused)
+    done = merging.merge(sources, into, dry_run, skip_refused, submitter)
     display.merged(done, into, out)
     if done.refused:
         raise typer.Exit(1 if skip_refused else 2)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A leaderboard, or any folder with records.")],
+    sample: Annotated[int, typer.Option(min=0, help="Records to evaluate again from their LoRAs.")] = 3,
+    rerun: Annotated[int, typer.Option(min=0, help="Cells to run again as a whole.")] = 0,
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the base model is now, if not where the records say.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Check every record, evaluate some again and run some again; which, a hash of all of them decides.
+
+    Exit status: 0; 1 where something differs; 2 where a record cannot be at all.
+    """
+    _load_files(plugin)
+    from bench_dfusion import display
+    from bench_dfusion import verify as verifying
+
+    done = verifying.run(folder, sample, rerun, device=device, model=model, say=lambda text: out.print(escape(text)))
+    display.verified(done, out)
+    if any(verifying.failures(done)):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench_dfusion import __version__, leaderboard, records
+from bench_dfusion import __version__, checks, leaderboard, records
 from bench_dfusion.leaderboard import Board, Row
 from bench_dfusion.pictures import evenly
 from bench_dfusion.records import Record, Unfinished
@@ -64,7 +64,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "state": (
             "string",
             "complete, or why there is no rank: miss (a run collapsed), incomplete (cells without a record), "
-            "ceiling (trained on the judge), checkpoint (below three seeds)",
+            "ceiling (trained on the judge), variant (other options than the tuning chose), checkpoint (below three seeds)",
         ),
         **_NAMES,
         **_VARIANT,
@@ -88,6 +88,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "seconds": ("float64", "wall time of a run, mean (s)"),
         "memory": ("float64", "peak memory of a run, mean (MB)"),
         "note": ("string", "what there is to say about the state"),
+        "submitter": ("string", "who submitted it; empty: the leaderboard's own keeper"),
     },
     "scores": {
         **_CELL,
@@ -166,6 +167,10 @@ def content_of(boards: Sequence[Board]) -> Content:
     for group in (found.records, found.unfinished):
         for cell in group.values():
             _check(cell, "")
+    checker = checks.Checker()
+    for record in found.records.values():
+        for flag in checker.flags(record):
+            raise UsageError(plain(f"{record.name} cannot be published: {flag}"))
     return found
 
 
@@ -258,15 +263,15 @@ def _cell(cell: Record | Unfinished) -> dict[str, Any]:
 
 
 def _leaderboard(board: Board, found: Sequence[Row]) -> list[dict[str, Any]]:
-    rows = {(r.algorithm, r.builder, r.reward, r.variant): r for r in found}
+    rows = {r.key: r for r in found}
     judge = _track(board.cells[0]).evaluation.judges[0]
     metric = next((r.verdicts[0].metric for r in board.records if r.verdicts), None)
     lines = []
     for line in leaderboard.table(board).to_dict("records"):
-        row = rows[line["algorithm"], line["builder"], line["reward"], line["variant"]]
+        row = rows[tuple(line[k] for k in leaderboard.KEY)]
         low, _, high = str(line["rank"]).partition("–")
         values = {
-            **{name: line[name] for name in (*_NAMES, *_VARIANT, "seeds", "failed", "missing")},
+            **{name: line[name] for name in (*_NAMES, *_VARIANT, "seeds", "failed", "missing", "submitter")},
             **{name: line[name] for name in ("diversity", "kl", "queries", "evaluations", "seconds", "memory", "note")},
             **{name: line.get(f"{judge} {name}") for name in ("base", "trained", "gain", "low", "high")},
             "interval": line["interval"] or None,
@@ -367,7 +372,9 @@ def path_of(config: str) -> str:
 
 
 def files(content: Content) -> dict[str, bytes]:
-    """The tables and the card, by path in the dataset; the samples are files of their own."""
+    """The tables and the card, by path in the dataset; the samples are files of their own. Raises UsageError for records
+    that cannot stand beside each other."""
+    checks.check([(None, r) for r in content.records.values()])
     made = tables(content)
     data = {config: parquet(table) for config, table in made.items() if len(table)}
     digests = {config: hashlib.sha256(value).hexdigest() for config, value in data.items()}

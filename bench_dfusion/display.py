@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bench_dfusion.doctor import Estimate
     from bench_dfusion.merge import Merged
     from bench_dfusion.rescore import Evaluation, Rescored
+    from bench_dfusion.verify import Verified
 
 
 def record(record: Record, folder: Path, out: Console) -> None:
@@ -201,9 +202,9 @@ def wins(board: Board, out: Console) -> None:
         out.print(grid)
 
 
-def board(board: Board, out: Console) -> None:
+def board(board: Board, out: Console, variants: bool = False) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
-    frame, judges = leaderboard.table(board), board.judges
+    frame, judges = leaderboard.table(board, variants), board.judges
     out.print(f"[italic]{_text(board.track)}  ({board.track_hash[:12]})", highlight=False)
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("rank", no_wrap=True)
@@ -216,7 +217,7 @@ def board(board: Board, out: Console) -> None:
             gains[0] = escape(leaderboard.gain_text(line, judges[0]).replace(" [", "\n["))
         reward = _text(line["reward"]).replace("+", "+\n  ")  # a weighted sum takes a line for each component
         name = [_text(line["algorithm"]), f"{_text(line['builder'])}, {reward}"]
-        name += [_text(line["variant"])] if line["variant"] else []
+        name += [_text(label)] if (label := leaderboard.label_of(line)) else []
         place = line["rank"] or line["note"].partition(":")[0]  # miss, incomplete, ceiling or checkpoint
         seeds = f"{line['seeds']}/{line['seeds'] + line['missing']}" if line["missing"] else line["seeds"]
         grid.add_row(place, "\n".join(name), str(seeds), *gains, leaderboard.queries_text(line))
@@ -224,6 +225,8 @@ def board(board: Board, out: Console) -> None:
     for note in dict.fromkeys(frame["note"]):
         if note:
             out.print(_text(note), style="dim")
+    for text in leaderboard.remarks(board, frame.to_dict("records"), variants):
+        out.print(_text(text), style="yellow", soft_wrap=True, highlight=False)
     for row in leaderboard.rows(board):
         for cell in row.unfinished:
             if cell.error:
@@ -250,9 +253,23 @@ def merged(done: Merged, into: Path, out: Console) -> None:
     for source, reason in done.refused:
         out.print(f"[red]refused[/red]  {_text(f'{source}: {reason}')}", soft_wrap=True, highlight=False)
     verb = "added" if done.written else "to add"
-    counts = f"{len(done.added)} {verb}, {len(done.present)} there already, {len(done.refused)} refused"
+    loras = f" ({done.loras} with their LoRA)" if done.loras else ""
+    counts = f"{len(done.added)} {verb}{loras}, {len(done.present)} there already, {len(done.refused)} refused"
     ending = "" if done.written or not done.added else "; nothing written"
     out.print(f"{_text(into)}: {counts}{ending}", soft_wrap=True, highlight=False)
+
+
+STATUS_STYLE = {"matches": "green", "within rounding": "green", "differs": "red", "cannot be verified": "dim"}
+
+
+def verified(done: Sequence[Verified], out: Console) -> None:
+    """Of each record that was looked at again whether it holds, and why not."""
+    grid = Table(box=None, pad_edge=False)
+    for column in ("record", "how", "result", ""):
+        grid.add_column(column, overflow="fold", no_wrap=column in ("how", "result"))
+    for v in done:
+        grid.add_row(_text(v.record.name), v.how, f"[{STATUS_STYLE[v.status]}]{v.status}", _text(v.detail))
+    out.print(grid)
 
 
 def _text(value: object) -> str:

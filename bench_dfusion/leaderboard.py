@@ -10,17 +10,25 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bench_dfusion import records, statistics
+from bench_dfusion import checks, files, records, statistics
 from bench_dfusion.records import Record, Unfinished
-from bench_dfusion.registry import plain
+from bench_dfusion.registry import UsageError, plain
+
+REVIEWED = "reviewed.json"  # in a leaderboard's folder: the rewards that a person has looked at, by fingerprint
+# Rank correlation of the training reward and the judge that ranks, on the same pictures, from which a row is a ceiling
+# until a person has looked. A judge under another name has 1; the embedded CLIP has .69 with the oracle on pictures of the
+# base (benchmarks/results/clip_agreement.json), and .57 to .81 over the prompts' means of the 230 runs of micro-v1.
+AGREEMENT = 0.9
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Board:
     records: tuple[Record, ...]
     unfinished: tuple[Unfinished, ...] = ()
     paths: tuple[Path, ...] = ()  # of the records, where they were read from files
+    reviewed: frozenset[str] = frozenset()  # fingerprints of rewards that a person found to be none of the judges
 
     def __post_init__(self) -> None:
         tracks = {c.track_hash: c.track for c in self.cells}
@@ -63,6 +72,10 @@ class Board:
                         f"({v.fingerprint[:12]}…, not {judges[v.judge][:12]}…): their verdicts cannot be compared"
                     )
 
+    @cached_property
+    def checker(self) -> checks.Checker:
+        return checks.Checker()
+
     @property
     def cells(self) -> list[Record | Unfinished]:
         return [*self.records, *self.unfinished]
@@ -86,8 +99,11 @@ def _judged(judges: Sequence[tuple[str, int]]) -> str:
 
 
 def boards(folder: Path) -> list[Board]:
-    """One board for each track below a folder, by the track's name. Raises UsageError for what is no record."""
+    """One board for each track below a folder, by the track's name. Raises UsageError for what is no record, and for one
+    that cannot be (`checks`)."""
     found = records.find(folder)
+    checks.check(found)
+    reviewed = _reviewed(folder)
     finished = {identity(r) for _, r in found}
     registered = {identity(u): u for u in records.find_unfinished(folder)}
     waiting = [u for cell, u in registered.items() if cell not in finished]
@@ -100,9 +116,26 @@ def boards(folder: Path) -> list[Board]:
                 tuple(r for _, r in own),
                 tuple(u for u in waiting if u.track_hash == track),
                 tuple(p for p, _ in own),
+                reviewed,
             )
         )
     return result
+
+
+def _reviewed(folder: Path) -> frozenset[str]:
+    """The fingerprints in a folder's `reviewed.json`, which has a note for each. Raises UsageError."""
+    path = folder / REVIEWED
+    if not path.exists():
+        return frozenset()
+    try:
+        return frozenset(dict(files.read_json(path)))
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(
+            f'{path}: {error}; write {{"FINGERPRINT": "who looked at the reward, when, what it is"}}'
+        ) from None
+
+
+KEY = ("algorithm", "builder", "reward", "variant", "submitter")
 
 
 @dataclass(frozen=True)
@@ -115,10 +148,18 @@ class Row:
     variant: str  # the options that tell it from other rows of the same three, else empty
     records: tuple[Record, ...]
     unfinished: tuple[Unfinished, ...]
+    submitter: str = ""
+    variant_only: bool = False  # whether another row of the same four, or none, stands for them: see `_representative`
+    reviewed: frozenset[str] = frozenset()
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What tells it from every other row of its board."""
+        return self.algorithm, self.builder, self.reward, self.variant, self.submitter
 
     @property
     def name(self) -> str:
-        return "/".join(part for part in (self.algorithm, self.builder, self.reward, self.variant) if part)
+        return "/".join(part for part in (self.algorithm, self.builder, self.reward, label_of(vars(self))) if part)
 
     @property
     def finished(self) -> list[Record]:
@@ -135,6 +176,18 @@ class Row:
         return any(r.verdicts[0].trained_on for r in self.finished)
 
     @property
+    def agreement(self) -> float | None:
+        """The largest rank correlation of its training reward and the judge that ranks, where a run has it."""
+        return max((r.agreement.get(r.verdicts[0].judge, -1.0) for r in self.finished if r.agreement), default=None)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether its training reward agrees with the judge that ranks as only the judge itself would, and no person has
+        looked at it."""
+        looked = all(r.provenance.reward_fingerprint in self.reviewed for r in self.records)
+        return not looked and self.agreement is not None and self.agreement >= AGREEMENT
+
+    @property
     def offline(self) -> bool:
         # A run whose very first score was not finite has no round and no query, and says nothing about it.
         return any(r.rounds for r in self.records) and not any(r.cost.reward_queries for r in self.records)
@@ -145,13 +198,15 @@ class Row:
 
     @property
     def state(self) -> str:
-        """Why a row has no rank: miss, incomplete, ceiling or checkpoint; empty where it has one."""
+        """Why a row has no rank: miss, incomplete, ceiling, variant or checkpoint; empty where it has one."""
         if self.failed:
             return "miss"
         if self.unfinished:
             return "incomplete"
-        if self.ceiling:
+        if self.ceiling or self.suspect:
             return "ceiling"
+        if self.variant_only:
+            return "variant"
         return "" if len(self.finished) >= statistics.MIN_SEEDS else "checkpoint"
 
     @property
@@ -163,7 +218,10 @@ class Row:
             "miss": f"miss: {len(self.failed)} of {count} runs collapsed or turned non-finite",
             "incomplete": f"incomplete: {len(self.unfinished)} of {count} cells have no record"
             + (f", {broken} ended in an error" if broken else ""),
-            "ceiling": "ceiling: trained on the judge",
+            "ceiling": "ceiling: trained on the judge"
+            if self.ceiling
+            else f"ceiling: its reward agrees with the judge ({self.agreement or 0:.2f}) until a person has looked",
+            "variant": "variant: other options than those the track's tuning chose",
             "checkpoint": f"checkpoint: {count} of {statistics.MIN_SEEDS} seeds",
             "": "",
         }
@@ -184,20 +242,52 @@ def identity(cell: Record | Unfinished) -> str:
 
 def rows(board: Board) -> list[Row]:
     """Group a board's cells by algorithm, builder, reward and options, in the order of their names."""
-    groups: dict[tuple[str, str, str], dict[str, list[Record | Unfinished]]] = {}
+    groups: dict[tuple[str, str, str, str], dict[str, list[Record | Unfinished]]] = {}
     for cell in sorted(board.cells, key=lambda c: (c.seed, c.cell_hash)):
-        same = groups.setdefault((cell.algorithm, cell.builder, cell.reward), {})
+        submitter = cell.submitter if isinstance(cell, Record) else ""
+        same = groups.setdefault((cell.algorithm, cell.builder, cell.reward, submitter), {})
         same.setdefault(json.dumps(options_of(cell), sort_keys=True), []).append(cell)
     result = []
-    for key, configurations in sorted(groups.items()):
+    for (algorithm, builder, reward, submitter), configurations in sorted(groups.items()):
         labels = _variants([json.loads(text) for text in configurations])
+        standing = _representative(board.checker, list(configurations.values()))
         for label, cells in sorted(zip(labels, configurations.values(), strict=True), key=lambda pair: pair[0]):
             seeds = [c.seed for c in cells]
             if len(set(seeds)) < len(seeds):
-                raise ValueError(f"{'/'.join(key)} has seed {next(s for s in seeds if seeds.count(s) > 1)} twice")
+                raise ValueError(
+                    f"{algorithm}/{builder}/{reward} has seed {next(s for s in seeds if seeds.count(s) > 1)} twice"
+                )
             own = tuple(c for c in cells if isinstance(c, Record))
-            result.append(Row(*key, label, own, tuple(c for c in cells if isinstance(c, Unfinished))))
+            unfinished = tuple(c for c in cells if isinstance(c, Unfinished))
+            variant_only = cells is not standing
+            result.append(
+                Row(algorithm, builder, reward, label, own, unfinished, submitter, variant_only, board.reviewed)
+            )
     return result
+
+
+def _representative(
+    checker: checks.Checker, configurations: Sequence[list[Record | Unfinished]]
+) -> list[Record | Unfinished] | None:
+    """Of an algorithm, builder, reward and submitter the one configuration that may rank: the one with the options that
+    the track's tuning chose. Where those are not known here, the one whose options were not given by hand; None where
+    that leaves none or several of several."""
+    first = [next((c for c in cells if isinstance(c, Record)), None) for cells in configurations]
+    by_rule = [checker.by_rule(r) if r else None for r in first]
+    if True in by_rule:
+        return configurations[by_rule.index(True)]
+    open_ones = [cells for cells, known in zip(configurations, by_rule, strict=True) if known is None]
+    if len(configurations) > 1:
+        open_ones = [c for c in open_ones if not any(isinstance(r, Record) and _by_hand(r) for r in c)]
+    return open_ones[0] if len(open_ones) == 1 else None
+
+
+def _by_hand(record: Record) -> bool:
+    """Whether a run's user set options of the algorithm, the builder or the reward."""
+    given = record.given.get("set", [])
+    own = [str(s) for s in given if not str(s).startswith("track.")] if isinstance(given, list) else [given]
+    config = record.given.get("config") or {}
+    return bool(own) or not isinstance(config, dict) or bool(config.keys() - {"track"})
 
 
 def _variants(configurations: Sequence[dict[str, Any]]) -> list[str]:
@@ -219,22 +309,33 @@ def _short(value: str) -> str:
     return value if len(value) <= 60 else f"#{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
-def table(board: Board) -> pd.DataFrame:
+def hidden(found: Sequence[Row]) -> list[Row]:
+    """The variants that a table leaves out unless it is asked for them: those for which another row stands."""
+    standing = {(r.algorithm, r.builder, r.reward, r.submitter) for r in found if not r.variant_only}
+    return [r for r in found if r.variant_only and (r.algorithm, r.builder, r.reward, r.submitter) in standing]
+
+
+def table(board: Board, variants: bool = True) -> pd.DataFrame:
     """The leaderboard, best first; the first judge of the track ranks.
 
     A row trained on the ranking judge is a ceiling: shown, unranked. Below three seeds there is no rank and no interval
     of the algorithm. A run that collapsed counts as a miss: its row's gain is minus infinity. A row with cells that
     have no record is incomplete: shown with what there is, unranked. So is a row of other seeds than the track's.
+    `variants`: with the rows that `hidden` names.
 
     Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
     (counts of records, collapsed runs, cells without a record); of each judge base, trained, gain, low, high (means over
     seeds and prompts, 95 %); interval (its kind); reward rise (training reward of drawn samples, last round − first);
-    diversity (trained / base); kl (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note.
+    diversity (trained / base); kl (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note;
+    submitter; flags (why some of its records must not be published, empty where all may be).
     """
     found = rows(board)
     ranks = _ranks(found)
+    left_out = {row.key for row in (() if variants else hidden(found))}
     lines: list[dict[str, object]] = []
     for row in found:
+        if row.key in left_out:
+            continue
         done = row.finished
         line: dict[str, object] = {
             "rank": ranks.get(row.name, ""),
@@ -271,11 +372,19 @@ def table(board: Board) -> pd.DataFrame:
         if not row.state and not line["rank"]:
             unranked = f"unranked: not exactly the track's {_track_seeds(row)} seeds, counted from 0"
             line["note"] = "; ".join(n for n in (unranked, row.note) if n)
+        line["submitter"] = row.submitter
+        line["flags"] = flags_of(board, row)
         lines.append(line)
     frame = pd.DataFrame(lines)
     if not board.judges:
         return frame
     return frame.sort_values(f"{board.judges[0]} gain", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def flags_of(board: Board, row: Row) -> str:
+    """Why records of a row must not be published, each reason with the number of runs that have it."""
+    counts = Counter(flag for r in row.records for flag in board.checker.flags(r))
+    return "; ".join(f"{flag} ({n} of {len(row.records)} runs)" for flag, n in sorted(counts.items()))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -312,7 +421,9 @@ def contrasts(board: Board, builder: str = "dfusion", control: str = "vanilla") 
     table by Holm), ceiling (whether trained on the judge). Where several algorithms share a reward a line `mean of N`
     is their average, over the seeds they all share: those algorithms, other seeds and other prompts.
     """
-    complete = {(r.algorithm, r.builder, r.reward, r.variant): r for r in rows(board) if r.state in ("", "ceiling")}
+    complete = {
+        (r.algorithm, r.builder, r.reward, label_of(vars(r))): r for r in rows(board) if r.state in ("", "ceiling")
+    }
     differences: dict[str, dict[tuple[str, str], dict[int, np.ndarray]]] = {}
     for (algorithm, own, reward, variant), row in complete.items():
         other = complete.get((algorithm, control, reward, variant))
@@ -370,13 +481,13 @@ def win_rates(board: Board) -> pd.DataFrame:
     return frame
 
 
-def csv(board: Board) -> str:
+def csv(board: Board, variants: bool = False) -> str:
     """The table as comma-separated values, six significant digits; text that a spreadsheet would run is quoted by '."""
 
     def safe(value: object) -> str:
         return "'" * str(value).startswith(("=", "+", "-", "@", "\t", "\r", "\n")) + plain(value)
 
-    frame = table(board)
+    frame = table(board, variants)
     for column in frame.columns:
         if not pd.api.types.is_numeric_dtype(frame[column]):
             frame[column] = [safe(v) for v in frame[column]]
@@ -384,8 +495,9 @@ def csv(board: Board) -> str:
     return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def markdown(board: Board) -> str:
+def markdown(board: Board, variants: bool = False) -> str:
     """The table and the effect of D-Fusion as GitHub's Markdown."""
+    found = table(board, variants).to_dict("records")
     lines = _grid(
         ["rank", "algorithm", "builder", "reward", "seeds"]
         + [f"{judge} gain" for judge in board.judges]
@@ -395,7 +507,7 @@ def markdown(board: Board) -> str:
                 line["rank"] or str(line["note"]).partition(":")[0],
                 line["algorithm"],
                 line["builder"],
-                line["reward"] + (f" ({line['variant']})" if line["variant"] else ""),
+                line["reward"] + (f" ({label})" if (label := label_of(line)) else ""),
                 f"{line['seeds']} of {line['seeds'] + line['missing']}" if line["missing"] else line["seeds"],
                 *(gain_text(line, judge) for judge in board.judges),
                 signed(line["reward rise"]),
@@ -405,10 +517,12 @@ def markdown(board: Board) -> str:
                 line["evaluations"],
                 _number(line["seconds"], ".0f"),
             ]
-            for line in table(board).to_dict("records")
+            for line in found
         ],
         left=4,
     )
+    for text in remarks(board, found, variants):
+        lines += ["", escaped(text)]
     effect = contrasts(board)
     if len(effect):
         lines += [
@@ -431,6 +545,26 @@ def markdown(board: Board) -> str:
             left=2,
         )
     return "\n".join(lines) + "\n"
+
+
+def label_of(line: Mapping[Any, Any]) -> str:
+    """What tells a row from others of its algorithm, builder and reward."""
+    return ", ".join(part for part in (line["variant"], f"by {line['submitter']}" if line["submitter"] else "") if part)
+
+
+def remarks(board: Board, lines: Sequence[dict[Any, Any]], variants: bool) -> list[str]:
+    """What to say below a table: which rows must not be published, and which are not shown."""
+    said = [
+        f"not to be published: {'/'.join((line['algorithm'], line['builder'], line['reward']))}"
+        f"{f' ({label})' if (label := label_of(line)) else ''}: {line['flags']}"
+        for line in lines
+        if line["flags"]
+    ]
+    left_out = [] if variants else hidden(rows(board))
+    if left_out:
+        groups = Counter("/".join((r.algorithm, r.builder, r.reward)) for r in left_out)
+        said.append(f"variants not shown (--variants): {', '.join(f'{n} of {g}' for g, n in groups.items())}")
+    return said
 
 
 def gain_text(line: dict[Any, Any], judge: str) -> str:

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_dfusion import files, leaderboard, records
+from bench_dfusion import checks, files, leaderboard, records
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError, plain
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
+LORA = "pytorch_lora_weights.safetensors"  # as `lora.FILE`, whose module takes seconds to import
 STAGING = ".merge-"  # begins the name of the directory that holds what is not in place yet
 
 
@@ -28,28 +29,40 @@ class Merged:
     """What a merge did, or with `dry_run` would do."""
 
     added: list[tuple[Path, Path]] = field(default_factory=list)  # (source, its place in the leaderboard)
+    loras: int = 0  # of the added records that come with their LoRA (count)
     present: list[Path] = field(default_factory=list)  # sources whose result is there already
     refused: list[tuple[Path, str]] = field(default_factory=list)  # (source, why)
     written: bool = False
 
 
-def merge(sources: Sequence[Path], into: Path, dry_run: bool = False, skip_refused: bool = False) -> Merged:
+def merge(
+    sources: Sequence[Path],
+    into: Path,
+    dry_run: bool = False,
+    skip_refused: bool = False,
+    submitter: str = "",
+) -> Merged:
     """Add the records of the sources (files, or directories searched below) to the leaderboard directory `into`.
 
     Everything is checked before anything is written. If a record is refused nothing is written, or with `skip_refused`
-    only the others. Raises UsageError for a source without records and for a leaderboard that is itself unsound.
+    only the others. `submitter` is written into those that name none. Raises UsageError for a source without records
+    and for a leaderboard that is itself unsound.
     """
+    if submitter and not NAME.fullmatch(submitter.lower()):
+        raise UsageError(f"submitter {submitter!r}: letters, digits and . _ + - only")
     paths = _find(sources)
     if into.exists() and not into.is_dir():
         raise UsageError(f"{into} is no directory")
     done = Merged()
     with bar("read records", len(paths)) as progress:
         known = _Known(into)
-        accepted: list[tuple[Path, Path, Record]] = []
+        accepted: list[tuple[Path, Path, Record, Path | None]] = []
         for path in paths:
             progress.advance()
             try:
                 record = records.read(path)
+                record = record.model_copy(update={"submitter": record.submitter or submitter})
+                lora = _lora_beside(path, record)
                 place = known.take(path, record)
             except UsageError as error:
                 reason = plain(error).removeprefix(plain(path)).lstrip(": ")
@@ -58,10 +71,11 @@ def merge(sources: Sequence[Path], into: Path, dry_run: bool = False, skip_refus
             if place is None:
                 done.present.append(path)
             else:
-                accepted.append((path, place, record))
-    done.added = [(path, place) for path, place, _ in accepted]
+                accepted.append((path, place, record, lora))
+    done.added = [(path, place) for path, place, _, _ in accepted]
+    done.loras = sum(lora is not None for *_, lora in accepted)
     if accepted and not dry_run and (skip_refused or not done.refused):
-        _write([(place, record) for _, place, record in accepted], into)
+        _write([(place, record, lora) for _, place, record, lora in accepted], into)
         done.written = True
     return done
 
@@ -79,6 +93,16 @@ def _find(sources: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
+def _lora_beside(path: Path, record: Record) -> Path | None:
+    """The LoRA that lies beside a record, None where there is none. Raises UsageError where it is another's."""
+    lora = path.with_name(LORA)
+    if not lora.is_file() or path.name != "record.json":
+        return None
+    if files.sha256(lora) != record.provenance.lora_sha256:
+        raise UsageError(f"provenance.lora_sha256: {lora} is another LoRA")
+    return lora
+
+
 class _Known:
     """The records of the leaderboard and those accepted so far: what the next one is held against."""
 
@@ -88,6 +112,7 @@ class _Known:
         self.tracks: dict[str, tuple[Path, Record]] = {}  # the first record of each track
         self.judges: dict[tuple[str, str], tuple[Path, str]] = {}  # (track, judge) to its fingerprint
         self.places: dict[Path, Path] = {}
+        self.checker = checks.Checker()
         for path, record in records.find(into):
             try:
                 if self.take(path, record) is None:
@@ -102,10 +127,9 @@ class _Known:
 
         Raises UsageError where it contradicts itself or cannot stand beside those before it.
         """
-        problems = records.check(record)
-        if problems:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise UsageError(f"it contradicts itself: {problems[0]}{more}")
+        self.checker.refuse(record)
+        for flag in self.checker.flags(record):
+            raise UsageError(f"not to be published: {flag}")
         place = self._place(record)
         cell = leaderboard.identity(record)
         if cell in self.cells:
@@ -131,6 +155,7 @@ class _Known:
                 )
         if place in self.places:
             raise UsageError(f"{self.places[place]} is another cell of the same directory name")
+        self.checker.take(str(path), record)
         self.cells[cell] = path, record
         self.tracks.setdefault(record.track, (path, record))
         self.judges = judges | self.judges
@@ -157,9 +182,9 @@ class _Known:
         return place
 
 
-def _write(accepted: Sequence[tuple[Path, Record]], into: Path) -> None:
-    """Stage every record, then move each into its place: a full disk stops it before, a kill between two moves
-    leaves whole records only, and the same merge adds the rest."""
+def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path) -> None:
+    """Stage every record and LoRA, then move each into its place, a record after its LoRA: a full disk stops it before,
+    a kill between two moves leaves whole records only, and the same merge adds the rest."""
     try:
         into.mkdir(parents=True, exist_ok=True)
         with files.locked(into, f"another merge is writing to {into}"):
@@ -169,14 +194,18 @@ def _write(accepted: Sequence[tuple[Path, Record]], into: Path) -> None:
             staging = Path(tempfile.mkdtemp(dir=into, prefix=STAGING))
             try:
                 with bar("write records", 2 * len(accepted)) as progress:
-                    for number, (_, record) in enumerate(accepted):
+                    for number, (_, record, lora) in enumerate(accepted):
                         records.write(staging / f"{number}.json", record)
+                        if lora is not None:
+                            shutil.copyfile(lora, staging / f"{number}.safetensors")
                         progress.advance()
-                    for place, _ in accepted:
+                    for place, *_ in accepted:
                         if place.exists():
                             raise UsageError(f"{place} was written meanwhile: merge again")
-                    for number, (place, _) in enumerate(accepted):
+                    for number, (place, _, lora) in enumerate(accepted):
                         place.parent.mkdir(parents=True, exist_ok=True)
+                        if lora is not None:
+                            os.replace(staging / f"{number}.safetensors", place.with_name(LORA))
                         os.replace(staging / f"{number}.json", place)
                         progress.advance()
             finally:

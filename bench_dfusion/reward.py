@@ -24,6 +24,7 @@ class Reward(ABC):
 
     name, summary, paper   one line each for `bench-dfusion list rewards`
     unit                   what a score means and its range
+    limits                 the least and the greatest score there can be, None: no bound; records beyond are refused
     differentiable         whether gradients flow through `score_tensors`
     one_judge              whether its options make no other judge of it: trained on under one, it ranks under none
     by_batch               whether its batches, of `config.batch` images, score alone what they do among others: several
@@ -34,6 +35,7 @@ class Reward(ABC):
     summary: ClassVar[str]
     paper: ClassVar[str]
     unit: ClassVar[str]
+    limits: ClassVar[tuple[float | None, float | None]] = (None, None)
     Config: ClassVar[type[RewardConfig]] = RewardConfig
     differentiable: ClassVar[bool] = False
     one_judge: ClassVar[bool] = False
@@ -70,6 +72,12 @@ class Reward(ABC):
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError, before any compute, if this reward cannot score a prompt."""
+
+    @classmethod
+    def impossible(cls, means: Sequence[tuple[RewardConfig, float]], prompt: str, pictures: int) -> str | None:
+        """Why these means of the scores of `pictures` pictures of a prompt cannot be, each with the options that it was
+        scored under, all of the same pictures; None where they can, or where nobody can tell."""
+        return None
 
     # memory
 

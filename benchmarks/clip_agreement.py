@@ -1,4 +1,4 @@
-"""How far the embedded CLIP agrees with the oracle on generated pictures: `python benchmarks/clip_agreement.py`.
+"""How far the embedded CLIP agrees with the oracle on generated pictures: `python benchmarks/clip_agreement.py [--out F]`.
 
 Pairwise accuracy within a prompt (which of two samples of one prompt is better, ties of the oracle left out)
 on the base model's samples of the validation prompts, and on clean renders whether the CLIP prefers a
@@ -7,10 +7,14 @@ picture's own caption to one with an attribute, a number or a relation changed.
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 from bench_dfusion import registry, statistics, track
 from bench_dfusion.micro import oracle, scenes
@@ -20,6 +24,9 @@ from bench_dfusion.trainer import make_policy
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, help="write what was measured as JSON")
+    out = parser.parse_args().out
     settings = track.validate(track.Track, track.read("micro"), "track")
     adapter, _ = load_adapter(settings.model)
     policy = make_policy(settings, adapter, 0, torch.device("cpu"))
@@ -37,6 +44,16 @@ def main() -> None:
         f"pairwise accuracy within a prompt: {interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}] over prompts"
     )
 
+    ranks = float(stats.spearmanr(scores.ravel(), truth.ravel()).statistic)
+    print(f"rank correlation over all pictures: {ranks:.3f}")
+    found = {
+        "pictures": scores.size,
+        "pairwise accuracy within a prompt": {"mean": interval.mean, "low": interval.low, "high": interval.high},
+        "by prompt": dict(zip(settings.prompts.validation, [None if np.isnan(e) else e for e in each], strict=True)),
+        "rank correlation": ranks,
+        "own caption over one with a word changed": {},
+    }
+
     rng = random.Random(0)
     for template in scenes.TEMPLATES:
         pictures, own, other = [], [], []
@@ -47,9 +64,11 @@ def main() -> None:
                 own.append(spec.prompt)
                 other.append(change.prompt)
         batch = torch.stack(pictures)
-        print(
-            f"{template}: own caption over one with a word changed: {(clip.score(batch, own) > clip.score(batch, other)).float().mean():.3f}"
-        )
+        share = float((clip.score(batch, own) > clip.score(batch, other)).float().mean())
+        print(f"{template}: own caption over one with a word changed: {share:.3f}")
+        found["own caption over one with a word changed"][template] = share
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class Clip(Reward):
     summary = "cosine similarity of CLIP's image and text embeddings (any open_clip model)"
     paper = "Radford et al. 2021 (CLIP); Hu et al. 2025 train on it"
     unit = "cosine, in [-1, 1]"
+    limits = (-1.0, 1.0)
     Config: ClassVar[type[RewardConfig]] = ClipConfig
     differentiable = True
     config: ClipConfig

@@ -210,6 +210,7 @@ class GenEval(Reward):
     )
     paper = "Ghosh et al. 2023 (GenEval); Cheng et al. 2022 (Mask2Former); Liu et al. 2025 (Flow-GRPO) for share"
     unit = "0 or 1; share: in [0, 1]"
+    limits = (0.0, 1.0)
     Config: ClassVar[type[RewardConfig]] = GenEvalConfig
     by_batch = True
     one_judge = True

@@ -33,6 +33,7 @@ class HPSv2(Clip):
     summary = "HPSv2.1: what people prefer, given the prompt (Apache-2.0, 986 M parameters)"
     paper = "Wu et al. 2023 (HPSv2)"
     unit = "cosine, in [-1, 1], mostly 0.2 to 0.35"
+    limits = (-1.0, 1.0)
     Config: ClassVar[type[RewardConfig]] = HPSv2Config
     config: HPSv2Config  # type: ignore[assignment]  # Clip asks it for `batch` alone
 

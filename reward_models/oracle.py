@@ -1,9 +1,11 @@
-"""The micro world's oracle as a reward: exact, but a ceiling, since it is also the judge."""
+"""The micro world's oracle as a reward: exact, but a ceiling, since it is also the judge.
+
+What it decides is a stated version of its rules, guarded by the verdicts in tests/data/oracle-v1.npz: a change of code
+that changes none of them keeps the version, one that changes any needs a new one, with a fingerprint of its own.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -13,6 +15,16 @@ from torch import Tensor
 
 from bench_dfusion.micro import oracle, scenes
 from bench_dfusion.reward import Reward, RewardConfig
+
+RULES = 1  # version of what the oracle decides
+# By version and score. Version 1's are hashes of the source it had when the first records were made.
+FINGERPRINTS = {
+    1: {
+        "graded": "a1bf9292d104171e4d8dcc3ea3cc3cb3fbc26aa464f337bc59387f80127840cf",
+        "full": "1adfe50f16a0a5cef05473c836b16ba95fc41ade10459da4529ac973e81a58e4",
+    }
+}
+ROUNDING = 1e-6  # of a mean of scores in float32
 
 
 class OracleConfig(RewardConfig):
@@ -24,6 +36,7 @@ class Oracle(Reward):
     summary = "exact reading of the micro world's pictures (embedded world only)"
     paper = "this project, docs/micro.md"
     unit = "share of what the prompt asks for, in [0, 1]"
+    limits = (0.0, 1.0)
     Config: ClassVar[type[RewardConfig]] = OracleConfig
     one_judge = True
     config: OracleConfig
@@ -37,8 +50,26 @@ class Oracle(Reward):
         return 0
 
     def fingerprint(self) -> str:
-        source = inspect.getsource(oracle) + inspect.getsource(scenes) + self.config.score
-        return hashlib.sha256(source.encode()).hexdigest()
+        return FINGERPRINTS[RULES][self.config.score]
+
+    @classmethod
+    def impossible(cls, means: Sequence[tuple[RewardConfig, float]], prompt: str, pictures: int) -> str | None:
+        """Full scores are 0 or 1, and a picture is full where its graded score is 1: else the graded score is at most
+        that of one attribute wrong, or of a relation that does not hold."""
+        found = {config.score: mean for config, mean in means}  # type: ignore[attr-defined]
+        full, graded = found.get("full"), found.get("graded")
+        if full is not None and abs(full * pictures - round(full * pictures)) > ROUNDING * pictures:
+            return f"{full:.6g} is no share of {pictures} pictures that are right or not"
+        if full is not None and graded is not None:
+            spec = scenes.parse(prompt)
+            points = 2 * len(spec.objects)
+            most = 0.75 if spec.relation else (points - 1) / points
+            if not full - ROUNDING <= graded <= full + (1 - full) * most + ROUNDING:
+                return (
+                    f"graded {graded:.6g} does not go with full {full:.6g}: then it lies between {full:.6g} and "
+                    f"{full + (1 - full) * most:.6g}"
+                )
+        return None
 
     def check(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:

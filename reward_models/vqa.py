@@ -139,6 +139,7 @@ class VQA(Reward):
     )
     paper = "Lin et al. 2024 (VQAScore); Bai et al. 2025 (Qwen2.5-VL)"
     unit = "probability of yes, in [0, 1]"
+    limits = (0.0, 1.0)
     Config: ClassVar[type[RewardConfig]] = VQAConfig
     by_batch = True
     one_judge = True  # the same model, asked in other words

@@ -14,6 +14,7 @@ from bench_dfusion import files, records
 from bench_dfusion.records import Record
 from bench_dfusion.track import Track
 
+WITHOUT_BETA = {"sft", "rwr", "ddpo", "dpok", "grpo", "nft", "awm", "draft"}
 HELDOUT = {"a red ring": "single", "a blue ring": "single", "two red rings": "count", "two blue rings": "count"}
 
 
@@ -46,25 +47,33 @@ def record(
     of: Track | None = None,
     options: dict[str, Any] | None = None,
     queries: int = 96,
-    rounds: int = 2,
+    rounds: int | None = None,
     **changes: Any,
 ) -> Record:
     """One cell's record.
 
     `gains`: of each held-out prompt before the first judge, on a base of 0.5; a number: about that much of every prompt,
-    bases and noise being drawn for the cell; None: the run failed. The second judge sees half of it. `options` are the
-    algorithm's; `changes` replace fields, nothing else is made to fit.
+    bases being drawn for the track and noise for the cell; None: the run failed. The second judge sees half of it.
+    `rounds`: None: as many as the budget has. `options` are the algorithm's; `changes` replace fields, nothing else is
+    made to fit.
     """
     of = of or track()
-    algorithm_options = {"name": algorithm, "beta": 20.0, **(options or {})}
+    beta = {} if algorithm in WITHOUT_BETA else {"beta": 20.0}
+    algorithm_options = {"name": algorithm, **beta, **(options or {})}
     named = {"algorithm": algorithm_options, "builder": {"name": builder}, "reward": {"name": reward}}
     resolved = json.loads(json.dumps({**named, "track": of.fixed, "seed": seed}))
     cell_hash = digest(json.dumps(resolved, sort_keys=True))
     judges, failed = of.evaluation.judges, gains is None
+    if rounds is None:
+        drawn = of.budget.prompts_per_round * of.budget.samples_per_prompt
+        a_round = {"vanilla": drawn, "same-noise": 2 * drawn}.get(builder, drawn * 3 // 2) if queries else drawn
+        rounds = of.budget.reward_queries // a_round
+        queries = min(queries, a_round * rounds)
     shape = (len(judges), len(of.prompts.heldout))
     if isinstance(gains, float):
         rng = np.random.default_rng(int(cell_hash[:8], 16))
-        base, gained = rng.uniform(0.2, 0.6, shape), rng.normal(gains, 0.02, shape)
+        base = np.random.default_rng(int(of.hash[:8], 16)).uniform(0.2, 0.6, shape)
+        gained = rng.normal(gains, 0.02, shape)
     else:
         base, gained = np.full(shape, 0.5), np.broadcast_to(gains or 0.0, shape)
     trained = base + gained / np.arange(1, len(judges) + 1)[:, None]
@@ -88,7 +97,7 @@ def record(
         "cost": {
             "reward_queries": queries,
             "network_evaluations": 1000,
-            "updates": 4,
+            "updates": 2 * rounds,
             "seconds": {"sample": 1.5, "train": 2.5},
             "peak_memory_mb": 100.0,
             "device": "cpu",
@@ -97,7 +106,7 @@ def record(
             "code": "0123456789abcdef",
             "dirty": False,
             "versions": {"python": "3.11"},
-            "plugins": {"algo": "bench-dfusion 0.1.0"},
+            "plugins": dict.fromkeys(("algo", "builder", "reward"), "bench-dfusion 0.1.0"),
             "hardware": "a processor, 1 threads",
             "model_sha256": of.model.sha256 or digest("model"),
             "reward_fingerprint": digest(reward),
@@ -112,7 +121,9 @@ DRIFT = {"pixels": 2.0, "kl": 0.01, "diversity_base": 2.0, "diversity_trained": 
 
 def _verdict(judge: str, reward: str, of: Track, base: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
     pairs = np.stack([base, trained], 1)
-    gain = float((trained - base).mean())
+    gains = trained - base
+    mean = float(gains.mean())
+    low, high = max(mean - 0.1, float(gains.min())), min(mean + 0.1, float(gains.max()))
     names = [(of.prompts.templates or {}).get(p, "all") for p in of.prompts.heldout]
     return {
         "judge": judge,
@@ -120,7 +131,7 @@ def _verdict(judge: str, reward: str, of: Track, base: np.ndarray, trained: np.n
         "trained_on": judge == reward,
         "base": float(base.mean()),
         "trained": float(trained.mean()),
-        "gain": {"mean": gain, "low": gain - 0.1, "high": gain + 0.1, "kind": "BCa bootstrap"},
+        "gain": {"mean": mean, "low": low, "high": high, "kind": "BCa bootstrap"},
         "templates": {t: pairs[[n == t for n in names]].mean(0).tolist() for t in names},
         "per_prompt": pairs.tolist(),
         "fingerprint": digest(judge),

@@ -40,8 +40,9 @@ def test_published_records_come_in_as_they_are_and_only_once(tmp_path: Path, sai
 
 
 def test_files_run_directories_and_leaderboards_are_sources(tmp_path: Path) -> None:
-    runs = leave(tmp_path / "runs", record(seed=0), record(seed=1))
-    (place(runs, record(seed=0)).parent / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    first = changed(record(seed=0), "provenance.lora_sha256", digest("weights"))
+    runs = leave(tmp_path / "runs", first, record(seed=1))
+    (place(runs, first).parent / merge.LORA).write_bytes(b"weights")
     one = tmp_path / "sent by mail.json"
     records.write(one, record(seed=2))
     other = leave(tmp_path / "board", record(seed=3, of=track(name="other")))
@@ -50,8 +51,23 @@ def test_files_run_directories_and_leaderboards_are_sources(tmp_path: Path) -> N
     expected = [record(seed=s) for s in range(3)] + [record(seed=3, of=track(name="other"))]
     assert sorted(p for _, p in done.added) == sorted(place(tmp_path / "into", r) for r in expected)
     assert {r.cell_hash for _, r in records.find(tmp_path / "into")} == {r.cell_hash for r in expected}
-    assert len(files_of(tmp_path / "into")) == 4, "records only"
+    assert len(files_of(tmp_path / "into")) == 5 and done.loras == 1, "records, and the LoRA of the one that has it"
+    assert (place(tmp_path / "into", first).parent / merge.LORA).read_bytes() == b"weights"
     assert [len(b.records) for b in leaderboard.boards(tmp_path / "into")] == [1, 3]
+
+
+def test_the_lora_of_another_run_beside_a_doctored_record_is_refused(tmp_path: Path) -> None:
+    theirs = leave(tmp_path / "theirs", record())
+    (place(theirs, record()).parent / merge.LORA).write_bytes(b"another")
+    done = merge.merge([theirs], tmp_path / "into")
+    assert "provenance.lora_sha256: " in only_refusal(done) and "is another LoRA" in only_refusal(done)
+
+
+def test_a_submitter_is_written_into_records_that_name_none(tmp_path: Path, refused) -> None:
+    named = record(seed=1).model_copy(update={"submitter": "them"})
+    merge.merge([leave(tmp_path / "theirs", record(), named)], tmp_path / "into", submitter="me")
+    assert {r.seed: r.submitter for _, r in records.find(tmp_path / "into")} == {0: "me", 1: "them"}
+    assert "submitter '../x'" in refused("merge", tmp_path / "theirs", "--into", tmp_path / "b", "--submitter", "../x")
 
 
 def test_the_same_result_is_there_already_whatever_ran_it(tmp_path: Path) -> None:
@@ -62,7 +78,7 @@ def test_the_same_result_is_there_already_whatever_ran_it(tmp_path: Path) -> Non
         "cost.seconds": {"sample": 9.0},
         "cost.device": "H100",
         "provenance.hardware": "another computer",
-        "provenance.plugins": {"algo": "bench-dfusion 0.2.0"},
+        "provenance.plugins": dict.fromkeys(("algo", "builder", "reward"), "bench-dfusion 0.2.0"),
         "given.set": ["algo.beta=1"],
     }.items():
         again = changed(again, path, value)
@@ -80,7 +96,7 @@ def refusals() -> dict[str, tuple[records.Record, str]]:
         "track": (other_version, "results of different track versions never merge"),
         "judge": (judge, "its judge oracle has other weights or rules than that of "),
         "check": (changed(record(seed=1), "verdicts.0.gain.mean", 0.9), "it contradicts itself: verdict of oracle"),
-        "result": (record(gains=(0.25, 0.25, 0.25, 0.75)), "verdicts.0.trained is 0.75 there and 0.875 here"),
+        "result": (record(gains=(0.25, 0.25, 0.25, 0.5)), "verdicts.0.trained is 0.75 there and 0.8125 here"),
         "batch": (record(of=track(batch=7)), "resolved.track.batch is 64 there and 7 here"),
         "unpinned": (record(seed=1, of=unpinned), "results of different track versions never merge"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -60,6 +61,50 @@ def test_oracle_tells_what_failed_and_grades_by_hand() -> None:
     assert surplus.graded == 0.5 and surplus.failed == ("count",)
     # one of four: 1 / 4
     assert oracle.judge(draw(("red", "circle", 32, 32)), "four red circles").graded == 0.25
+
+
+def test_the_oracles_rules_are_those_of_their_version() -> None:
+    """Clean, damaged and drawn pictures with the verdicts of version 1. Where this fails the rules have changed: raise
+    `RULES` in reward_models/oracle.py, give the version fingerprints and a file of its own. Judges of one version are
+    one judge, whatever their code."""
+    from bench_dfusion.reward_models import oracle as reward
+
+    golden = np.load(Path(__file__).parent / "data" / f"oracle-v{reward.RULES}.npz")
+    assert len(golden["prompts"]) == 96 and golden["full"].mean() == 1 / 3
+    for number, (image, prompt) in enumerate(zip(golden["images"], golden["prompts"], strict=True)):
+        verdict = oracle.judge(image, str(prompt))
+        seen = json.dumps([[s.colour, s.shape, s.area] for s in verdict.seen])
+        expected = tuple(golden[name][number].item() for name in ("full", "graded", "failed", "seen"))
+        assert (verdict.full, verdict.graded, ",".join(verdict.failed), seen) == expected, (number, prompt)
+    for score, known in (("graded", "a1bf9292"), ("full", "1adfe50f")):
+        own = reward.Oracle(reward.OracleConfig(score=score)).fingerprint()
+        assert own.startswith(known) and own == reward.FINGERPRINTS[reward.RULES][score]
+
+
+def test_full_and_graded_verdicts_go_together_as_the_reward_says() -> None:
+    """On the golden pictures none is impossible, whichever four make a mean; what cannot be is."""
+    from bench_dfusion.reward_models.oracle import Oracle, OracleConfig
+
+    both = [OracleConfig(score="full"), OracleConfig(score="graded")]
+    golden = np.load(Path(__file__).parent / "data" / "oracle-v1.npz")
+    for image, prompt in zip(golden["images"][::5], golden["prompts"][::5], strict=True):
+        others = [golden["images"][i] for i in (0, 30, 70)]
+        scores = [oracle.judge(i, str(prompt)) for i in (image, *others)]
+        means = [float(np.mean([v.full for v in scores])), float(np.mean([v.graded for v in scores]))]
+        assert Oracle.impossible(list(zip(both, means, strict=True)), str(prompt), 4) is None
+    for prompt, full, graded, possible in (
+        ("a red ring", 0.5, 0.75, True),
+        ("a red ring", 0.5, 0.76, False),
+        ("four red rings", 0.5, 0.9375, True),
+        ("four red rings", 0.5, 0.95, False),
+        ("a red ring above a blue cross", 0.0, 0.75, True),
+        ("a red ring above a blue cross", 0.0, 0.8, False),
+        ("a red ring", 0.5, 0.49, False),
+        ("a red ring", 0.6, 0.7, False),
+        ("a red ring", 1.0, 1.0, True),
+    ):
+        reason = Oracle.impossible(list(zip(both, (full, graded), strict=True)), prompt, 4)
+        assert (reason is None) == possible, (prompt, full, graded, reason)
 
 
 def test_oracle_on_malformed_pictures() -> None:

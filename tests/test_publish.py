@@ -116,7 +116,7 @@ def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> Non
         "kto", "vanilla", "oracle", of=boards.track(HELDOUT, name="other", seeds=3, evaluation={"judges": ["clip"]})
     )
     run_folder(tmp_path / "runs", *good, missed, elsewhere)
-    run_folder(tmp_path / "more", record("grpo", seed=7))
+    run_folder(tmp_path / "more", record("grpo", seed=2))
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
@@ -161,7 +161,7 @@ def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> Non
     # What the card says makes the tables anew does.
     made = leaderboard.boards(tmp_path / "records")
     assert [leaderboard.csv(b) for b in made] == [
-        leaderboard.csv(b) for b in (board(elsewhere), board(*good, missed, record("grpo", seed=7)))
+        leaderboard.csv(b) for b in (board(elsewhere), board(*good, missed, record("grpo", seed=2)))
     ]
 
 

@@ -57,9 +57,9 @@ def hostile_folder(folder: Path) -> Path:
 
 
 def runs(algorithm: str, builder: str, reward: str, gain: float, seeds: int = 3, **more: Any) -> list[Record]:
-    """Seed s gains `gain` + 0.01 × s, alternately more and less by prompt; their curves have three rounds."""
+    """Seed s gains `gain` + 0.01 × s, alternately more and less by prompt; their curves have the budget's rounds."""
     own = [[gain + 0.01 * s + sign * 0.02 for sign in (1, -1, 1, -1)] for s in range(seeds)]
-    return [record(algorithm, builder, reward, s, gains=g, rounds=3, **more) for s, g in enumerate(own)]
+    return [record(algorithm, builder, reward, s, gains=g, **more) for s, g in enumerate(own)]
 
 
 def collapsed(evidence: str, **names: Any) -> Record:
@@ -157,7 +157,7 @@ def test_every_row_says_why_it_has_no_rank_and_every_number_is_the_tables(folder
 
 
 def test_curves_are_means_and_ranges_over_seeds_and_collapsed_runs_stand_alone(folder: Path) -> None:
-    one, two = runs("dpo", "dfusion", "clip", 0.1, 2)
+    one, two = runs("dpo", "dfusion", "clip", 0.1, 2, rounds=3)
     steeper = [r.model_copy(update={"reward": (r.reward or 0) * 2}) for r in two.rounds]
     board = leaderboard.Board((one, two.model_copy(update={"rounds": steeper}), collapsed("no", seed=2)))
     curve = content.of_board(board, content.Pictures())["data"]["rows"][0]["curve"]

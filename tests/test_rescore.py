@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
 import bench_dfusion
-from bench_dfusion import cli, config, evaluation, files, lora, records, rescore
+from bench_dfusion import cli, config, evaluation, files, lora, records, rescore, verify
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import Track
@@ -304,3 +304,62 @@ def test_a_mistake_is_one_line_before_any_compute(
     shutil.copytree(sd_lora, tmp_path / "run")
     assert expected in refused("eval", *(sd_dir if w == "SD" else w for w in words), cwd=tmp_path)
     assert not (tmp_path / "runs").exists()
+
+
+# --- verifying a folder
+
+
+def raised(folder: Path, by: float = 0.05) -> None:
+    """The trained scores before the last judge raised, and all that follows from them."""
+
+    def change(content: dict[str, Any]) -> None:
+        verdict = content["verdicts"][-1]
+        verdict["per_prompt"] = [[base, trained - by] for base, trained in verdict["per_prompt"]]
+        verdict["trained"] -= by
+        verdict["gain"] |= {key: verdict["gain"][key] - by for key in ("mean", "low", "high")}
+        verdict["templates"] = {t: [b, a - by] for t, (b, a) in verdict["templates"].items()}
+
+    edit(folder, change)
+
+
+def test_verify_evaluates_again_and_runs_again(copied: Path, monkeypatch, said) -> None:
+    status, out, _ = said("verify", copied.parent, "--sample", 3, "--rerun", 1)
+    lines = [line.split() for line in out.splitlines() if "again" in line and "diffusion-dpo" in line]
+    assert status == 0 and [" ".join(line[2:4]) for line in lines[-2:]] == ["evaluated again", "run again"]
+    assert out.count("matches") == 2 and out.count("to the last bit") == 2
+
+    raised(copied)
+    status, out, _ = said("verify", copied.parent, "--sample", 1)
+    assert status == 1 and "differs" in out and "clip" in out
+
+    (copied / lora.FILE).write_bytes(b"another")
+    ((verified),) = verify.run(copied.parent, 1)
+    assert verified.status == "differs" and "the SHA-256 of" in verified.detail
+
+    (copied / lora.FILE).unlink()
+    no_compute(monkeypatch)
+    status, out, _ = said("verify", copied.parent)
+    assert status == 0 and "no LoRA: cannot be verified" in out and "matches" not in out
+
+
+def test_verify_says_what_it_cannot_run_again(copied: Path, monkeypatch, refused, tmp_path: Path) -> None:
+    (found,) = records.find(copied.parent)
+    other = found[1].model_copy(update={"cell_hash": "0" * 64})
+    with pytest.raises(UsageError, match="its options come out otherwise here"):
+        verify.cell_of(other)
+    offline = {**found[1].resolved, "builder": {"name": "offline"}}
+    with pytest.raises(UsageError, match="a dataset of pairs, which the record does not hold"):
+        verify.cell_of(found[1].model_copy(update={"builder": "offline", "resolved": offline}))
+    (tmp_path / "empty").mkdir()
+    assert "no record.json below" in refused("verify", tmp_path / "empty")
+    assert "no directory" in refused("verify", tmp_path / "none")
+
+
+def test_which_records_are_verified_their_content_decides(finished: Path) -> None:
+    (path, one), *_ = records.find(finished.parent)
+    found = [(path.parent / str(n) / path.name, one.model_copy(update={"seed": n})) for n in range(20)]
+    order = [r.seed for _, r in verify.drawn(found)]
+    moved = [(Path("elsewhere") / str(r.seed), r) for _, r in reversed(found)]
+    assert [r.seed for _, r in verify.drawn(moved)] == order != sorted(order)
+    more = [*found, (path, one.model_copy(update={"seed": 20}))]
+    assert [r.seed for _, r in verify.drawn(more) if r.seed < 20] != order, "one more record draws all anew"

@@ -89,9 +89,9 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
     """Everything the page shows of one track, with text made visible (`marks.visible`) and no nan; `advance` is called
     after each row's pictures."""
     found = leaderboard.rows(board)
-    by_key = {(r.algorithm, r.builder, r.reward, r.variant): r for r in found}
+    by_key = {r.key: r for r in found}
     lines = leaderboard.table(board).to_dict("records")
-    ordered = [by_key[line["algorithm"], line["builder"], line["reward"], line["variant"]] for line in lines]
+    ordered = [by_key[tuple(line[k] for k in leaderboard.KEY)] for line in lines]
     root = _root(board)
     where = {r.cell_hash: p for r, p in zip(board.records, board.paths, strict=False)}
     marks = marks_of(r.builder for r in found)
@@ -221,7 +221,7 @@ def _row(line: dict[Any, Any], row: Row, number: int, judges: Sequence[str], mar
         "rank": Cell(
             rank or ("–" if state == "unranked" else state), float(best) + float(worst or best) / 1e4 if rank else None
         ),
-        "algorithm": Cell(visible(row.algorithm), visible(row.algorithm).lower(), visible(row.variant)),
+        "algorithm": Cell(visible(row.algorithm), visible(row.algorithm).lower(), visible(leaderboard.label_of(line))),
         "builder": Cell(visible(row.builder), visible(row.builder).lower()),
         "reward": Cell(visible(row.reward), visible(row.reward).lower()),
         "seeds": Cell(f"{line['seeds']}/{count}" if line["missing"] else str(count), line["seeds"]),
@@ -238,12 +238,12 @@ def _row(line: dict[Any, Any], row: Row, number: int, judges: Sequence[str], mar
         trained = any(r.verdicts[n].trained_on for r in row.finished)
         interval = f"{signed(line[f'{judge} low'])} to {signed(line[f'{judge} high'])}" if math.isfinite(gain) else ""
         cells[f"{n} gain"] = Cell(signed(gain), None if math.isnan(gain) else gain, interval, "trained" * trained)
-    words = (row.algorithm, row.builder, row.reward, row.variant, line["note"], state)
+    words = (row.algorithm, row.builder, row.reward, leaderboard.label_of(line), line["note"], line["flags"], state)
     ranking = f"{judges[0]} " if judges else ""
     return {
         "number": number,
         "state": state,
-        "note": visible(line["note"]),
+        "note": visible(_note(line)),
         "mark": marks[row.builder],
         "algorithm": visible(row.algorithm),
         "builder": visible(row.builder),
@@ -254,6 +254,10 @@ def _row(line: dict[Any, Any], row: Row, number: int, judges: Sequence[str], mar
         if judges and math.isfinite(line[f"{ranking}gain"])
         else None,
     }
+
+
+def _note(line: dict[Any, Any]) -> str:
+    return "; ".join(t for t in (line["note"], line["flags"] and f"not to be published: {line['flags']}") if t)
 
 
 def _number(value: float, form: Any) -> Cell:
@@ -311,7 +315,7 @@ def _details(
     gain = [line[f"{judges[0]} {end}"] for end in ("gain", "low", "high")] if judges else [math.nan] * 3
     return {
         "name": [row.algorithm, row.builder, row.reward],
-        "variant": row.variant,
+        "variant": leaderboard.label_of(line),
         "state": _state(line, row),
         "note": line["note"],
         "mark": marks[row.builder],

@@ -35,7 +35,7 @@ def leaderboard_picture(board: Board, path: Path) -> None:
 
 def _svg(board: Board) -> str:
     judge = board.judges[0]
-    lines = leaderboard.table(board).to_dict("records")
+    lines = leaderboard.table(board, variants=False).to_dict("records")
     marks = marks_of(line["builder"] for line in lines)
     ends = [
         line[f"{judge} {end}"] for line in lines for end in ("low", "high") if math.isfinite(line[f"{judge} {end}"])
@@ -94,7 +94,7 @@ def _line(line: dict[Any, Any], judge: str, y: float, x: Any, style: tuple[str, 
     shape, colour, _ = style
     rank = line["rank"] or str(line["note"]).partition(":")[0]
     name = f"{line['algorithm']} · {line['builder']} · {line['reward']}" + (
-        f" · {line['variant']}" if line["variant"] else ""
+        f" · {label}" if (label := leaderboard.label_of(line)) else ""
     )
     parts = [
         _text(RANK, y + 4, rank or "–", 12, INK if line["rank"] else DIM, NAME - RANK - 8),
