@@ -177,3 +177,24 @@ def test_steps_and_work_directories_are_checked(tmp_path: Path) -> None:
     pretrain.same_recipe(tmp_path, {"seed": 0})
     with pytest.raises(UsageError, match="another --work"):
         pretrain.same_recipe(tmp_path, {"seed": 1})
+
+
+def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "BATCH", 4)
+    tokenizer = first.make_tokenizer()
+    _, places = pretrain.draw_pictures(0, 200, 0)
+    latents = torch.randn(200, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    draw = pretrain.Heard(latents, torch.from_numpy(places), tokenizer, listening.NOISY, 0)
+
+    def trained(work: Path, *stops: int) -> list[torch.Tensor]:
+        for steps in stops:
+            text, net = pretrain.networks(False, tokenizer, 0)
+            first.train_denoiser(work, text, net, tokenizer, draw, steps, 0, rate=1e-3, schedule=pretrain.hold)
+        return [*text.state_dict().values(), *net.state_dict().values()]
+
+    whole, resumed = trained(tmp_path / "whole", 4), trained(tmp_path / "parts", 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    start = pretrain.networks(False, tokenizer, 0)[1].state_dict().values()
+    assert not all(torch.equal(a, b) for a, b in zip(whole[-len(start) :], start, strict=True))
+    with pytest.raises(UsageError, match="no denoiser yet"):
+        pretrain.checkpointed(tmp_path)

@@ -168,6 +168,36 @@ def networks(warm: bool, tokenizer: CLIPTokenizer, seed: int) -> tuple[CLIPTextM
     return text, net
 
 
+def checkpointed(work: Path) -> tuple[AutoencoderTiny, CLIPTextModel, PixArtTransformer2DModel, dict[str, int]]:
+    """Autoencoder, text encoder and denoiser of a run that may still go on, averaged, and each stage's steps so far.
+
+    Raises UsageError where no denoiser has been kept yet.
+    """
+    steps: dict[str, int] = {}
+
+    def load(stage: str, modules: dict[str, torch.nn.Module]) -> None:
+        path = work / f"{stage}.safetensors"
+        if path.exists():
+            tensors, meta = files.load_tensors(path)
+            steps[stage] = meta["step"]
+            for name, module in modules.items():
+                prefix = f"ema.{name}."
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                module.load_state_dict(own)
+                module.eval()
+
+    text, net = networks(False, first.make_tokenizer(), 0)
+    for stage in ("denoiser", "listening"):
+        load(stage, {"text": text, "net": net})
+    if not steps:
+        raise UsageError(
+            f"{work} has no denoiser yet: its first is kept after {first.CHECKPOINT_EVERY:.0f} s of training"
+        )
+    vae = AutoencoderTiny.from_pretrained(work / "autoencoder")
+    load("decoder", {"decoder": vae.decoder})
+    return vae.eval(), text, net, steps
+
+
 def parse_steps(words: list[str]) -> dict[str, int]:
     """`denoiser=20000` over the recipe's own steps. Raises UsageError for a stage that is none or no number."""
     steps = dict(STEPS)
