@@ -2,21 +2,23 @@
 
     python benchmarks/quality.py --work DIR | --model DIR [--split validation] [--images 8] [--steps 8] [--guidance 1]
 
-`--work` is the directory of a pre-training, which may still be running; `--model` a pipeline directory. The figures
-(oracle: full, graded; by template; share of the regions it sees whose best template overlaps by IoU >= .8) are added to
-those that are in `--out`, so that a training can be followed.
+`--work` is the directory of a pre-training, which may still be running; `--model` a pipeline directory. Two figures of
+each set of pictures: the oracle's verdicts (full, graded; by template), and sharpness, the share of the regions it sees
+whose best template overlaps by IoU >= .8. Beside the base's own samples stand the autoencoder's reconstructions of clean
+renders, which no base of it can excel. A line is added to those that are in `--out`, so that a training can be followed.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench_dfusion import files
-from bench_dfusion.micro.v2 import grammar, oracle, pretrain
+from bench_dfusion.micro.v2 import grammar, oracle, pretrain, scenes
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
@@ -26,24 +28,45 @@ from bench_dfusion.track import ModelSection
 SHARP = 0.8  # IoU of a region with its best template
 
 
-def measure(policy: Policy, prompts: list[str], images: int) -> tuple[dict[str, object], np.ndarray]:
-    """The figures and the pictures uint8 [prompts × images, 64, 64, 3]."""
+def verdicts(pictures: np.ndarray, prompts: list[str]) -> dict[str, object]:
+    """The oracle's figures of pictures uint8 [N, 64, 64, 3]."""
+    seen = [oracle.judge(image, p) for image, p in zip(pictures, prompts, strict=True)]
+    templates = np.array([grammar.parse(p).template for p in prompts])
+    full, graded = np.array([v.full for v in seen]), np.array([v.graded for v in seen])
+    overlaps = np.array([region.iou for v in seen for region in v.seen])
+    failed = [f for v in seen for f in v.failed]
+
+    def by_template(values: np.ndarray) -> dict[str, float]:
+        return {t: float(values[templates == t].mean()) for t in grammar.TEMPLATES if (templates == t).any()}
+
+    return {
+        "full": float(full.mean()),
+        "graded": float(graded.mean()),
+        "full by template": by_template(full),
+        "graded by template": by_template(graded),
+        "failed": {f: failed.count(f) / len(prompts) for f in ("count", "colour", "shape", "relation")},
+        "regions": len(overlaps),
+        "sharp": float((overlaps >= SHARP).mean()) if len(overlaps) else 0.0,
+    }
+
+
+def draw(policy: Policy, prompts: list[str], images: int) -> np.ndarray:
+    """`images` samples of each prompt: uint8 [prompts × images, 64, 64, 3]."""
     each = [p for p in prompts for _ in range(images)]
     seeds = torch.tensor([seed_of("quality", p, i) for p in prompts for i in range(images)])
     with bar("draw", len(each)) as progress:
-        drawn = policy.decode(policy.sample(each, seeds, progress.advance).final).numpy()
-    verdicts = [oracle.judge(image, p) for image, p in zip(drawn, each, strict=True)]
-    templates = np.array([grammar.parse(p).template for p in each])
-    full, graded = np.array([v.full for v in verdicts]), np.array([v.graded for v in verdicts])
-    overlaps = np.array([seen.iou for v in verdicts for seen in v.seen])
-    result: dict[str, object] = {"full": full.mean(), "graded": graded.mean()}
-    for name, values in (("full by template", full), ("graded by template", graded)):
-        result[name] = {t: round(float(values[templates == t].mean()), 4) for t in grammar.TEMPLATES}
-    failed = [f for v in verdicts for f in v.failed]
-    result["failed"] = {f: failed.count(f) / len(each) for f in ("count", "colour", "shape", "relation")}
-    result["regions"] = len(overlaps)
-    result["sharp"] = float((overlaps >= SHARP).mean()) if len(overlaps) else 0.0
-    return result, drawn
+        return policy.decode(policy.sample(each, seeds, progress.advance).final).numpy()
+
+
+def reconstructions(policy: Policy, prompts: list[str], noise: float) -> dict[str, object]:
+    """The figures of decoded latents of one clean render a prompt, with `noise` (standard deviation) on the latents."""
+    rng = random.Random(0)
+    clean = np.stack([scenes.render(scenes.sample_scene(grammar.parse(p), rng)) for p in prompts])
+    latents = policy.encode(torch.from_numpy(clean))
+    latents += noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    again = policy.decode(latents).numpy()
+    psnr = -10 * np.log10(((again.astype(float) - clean) ** 2).mean() / 255**2)
+    return {"noise": noise, "psnr": float(psnr)} | verdicts(again, prompts)
 
 
 def main() -> None:
@@ -65,19 +88,23 @@ def main() -> None:
         networks = {"vae": vae, "text_encoder": text, "transformer": net}
     adapter, digest = load_adapter(ModelSection(id=str(args.model or "micro")), networks=networks)
     policy = Policy(adapter, steps=args.steps, eta=1.0, guidance=args.guidance)
-    result, drawn = measure(policy, list(grammar.prompts(args.split)), args.images)
-    setting = {"trained": trained, "model": digest, "split": args.split, "images": args.images}
-    setting |= {"steps": args.steps, "guidance": args.guidance}
+    prompts = list(grammar.prompts(args.split))
+    result: dict[str, object] = {"trained": trained, "model": digest, "split": args.split}
+    result["reconstructions"] = [reconstructions(policy, prompts * 4, noise) for noise in (0.0, 0.2)]
+    if args.model or "denoiser" in trained:
+        drawn = draw(policy, prompts, args.images)
+        result |= {"images": args.images, "steps": args.steps, "guidance": args.guidance}
+        result |= verdicts(drawn, [p for p in prompts for _ in range(args.images)])
     known = files.read_json(args.out) if args.out.exists() else []
-    files.write_json(args.out, [*known, setting | result])
-    if args.sheet:
+    files.write_json(args.out, [*known, result])
+    if args.sheet and "images" in result:
         from PIL import Image
 
         first = drawn[:: args.images]
         first = np.concatenate([first, np.zeros((-len(first) % 12, *first.shape[1:]), np.uint8)])
         rows = [np.concatenate(list(row), 1) for row in first.reshape(-1, 12, *first.shape[1:])]
         Image.fromarray(np.concatenate(rows)).save(args.sheet)
-    for key, value in (setting | result).items():
+    for key, value in result.items():
         print(f"{key}: {value}")
 
 

@@ -196,5 +196,5 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeyp
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
     start = pretrain.networks(False, tokenizer, 0)[1].state_dict().values()
     assert not all(torch.equal(a, b) for a, b in zip(whole[-len(start) :], start, strict=True))
-    with pytest.raises(UsageError, match="no denoiser yet"):
+    with pytest.raises(UsageError, match="holds no pre-training"):
         pretrain.checkpointed(tmp_path)

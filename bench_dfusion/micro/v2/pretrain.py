@@ -171,7 +171,7 @@ def networks(warm: bool, tokenizer: CLIPTokenizer, seed: int) -> tuple[CLIPTextM
 def checkpointed(work: Path) -> tuple[AutoencoderTiny, CLIPTextModel, PixArtTransformer2DModel, dict[str, int]]:
     """Autoencoder, text encoder and denoiser of a run that may still go on, averaged, and each stage's steps so far.
 
-    Raises UsageError where no denoiser has been kept yet.
+    Networks of stages that have not begun are untrained. Raises UsageError where nothing has been kept yet.
     """
     steps: dict[str, int] = {}
 
@@ -182,20 +182,20 @@ def checkpointed(work: Path) -> tuple[AutoencoderTiny, CLIPTextModel, PixArtTran
             steps[stage] = meta["step"]
             for name, module in modules.items():
                 prefix = f"ema.{name}."
-                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                module.load_state_dict(own)
+                module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
                 module.eval()
 
+    vae = first.make_autoencoder().eval()
     text, net = networks(False, first.make_tokenizer(), 0)
-    for stage in ("denoiser", "listening"):
-        load(stage, {"text": text, "net": net})
+    load("autoencoder", {"ae": vae})
     if not steps:
-        raise UsageError(
-            f"{work} has no denoiser yet: its first is kept after {first.CHECKPOINT_EVERY:.0f} s of training"
-        )
-    vae = AutoencoderTiny.from_pretrained(work / "autoencoder")
+        raise UsageError(f"{work} holds no pre-training, or one of less than {first.CHECKPOINT_EVERY:.0f} s")
+    if (work / "autoencoder").exists():  # its latents standardised
+        vae = AutoencoderTiny.from_pretrained(work / "autoencoder").eval()
+    load("denoiser", {"text": text, "net": net})
+    load("listening", {"text": text, "net": net})
     load("decoder", {"decoder": vae.decoder})
-    return vae.eval(), text, net, steps
+    return vae, text, net, steps
 
 
 def parse_steps(words: list[str]) -> dict[str, int]:
