@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ from bench_dfusion.micro.scenes import (
     PLURALS,
     SHAPES,
     SIZE,
-    Scene,
+    Placed,
     Spec,
     coverage,
     random_spec,
@@ -47,15 +49,20 @@ GRID = 8  # latent positions a side
 CHANNELS = 16
 CONTEXT = 16  # text tokens
 CHECKPOINT_EVERY = 120.0  # s
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 MIX = {"single": 0.13, "count": 0.27, "attributes": 0.3, "relation": 0.3}
 
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- data
 
 
 @dataclass
 class World:
-    """Rendered scenes: images uint8 [N, 64, 64, 3], the prompts' specs, and each object's place [N, 4, 64]."""
+    """Rendered scenes: images uint8 [N, 64, 64, 3], the prompts' specs, and the place of each thing asked for [N, 2, 64]."""
 
     images: np.ndarray
     specs: list[Spec]
@@ -68,29 +75,33 @@ def _scene(job: tuple[int, int, bool]) -> tuple[np.ndarray, Spec, np.ndarray]:
     template = rng.choices(list(MIX), list(MIX.values()))[0]
     spec = random_spec(template, rng) if everything else lists.draw(template, "train", rng)
     scene = sample_scene(spec, rng)
-    return draw_scene(scene), spec, _places(scene)
+    return draw_scene(scene), spec, thing_places(spec, scene.objects)
 
 
-def _places(scene: Scene) -> np.ndarray:
-    """The share of each latent position that each object covers, [4, 64]."""
-    result = np.zeros((4, GRID * GRID), np.float16)
+def thing_places(spec: Spec, objects: Sequence[Placed]) -> np.ndarray:
+    """The share of each latent position that all objects of a thing cover together, for each of `spec.things`: [2, 64]."""
+    result = np.zeros((2, GRID * GRID), np.float16)
     step = SIZE // GRID
-    for i, o in enumerate(scene.objects):
-        covered = coverage(o.thing.shape, o.x, o.y, o.radius)
-        result[i] = covered.reshape(GRID, step, GRID, step).mean((1, 3)).reshape(-1)
+    for i, thing in enumerate(spec.things):
+        covered = sum(coverage(thing.shape, o.x, o.y, o.radius) for o in objects if o.thing == thing)
+        result[i] = np.clip(covered, 0, 1).reshape(GRID, step, GRID, step).mean((1, 3)).reshape(-1)
     return result
 
 
 def make_world(n: int, seed: int, everything: bool = False) -> World:
     """`n` scenes of the train compositions, or of `everything` (the CLIP's world knows them all)."""
-    jobs = [(seed, i, everything) for i in range(n)]
+    images, specs, places = zip(*rendered(_scene, [(seed, i, everything) for i in range(n)]), strict=True)
+    return World(np.stack(images), list(specs), np.stack(places))
+
+
+def rendered(draw: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
+    """`draw` of every job, by a process for each core."""
     parts = []
-    with get_context("fork").Pool(2) as pool, bar("render", n) as progress:
-        for part in pool.imap(_scene, jobs, chunksize=500):
+    with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool, bar("render", len(jobs)) as progress:
+        for part in pool.imap(draw, jobs, chunksize=250):
             parts.append(part)
             progress.advance()
-    images, specs, places = zip(*parts, strict=True)
-    return World(np.stack(images), list(specs), np.stack(places))
+    return parts
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -123,18 +134,12 @@ def make_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def token_places(specs: list[Spec], ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
-    """For each text token the number of its object: [N, L], -1 none, 0 first, 1 second, 2 all of a count."""
-    colours = {tokenizer(c).input_ids[1] for c in COLOURS}
-    nouns = {tokenizer(s).input_ids[1] for s in (*SHAPES, *PLURALS.values())}
-    result = torch.full(ids.shape, -1)
-    for row, spec in enumerate(specs):
-        thing = 0
-        for column, token in enumerate(ids[row].tolist()):
-            if token in colours or token in nouns:
-                result[row, column] = 2 if spec.template == "count" else thing
-                thing += token in nouns
-    return result
+def token_things(ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
+    """For each text token the number of the thing whose colour or shape it is, in the caption's order: [N, L], -1 none."""
+    colours = torch.tensor([tokenizer(c).input_ids[1] for c in COLOURS])
+    nouns = torch.isin(ids, torch.tensor([tokenizer(s).input_ids[1] for s in (*SHAPES, *PLURALS.values())]))
+    thing = nouns.cumsum(1) - nouns.long()
+    return thing.where(nouns | torch.isin(ids, colours), torch.tensor(-1))
 
 
 # ---------------------------------------------------------------- training loop
@@ -148,8 +153,13 @@ def train(
     step: Callable[[int], dict[str, float]],
     steps: int,
     ema: float,
+    schedule: Callable[[float], float] | None = None,
 ) -> dict[str, Tensor]:
-    """Train for `steps` optimiser steps from the last checkpoint on; returns the weights averaged by `ema`."""
+    """Train for `steps` optimiser steps from the last checkpoint on; returns the weights averaged by `ema`.
+
+    `schedule` gives the learning rate's factor at the share of steps that is done; by default `warm_then_cosine`.
+    """
+    schedule = schedule or warm_then_cosine
     path = work / f"{label}.safetensors"
     parameters = {f"{m}.{k}": v for m, module in modules.items() for k, v in module.state_dict().items()}
     average = {k: v.detach().clone() for k, v in parameters.items()}
@@ -178,7 +188,7 @@ def train(
         while n < steps:
             for optimizer, rates in zip(optimizers, base_rates, strict=True):
                 for group, base in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = base * warm_then_cosine(n / steps)
+                    group["lr"] = base * schedule(n / steps)
                 optimizer.zero_grad(set_to_none=True)
             metrics = step(n)
             for optimizer in optimizers:
@@ -200,6 +210,11 @@ def train(
 
 def warm_then_cosine(done: float) -> float:
     return min(1.0, done / 0.02 + 0.02) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done))) + 0.005
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the hardware has it: a CPU without AVX-512 bf16 emulates it, ten times slower than float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or HAS_BF16)
 
 
 def batches(n: int, size: int, seed: int, step: int) -> Tensor:
@@ -229,7 +244,15 @@ def make_autoencoder() -> AutoencoderTiny:
     return model
 
 
-def train_autoencoder(work: Path, world: World, steps: int, seed: int) -> AutoencoderTiny:
+def train_autoencoder(
+    work: Path,
+    images: np.ndarray,
+    steps: int,
+    seed: int,
+    start: AutoencoderTiny | None = None,
+    rate: float = 1.5e-3,
+    device: torch.device = CPU,
+) -> AutoencoderTiny:
     """L1 + MSE, objects weighted 5 times, with noise on the latents so that the denoiser's small errors do not show.
 
     The latents are then standardised per channel by folding their statistics into the encoder's last and
@@ -237,17 +260,17 @@ def train_autoencoder(work: Path, world: World, steps: int, seed: int) -> Autoen
     `train_decoder` mends it.
     """
     torch.manual_seed(seed)
-    model = make_autoencoder().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    model = (start or make_autoencoder()).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     size = 20
 
     def step(n: int) -> dict[str, float]:
-        image = to_tensor(world.images[batches(len(world.images), size, seed, n).numpy()])
-        image = image.to(memory_format=torch.channels_last)
+        image = to_tensor(images[batches(len(images), size, seed, n).numpy()])
+        image = image.to(device, memory_format=torch.channels_last)
         weight = 1 + 4 * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > 0.6).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(device):
             z = model.encoder(image).float()
-            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(n))
+            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(n)).to(device)
             out = model.decoder(z + 0.1 * min(1.0, n / 600) * noise).float()
         error = out - image
         loss = (weight / weight.mean() * (error.abs() + error.square())).mean()
@@ -258,7 +281,7 @@ def train_autoencoder(work: Path, world: World, steps: int, seed: int) -> Autoen
     weights = train("autoencoder", work, {"ae": model}, [optimizer], step, steps, ema=0.997)
     model.load_state_dict({k.removeprefix("ae."): v for k, v in weights.items()})
     model.to(memory_format=torch.contiguous_format).eval()
-    z = encode(model, world.images[:4000]).float()
+    z = encode(model, images[:4000]).float().to(device)
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     last, first = model.encoder.layers[-1], model.decoder.layers[0]
     with torch.no_grad():
@@ -269,21 +292,29 @@ def train_autoencoder(work: Path, world: World, steps: int, seed: int) -> Autoen
     return model
 
 
-def train_decoder(work: Path, model: AutoencoderTiny, latents: Tensor, world: World, steps: int, seed: int) -> None:
+def train_decoder(
+    work: Path,
+    model: AutoencoderTiny,
+    latents: Tensor,
+    images: np.ndarray,
+    steps: int,
+    seed: int,
+    device: torch.device = CPU,
+) -> None:
     """Go on with the decoder alone, on the frozen encoder's latents with noise, the denoiser's kind of error."""
-    decoder = model.decoder.train().to(memory_format=torch.channels_last)
+    decoder = model.decoder.train().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=0.0)
     size = 20
 
     def step(n: int) -> dict[str, float]:
         rows = batches(len(latents), size, seed + 1, n)
-        image = to_tensor(world.images[rows.numpy()]).to(memory_format=torch.channels_last)
+        image = to_tensor(images[rows.numpy()]).to(device, memory_format=torch.channels_last)
         weight = 1 + 4 * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > 0.6).float()
         g = torch.Generator().manual_seed(n)
         z = latents[rows].float()
         z = z + 0.2 * torch.rand(size, 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = decoder(z.to(memory_format=torch.channels_last)).float()
+        with autocast(device):
+            out = decoder(z.to(device, memory_format=torch.channels_last)).float()
         error = out - image
         loss = (weight / weight.mean() * (error.abs() + error.square())).mean()
         loss.backward()
@@ -297,10 +328,11 @@ def train_decoder(work: Path, model: AutoencoderTiny, latents: Tensor, world: Wo
 
 @torch.no_grad()
 def encode(model: AutoencoderTiny, images: np.ndarray) -> Tensor:
+    """Latents of images uint8 [N, 64, 64, 3]: half [N, 16, 8, 8], on the CPU."""
     with bar("encode", len(images)) as progress:
         parts = []
         for i in range(0, len(images), 250):
-            parts.append(model.encode(to_tensor(images[i : i + 250])).latents.half())
+            parts.append(model.encode(to_tensor(images[i : i + 250]).to(model.device)).latents.half().cpu())
             progress.advance(len(parts[-1]))
     return torch.cat(parts)
 
@@ -338,7 +370,7 @@ def train_clip(
         image = image + torch.rand(batch, 1, 1, 1, generator=g) * 0.15 * torch.randn(image.shape, generator=g)
         soft = F.avg_pool2d(image, 3, 1, 1)
         image = torch.where(torch.rand(batch, 1, 1, 1, generator=g) < 0.25, soft, image)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # its fused backward is slow on CPUs
+        with autocast(CPU), sdpa_kernel(SDPBackend.MATH):  # its fused backward is slow on CPUs
             a, b, scale = model(image, ids[rows])[:3]
         logits = scale.float() * a.float() @ b.float().T
         same = caption[rows][:, None] == caption[rows]
@@ -438,67 +470,96 @@ class KeepProbabilities:
         return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v)))
 
 
+@dataclass
+class Batch:
+    """What the denoiser learns from: latents [B, 16, 8, 8], tokens [B, L], and for the placing loss of each token the
+    place of the object it names [B, L, 64], all 0 for other tokens."""
+
+    latents: Tensor
+    ids: Tensor
+    places: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.latents.to(device), self.ids.to(device), self.places.to(device))
+
+
+class Captioned:
+    """Batches of a world whose captions say what its pictures show."""
+
+    def __init__(self, world: World, latents: Tensor, tokenizer: CLIPTokenizer, batch: int, seed: int):
+        ids = tokenizer([s.prompt for s in world.specs], padding="max_length", return_tensors="pt").input_ids
+        self.ids = ids[:, : int((ids != tokenizer.pad_token_id).sum(1).max()) + 1]
+        self.things, self.places = token_things(self.ids, tokenizer), torch.from_numpy(world.places)
+        self.latents, self.batch, self.seed = latents, batch, seed
+
+    def __call__(self, step: int) -> Batch:
+        rows = batches(len(self.latents), self.batch, self.seed, step)
+        places = token_places(self.things[rows], self.places[rows].float())
+        return Batch(self.latents[rows].float(), self.ids[rows], places)
+
+
+def token_places(things: Tensor, places: Tensor) -> Tensor:
+    """The place of the thing that each token names: things [B, L] and places [B, 2, 64] to [B, L, 64], 0 where none."""
+    own = places.gather(1, things.clamp(min=0)[..., None].expand(-1, -1, places.shape[-1]))
+    return own * (things >= 0)[..., None]
+
+
 def train_denoiser(
     work: Path,
-    latents: Tensor,
-    world: World,
+    text: CLIPTextModel,
+    net: PixArtTransformer2DModel,
     tokenizer: CLIPTokenizer,
+    draw: Callable[[int], Batch],
     steps: int,
     seed: int,
+    label: str = "denoiser",
+    rate: float = 2e-3,
+    ema: float = 0.998,
+    schedule: Callable[[float], float] | None = None,
     place_weight: float = 0.03,
-    batch: int = 128,
-) -> tuple[CLIPTextModel, PixArtTransformer2DModel]:
-    """v-prediction with 10 % caption drop, and a placing loss on the cross-attention maps.
+    device: torch.device = CPU,
+) -> None:
+    """v-prediction with 10 % caption drop, and a placing loss on the cross-attention maps. Trains both networks in place.
 
     The placing loss is minus the log of the share of an item token's attention (mean over layers and
     heads: the map D-Fusion's mask is made from) that falls on the item's object. Stable Diffusion's maps
     localise by the size of its training; token supervision (after TokenCompose, Wang et al. 2024,
     eq. 5, here as a log-likelihood) gives a small network the same property in an hour.
     """
-    torch.manual_seed(seed)
-    text, net, scheduler = make_text_encoder(tokenizer), make_denoiser(), make_scheduler()
     kept: list[Tensor] = []
     net.set_attn_processor(  # SDPA's backward is slow on CPUs
         {k: KeepProbabilities(kept) if "attn2" in k else AttnProcessor() for k in net.attn_processors}
     )
-    ids = tokenizer([s.prompt for s in world.specs], padding="max_length", return_tensors="pt").input_ids
-    length = int((ids != tokenizer.pad_token_id).sum(1).max()) + 1
-    ids = ids[:, :length]
-    empty = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids[0]
-    owner = token_places(world.specs, ids, tokenizer)
-    places = torch.from_numpy(world.places)
-    alphas = scheduler.alphas_cumprod
+    text.to(device).train()
+    net.to(device).train()
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0].to(device)
+    alphas = make_scheduler().alphas_cumprod.to(device)
     parameters = [*text.parameters(), *net.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
 
     def step(n: int) -> dict[str, float]:
-        rows = batches(len(latents), batch, seed, n)
+        data = draw(n).to(device)
+        x0, batch = data.latents, len(data.latents)
         g = torch.Generator().manual_seed(seed * 7_000_003 + n)
-        x0 = latents[rows].float()
         u = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch  # stratified over the noise levels
-        t = (u.pow(0.8) * 999.99).long()
+        t = (u.pow(0.8) * 999.99).long().to(device)
         a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
-        noise = torch.randn(x0.shape, generator=g)
-        drop = torch.rand(batch, generator=g) < 0.1
-        tokens = torch.where(drop[:, None], empty, ids[rows])
+        noise = torch.randn(x0.shape, generator=g).to(device)
+        drop = (torch.rand(batch, generator=g) < 0.1).to(device)
+        tokens = torch.where(drop[:, None], empty[: data.ids.shape[1]], data.ids)
         mask = (tokens != tokenizer.pad_token_id) | (
             (tokens == tokenizer.pad_token_id).cumsum(1) == 1  # the first end token counts, the padding does not
         )
         kept.clear()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(device):
             states = text(tokens, attention_mask=mask.long()).last_hidden_state
             out = net(a * x0 + s * noise, states, t, encoder_attention_mask=mask.float(), return_dict=False)[0]
         loss = F.mse_loss(out.float(), a * noise - s * x0)
         metrics = {"v": loss.item()}
         if place_weight:
             maps = torch.stack(kept).mean(0).transpose(1, 2)  # [B, L, 64]
-            who = owner[rows]
-            place = places[rows].float()
-            everything = place.sum(1, keepdim=True).clamp(max=1)
-            target = torch.cat([place[:, :2], everything], 1)
-            mine = target.gather(1, who.clamp(min=0)[..., None].expand(-1, -1, target.shape[-1]))
-            share = (maps * mine).sum(-1) / maps.sum(-1).clamp(min=1e-6)
-            use = (who >= 0) & ~drop[:, None]
+            share = (maps * data.places).sum(-1) / maps.sum(-1).clamp(min=1e-6)
+            use = (data.places.sum(-1) > 0) & ~drop[:, None]
             placing = -share.clamp(min=1e-4).log()[use].mean()
             loss = loss + place_weight * placing
             metrics["place"] = placing.item()
@@ -506,11 +567,10 @@ def train_denoiser(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         return metrics
 
-    weights = train("denoiser", work, {"text": text, "net": net}, [optimizer], step, steps, ema=0.998)
+    weights = train(label, work, {"text": text, "net": net}, [optimizer], step, steps, ema, schedule)
     for name, module in (("text", text), ("net", net)):
         module.load_state_dict({k.removeprefix(name + "."): v for k, v in weights.items() if k.startswith(name + ".")})
         module.eval()
-    return text, net
 
 
 # ---------------------------------------------------------------- package
@@ -528,6 +588,9 @@ def package(
     content = json.loads(config.read_text())
     content["dtype"] = "float32"
     files.write_json(config, content)
+    for config in out.rglob("config.json"):  # where a network was read from is a path of the machine that made it
+        content = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        files.write_json(config, content)
 
 
 # ---------------------------------------------------------------- the recipe
@@ -548,10 +611,13 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     world = make_world(max(500, round(RENDERS * args.scale)), seed + 1)
-    vae = train_autoencoder(work, world, steps["autoencoder"], seed)
+    vae = train_autoencoder(work, world.images, steps["autoencoder"], seed)
     latents = encode(vae, world.images)
-    train_decoder(work, vae, latents, world, steps["decoder"], seed)
-    text, net = train_denoiser(work, latents, world, tokenizer, steps["denoiser"], seed)
+    train_decoder(work, vae, latents, world.images, steps["decoder"], seed)
+    torch.manual_seed(seed)
+    text, net = make_text_encoder(tokenizer), make_denoiser()
+    draw = Captioned(world, latents, tokenizer, batch=128, seed=seed)
+    train_denoiser(work, text, net, tokenizer, draw, steps["denoiser"], seed)
     package(args.out / "pipeline", tokenizer, vae, text, net)
     everything = make_world(len(world.specs) // 2, seed + 2, everything=True)
     package_clip(args.out / "clip", train_clip(work, everything, tokenizer, steps["clip"], seed), tokenizer)

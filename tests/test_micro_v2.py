@@ -1,0 +1,200 @@
+"""The second embedded world: grammar, scenes, oracle, prompt lists, noise in captions, recipe."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench_dfusion.micro import oracle as first_oracle
+from bench_dfusion.micro import pretrain as first
+from bench_dfusion.micro.scenes import Thing
+from bench_dfusion.micro.v2 import grammar, listening, oracle, pretrain, scenes
+from bench_dfusion.registry import UsageError
+
+RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
+
+
+@given(st.sampled_from(grammar.TEMPLATES), st.integers(0, 10**9))
+def test_every_prompt_reads_back_as_its_spec(template: str, seed: int) -> None:
+    spec = grammar.random_spec(template, random.Random(seed))
+    assert grammar.parse(spec.prompt) == spec
+    assert spec.picture.composition == spec.composition
+    assert Counter(spec.picture.objects) == Counter(spec.objects)
+
+
+def test_phrasings_share_composition_and_picture() -> None:
+    one = grammar.parse("two red circles and a blue square")
+    turned = grammar.parse("a blue square and two red circles")
+    assert one.objects == (RED_CIRCLE, RED_CIRCLE, BLUE_SQUARE)
+    assert turned != one and turned.picture == one.picture and turned.composition == one.composition
+    left, right = (
+        grammar.parse("a red circle left of a blue square"),
+        grammar.parse("a blue square right of a red circle"),
+    )
+    assert left.picture == right.picture != grammar.parse("a red circle above a blue square").picture
+
+
+@pytest.mark.parametrize(
+    "text", ["", "three red circles and a blue square", "two red circles and two blue squares", "a b"]
+)
+def test_prompts_outside_the_grammar_are_refused_with_the_grammar(text: str) -> None:
+    with pytest.raises(ValueError, match="two red circles and a blue square"):
+        grammar.parse(text)
+
+
+def test_lists_are_disjoint_by_composition_and_long_enough() -> None:
+    specs = {split: [grammar.parse(p) for p in grammar.prompts(split)] for split in grammar.SPLITS}
+    names = {split: {s.composition for s in of} for split, of in specs.items()}
+    for split, of in specs.items():
+        assert len(set(grammar.prompts(split))) == len(of)
+        assert names[split] <= grammar.known(split)
+        assert {s.template for s in of} == set(grammar.TEMPLATES)
+        for other in grammar.SPLITS:
+            assert split == other or not grammar.known(split) & grammar.known(other)
+    assert len(specs["train"]) >= 300 and len(specs["validation"]) >= 32 and len(specs["heldout"]) >= 128
+    phrasings = Counter(s.composition for s in specs["heldout"])
+    assert all(phrasings[s.composition] == len(s.things) for s in specs["heldout"])
+
+
+def test_oracle_is_right_on_1000_clean_renders_and_blind_to_backgrounds() -> None:
+    rng = random.Random(7)
+    sharp = []
+    for i in range(1000):
+        spec = grammar.random_spec(grammar.TEMPLATES[i % 5], rng)
+        scene = scenes.sample_scene(spec, rng)
+        verdict = oracle.judge(scenes.render(scene), spec)
+        assert verdict.full == 1.0 and verdict.graded == 1.0 and not verdict.failed, (spec, verdict)
+        sharp += [seen.iou >= 0.8 for seen in verdict.seen]
+        background = scenes.paint(scene.background) * 255
+        assert np.ptp(background, axis=-1).max() < first_oracle.CHROMA / 2
+    assert np.mean(sharp) > 0.99
+
+
+def test_oracle_scores_a_mixed_prompt_by_hand() -> None:
+    spec = grammar.parse("two red circles and a blue square")
+    image = scenes.render(scenes.sample_scene(spec, random.Random(0)))
+    assert oracle.judge(image, "a blue square and two red circles").full == 1.0
+    # two of three objects match, the third has half of its attributes: 5/6
+    assert oracle.judge(image, "two red circles and a blue ring").graded == pytest.approx(5 / 6)
+    # a surplus object: 2 of 3
+    assert oracle.judge(image, "a red circle and a blue square").graded == pytest.approx(2 / 3)
+
+
+def test_scenes_are_composed() -> None:
+    def place(prompt: str, seed: int) -> list[tuple[float, float]]:
+        spec = grammar.parse(prompt)
+        return [(o.x, o.y) for o in scenes.sample_scene(spec, random.Random(seed)).objects]
+
+    for seed in range(20):
+        ((x, y),) = place("a red circle", seed)
+        assert abs(x - 32) <= 4 and abs(y - 32) <= 4
+        *pair, odd = place("two red circles and a blue square", seed)
+        assert all(odd[1] < y - 10 for _, y in pair)
+    first_left = [a[0] < b[0] for a, b in (place("a red circle and a blue square", i) for i in range(300))]
+    assert 0.68 < np.mean(first_left) < 0.82
+
+
+def test_captions_are_wrong_at_their_rates_and_stay_within_the_train_compositions() -> None:
+    rng = random.Random(1)
+    pictures = {spec for specs in pretrain.pictures().values() for spec in specs}
+    for template in grammar.TEMPLATES:
+        wrong = 0
+        for _ in range(2000):
+            caption = grammar.draw(template, "train", rng)
+            seen = listening.shown(caption, listening.NOISY, rng)
+            assert seen.picture in pictures
+            assert all(o is None or 0 <= o < len(seen.picture.things) for o in seen.owners)
+            wrong += seen.picture != caption.picture
+            assert listening.shown(caption, listening.CLEAN, rng).picture == caption.picture
+        nominal = sum(listening.NOISY[template].values())
+        assert abs(wrong / 2000 - nominal) < 0.035, template  # three standard errors
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "others"),
+    [
+        ("a red circle and a blue square", "swapped", {"a blue circle and a red square"}),
+        ("three red circles", "number", {"two red circles", "four red circles"}),
+        ("a red circle left of a blue square", "missing", {"a red circle", "a blue square"}),
+        (
+            "two red circles and a blue square",
+            "number",
+            {"a blue square and a red circle", "two blue squares and a red circle"},
+        ),
+        (
+            "a red circle above a blue square",
+            "turned",
+            {
+                "a blue square above a red circle",
+                "a red circle left of a blue square",
+                "a blue square left of a red circle",
+            },
+        ),
+    ],
+)
+def test_errors_of_captions_are_those_of_their_kind(prompt: str, kind: str, others: set[str]) -> None:
+    caption = grammar.parse(prompt)
+    assert {spec.picture.prompt for spec, _ in listening.errors(caption, kind)} == others
+    with pytest.raises(ValueError, match="no error of a"):
+        list(listening.errors(caption, "blurred"))
+
+
+def test_places_follow_the_caption_not_the_picture() -> None:
+    """'a blue square and a red circle' of a picture kept as circle, square; a left-out thing has no place."""
+    n = 400
+    _, kept = pretrain.draw_pictures(0, n, 0)
+    tokenizer = first.make_tokenizer()
+    rates = {"attributes": {"missing": 0.5}}
+    draw = pretrain.Heard(torch.arange(n).float()[:, None], torch.from_numpy(kept), tokenizer, rates, 0)
+    data = draw(3)
+    assert torch.equal(data.latents, draw(3).latents) and not torch.equal(data.latents, draw(4).latents)
+    colours = {tokenizer(c).input_ids[1]: c for c in ("red", "yellow", "green", "cyan", "blue", "purple")}
+    missing = 0
+    for row, ids, places in zip(data.latents[:, 0].long().tolist(), data.ids, data.places, strict=True):
+        things = pretrain.picture(row, 0).things
+        for token, place in zip(ids.tolist(), places, strict=True):
+            if token in colours:
+                mine = [i for i, t in enumerate(things) if t.colour == colours[token]]
+                if mine:
+                    assert torch.equal(place, torch.from_numpy(kept[row][mine[0]]).float())
+                missing += not mine and not place.any()
+    assert missing > 0
+
+
+def test_steps_and_work_directories_are_checked(tmp_path: Path) -> None:
+    assert pretrain.parse_steps(["denoiser=7"]) == pretrain.STEPS | {"denoiser": 7}
+    for word in ("denoiser", "denoiser=0", "painter=3", "decoder=x"):
+        with pytest.raises(UsageError, match="STAGE=NUMBER"):
+            pretrain.parse_steps([word])
+    pretrain.same_recipe(tmp_path, {"seed": 0})
+    pretrain.same_recipe(tmp_path, {"seed": 0})
+    with pytest.raises(UsageError, match="another --work"):
+        pretrain.same_recipe(tmp_path, {"seed": 1})
+
+
+def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "BATCH", 4)
+    tokenizer = first.make_tokenizer()
+    _, places = pretrain.draw_pictures(0, 200, 0)
+    latents = torch.randn(200, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    draw = pretrain.Heard(latents, torch.from_numpy(places), tokenizer, listening.NOISY, 0)
+
+    def trained(work: Path, *stops: int) -> list[torch.Tensor]:
+        for steps in stops:
+            text, net = pretrain.networks(False, tokenizer, 0)
+            first.train_denoiser(work, text, net, tokenizer, draw, steps, 0, rate=1e-3, schedule=pretrain.hold)
+        return [*text.state_dict().values(), *net.state_dict().values()]
+
+    whole, resumed = trained(tmp_path / "whole", 4), trained(tmp_path / "parts", 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    start = pretrain.networks(False, tokenizer, 0)[1].state_dict().values()
+    assert not all(torch.equal(a, b) for a, b in zip(whole[-len(start) :], start, strict=True))
+    with pytest.raises(UsageError, match="holds no pre-training"):
+        pretrain.checkpointed(tmp_path)
