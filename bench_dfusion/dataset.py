@@ -79,7 +79,10 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "low": ("float64", "lower end of its 95 % interval; null for a miss"),
         "high": ("float64", "upper end of its 95 % interval; null for a miss"),
         "interval": ("string", "how it was made: two-way t over seeds and prompts; below three seeds over prompts"),
-        "reward_rise": ("float64", "training reward of drawn samples, last round − first; null where none are drawn"),
+        "reward_rise": (
+            "float64",
+            "training reward of the last round − the base's on the same prompts (old records: − the first round's); null where none are drawn",
+        ),
         "diversity": ("float64", "Vendi score within a prompt, trained / base"),
         "kl": ("float64", "mean per-step KL(trained || base) (nats)"),
         "offline": ("bool", "trained on given pairs: no reward was queried"),

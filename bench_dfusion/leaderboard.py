@@ -225,7 +225,10 @@ class Row:
             "checkpoint": f"checkpoint: {count} of {statistics.MIN_SEEDS} seeds",
             "": "",
         }
-        return "; ".join(n for n in (notes[self.state], "offline: no reward query" if self.offline else "") if n)
+        idle = sum(r.trained is False for r in self.records)
+        untrained = f"untrained: no update, or no gradient, in {idle} of {count} runs" if idle else ""
+        offline = "offline: no reward query" if self.offline else ""
+        return "; ".join(n for n in (notes[self.state], untrained, offline) if n)
 
 
 def options_of(cell: Record | Unfinished) -> dict[str, Any]:
@@ -325,8 +328,8 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
 
     Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
     (counts of records, collapsed runs, cells without a record); of each judge base, trained, gain, low, high (means over
-    seeds and prompts, 95 %); interval (its kind); reward rise (training reward of drawn samples, last round − first);
-    diversity (trained / base); kl (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note;
+    seeds and prompts, 95 %); interval (its kind); reward rise (training reward of the last round's drawn samples
+    − the base's on the same prompts, or where records lack that − the first round's); diversity (trained / base); kl (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note;
     submitter; flags (why some of its records must not be published, empty where all may be).
     """
     found = rows(board)
@@ -359,9 +362,8 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
             if row.failed:
                 line[f"{judge} gain"] = -np.inf
         line.setdefault("interval", "")
-        curves = [[c.reward for c in r.rounds if c.reward is not None] for r in done]
         drifts = [r.drift for r in done if r.drift]
-        line["reward rise"] = _mean(c[-1] - c[0] for c in curves if c)
+        line["reward rise"] = _mean(r.rises[-1][1] for r in done if r.rises)
         line["diversity"] = _mean(d.diversity_trained / d.diversity_base for d in drifts)
         line["kl"] = _mean(d.kl for d in drifts)
         line["queries"] = max((r.cost.reward_queries for r in row.records), default=0)

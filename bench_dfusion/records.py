@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -193,6 +194,16 @@ class Record(Part):
     @property
     def name(self) -> str:
         return f"{self.algorithm}/{self.builder}/{self.reward}/seed {self.seed}"
+
+    @property
+    def rises(self) -> list[tuple[int, float]]:
+        """(queries, rise of the training reward) of each round that drew samples: against the base on the same prompts, or
+        in a record that lacks it against the first round."""
+        drawn = [r for r in self.rounds if r.reward is not None and math.isfinite(r.reward)]
+        if all(r.rise is not None for r in drawn):
+            return [(r.queries, r.rise) for r in drawn if r.rise is not None]
+        rewards = [(r.queries, r.reward) for r in drawn if r.reward is not None]
+        return [(queries, reward - rewards[0][1]) for queries, reward in rewards]
 
     def comparable(self) -> dict[str, Any]:
         """The record without what differs from run to run: timings, memory, hardware and code state."""

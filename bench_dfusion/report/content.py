@@ -202,7 +202,12 @@ def _columns(judges: Sequence[dict[str, str]]) -> list[Column]:
         Column("reward", "Reward", "training reward", numeric=False),
         Column("seeds", "Seeds", "runs with a record, of those registered"),
         *(Column(f"{n} gain", j["name"], f"{gain}; {j['metric']}", "Gain") for n, j in enumerate(judges)),
-        Column("reward rise", "Reward rise", "training reward of the drawn samples, last round − first", own),
+        Column(
+            "reward rise",
+            "Reward rise",
+            "training reward of the last round − the base's on the same prompts (old records: − the first round's)",
+            own,
+        ),
         Column("diversity", "Diversity", "Vendi score within a prompt, trained / base", own),
         Column("kl", "KL", "mean per-step KL to the base (nats)", own),
         Column("queries", "Queries", "images the training reward scored, a run", "Cost of a run"),
@@ -335,14 +340,14 @@ SECTIONS = {"algorithm": "algo", "builder": "builder", "reward": "reward"}  # as
 
 
 def _run(record: Record, path: Path | None, root: Path | None) -> dict[str, Any]:
-    rises = _rewards(record)
+    rises = record.rises
     return {
         "seed": record.seed,
         "status": record.status,
         "evidence": record.evidence,
         "path": _relative(path, root) if path else None,
         "cell": record.cell_hash,
-        "rise": _short(rises[-1][1] - rises[0][1]) if rises else None,
+        "rise": _short(rises[-1][1]) if rises else None,
         "verdicts": [
             {
                 "base": _short(v.base),
@@ -367,22 +372,16 @@ def _run(record: Record, path: Path | None, root: Path | None) -> dict[str, Any]
     }
 
 
-def _rewards(record: Record) -> list[tuple[int, float]]:
-    """(queries, mean training reward of the drawn samples) of each round that drew some."""
-    return [(r.queries, r.reward) for r in record.rounds if r.reward is not None and math.isfinite(r.reward)]
-
-
 def _curve(row: Row) -> dict[str, Any]:
-    """The rise of the training reward over its first round, against queries: mean, lowest and highest of the finished
-    runs, and each collapsed run by itself."""
+    """The rise of the training reward against queries: mean, lowest and highest of the finished runs, and each collapsed
+    run by itself."""
     at: dict[int, list[float]] = {}
     for record in row.finished:
-        points = _rewards(record)
-        for queries, reward in points:
-            at.setdefault(queries, []).append(reward - points[0][1])
-    collapsed = [[(q, r - points[0][1]) for q, r in points] for points in map(_rewards, row.failed) if points]
+        for queries, rise in record.rises:
+            at.setdefault(queries, []).append(rise)
+    collapsed = [r.rises for r in row.failed if r.rises]
     return {
-        "runs": sum(bool(_rewards(r)) for r in row.finished),
+        "runs": sum(bool(r.rises) for r in row.finished),
         "band": [
             [q, _short(math.fsum(rises) / len(rises)), _short(min(rises)), _short(max(rises))]
             for q, rises in sorted(at.items())
