@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -132,7 +133,7 @@ class Adapter(ABC):
         side = square(size)
         if side is None:
             raise UsageError(
-                f"{self.network_name}/config.json of this model has the sample_size {size}, no side of a square: give "
+                f"{self.network_name}/config.json of this model has the sample_size {json.dumps(size)}, no side of a square: give "
                 "track.model.resolution, the side of the pictures in pixels (--set track.model.resolution=512)"
             )
         return side

@@ -30,7 +30,7 @@ class PixArtAdapter(Adapter):
     def made_with(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         if square(config.get("sample_size", 1)) is None:
             raise UsageError(
-                f"transformer/config.json of this model has the sample_size {config['sample_size']}, from which PixArt's "
+                f"transformer/config.json of this model has the sample_size {json.dumps(config['sample_size'])}, from which PixArt's "
                 "positions are made: write the latent's side there (track.model.resolution does not say it)"
             )
         return super().made_with(config)
