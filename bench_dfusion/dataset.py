@@ -477,7 +477,7 @@ load_dataset("OWNER/NAME", "leaderboard", split="train")  # this dataset's id, o
 - The budget is reward queries: every image the training reward scores, samples that are built included. Offline rows (trained on given pairs) cost none, and say so.
 - The first judge of a track ranks. A row trained on it is a ceiling: shown, unranked.
 - Base and trained are drawn on the same held-out noise, which depends on (prompt, image index) alone; the gain is paired. From three seeds on its 95 % interval is the two-way t over seeds and prompts; below, it covers the prompts only and there is no rank.
-- A rank is a range: rows whose paired difference is not separated share it.
+- A rank is a range: all pairs of rows with exactly the track's seeds are compared together, at 5 % for the whole table; rows that are not separated share it.
 - A run that collapsed or turned non-finite makes its row a miss: gain −inf, last place. Registered cells without a record make it incomplete. Neither is dropped.
 - The evaluated checkpoint is the last one of the budget. Options are fixed for a method, or tuned on validation prompts under the budget that the track states.
 - Records of different tracks (the hash decides) are never compared.

@@ -9,6 +9,7 @@ variate saves.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from scipy import stats
 
 from bench_dfusion import leaderboard, progress, statistics
 
+RESULTS = Path(__file__).parent / "results" / "ranking.json"
 RECORDS = Path(__file__).parent.parent / "leaderboards"
 DRAWS = 999  # gives a p-value near .05 to within .007, without bias
 SEED = 0
@@ -415,11 +417,42 @@ def simulate(scale: float, rows: int = 24, prompts: int = 64) -> dict[str, Any]:
     return result
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The figures of `simulate` as tables, a line for each design."""
+    text = []
+    for title, lines in result.items():
+        if ", " not in title and "coverage" not in title:
+            continue  # a setting, no table
+        columns: list[tuple[str, ...]] = []
+        for line in lines.values():
+            columns += [c for c in _columns(line) if c not in columns]
+        text += ["", f"**{title[0].upper()}{title[1:]}**", ""]
+        text += ["| design | " + " | ".join(": ".join(c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name, line in lines.items():
+            text.append(f"| {name} | " + " | ".join(_figure(line, c) for c in columns) + " |")
+    return "\n".join(text[1:]) + "\n"
+
+
+def _columns(line: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [c for k, v in line.items() for c in ([(k, n) for n in v] if isinstance(v, dict) else [(k,)])]
+
+
+def _figure(line: dict[str, Any], column: tuple[str, ...]) -> str:
+    value: Any = line
+    for key in column:
+        value = value[key]
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if column[0] == "half width" else f"{value:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a twentieth of the runs: a minute or two")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/ranking.json)")
+    parser.add_argument("--tables", action="store_true", help="print the file's figures as Markdown, simulate nothing")
     arguments = parser.parse_args()
+    if arguments.tables:
+        print(markdown(json.loads((arguments.out or RESULTS).read_text(encoding="utf-8"))), end="")
+        return
     import measuring  # here, for it imports PyTorch, and the simulations need none
 
     measuring.write("ranking", simulate(0.05 if arguments.quick else 1.0), arguments.out)

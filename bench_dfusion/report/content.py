@@ -196,7 +196,12 @@ def _columns(judges: Sequence[dict[str, str]]) -> list[Column]:
     gain = "trained − base on the same noise, mean over seeds and held-out prompts, 95 % interval"
     own = "Over-optimisation"
     return [
-        Column("rank", "Rank", "range of ranks that Holm's correction leaves open", numeric=False),
+        Column(
+            "rank",
+            "Rank",
+            "range of ranks that the comparison of all pairs leaves open, at 5 % for the whole table",
+            numeric=False,
+        ),
         Column("algorithm", "Algorithm", "training backend; opens the records", numeric=False),
         Column("builder", "Builder", "builder of the consistent samples", numeric=False),
         Column("reward", "Reward", "training reward", numeric=False),
