@@ -56,7 +56,7 @@ def test_a_reader_sees_base_and_trained_and_how_to_load(tmp_path: Path) -> None:
     record = on("org/base")
     text = model_card.card(run_folder(tmp_path, record), record)
     assert "| oracle | 0.500 | 0.750 | +0.250 [+0.150, +0.350] |  |" in text
-    assert "| clip | 0.500 | 0.625 | +0.125 [+0.025, +0.225] | training reward |" in text
+    assert "| clip | 0.500 | 0.625 | +0.125 [+0.050, +0.200] | training reward |" in text
     assert "(base_trained.png)" in text and "triples.png" not in text, "only the pictures that are there"
     assert "from_pretrained('org/base')" in text and 'load_lora_weights("OWNER/NAME")' in text
     local = on(str(tmp_path / "secret" / "mine"))
