@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,11 @@ def test_a_branch_point_with_nothing_random_after_it_is_refused_before_any_compu
     for at in (0.75, 0.9):  # the deterministic step, and none
         with pytest.raises(ValueError, match=rf"no stochastic step is left to branch at {at}, step . of 4"):
             Branch(BranchConfig(at=at)).check(policy, ["one"])
+    flow = fake_policy(steps=1)
+    flow.schedule = replace(flow.schedule, std=torch.zeros(1))  # as a flow's only step, which goes to the picture
     with pytest.raises(ValueError, match="at the start noise"):
-        SameNoise(SameNoiseConfig()).check(fake_policy(steps=1, scheduler=ddim(timestep_spacing="leading")), [])
-    assert policy.network_evaluations == 0
+        SameNoise(SameNoiseConfig()).check(flow, [])
+    assert policy.network_evaluations == flow.network_evaluations == 0
 
 
 @pytest.mark.parametrize(
