@@ -351,7 +351,7 @@ def test_vqa_asks_each_question_of_a_prompt(vqa_dir: Path, dsg: Path) -> None:
             assert score.item() == pytest.approx(gated(yes, questions, graded), abs=1e-5)
         parts = torch.cat([reward.score(images[i : i + 2], prompts[i : i + 2]) for i in (0, 2)])
         assert torch.equal(parts, found)  # what `by_batch` promises
-    reward.check(prompts)
+    reward.check([*prompts, "Two blue rings.", "the RED circle"])
     with pytest.raises(ValueError, match="has no questions for 'a blue ring'"):
         reward.check(["a blue ring"])
     assert len({VQA(VQAConfig(**options)).fingerprint(), asks.fingerprint(), reward.fingerprint()}) == 3
