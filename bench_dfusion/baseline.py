@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from scipy import stats
 from torch import Tensor
 
@@ -98,7 +97,7 @@ def _squares(groups: Iterable[list[float]]) -> tuple[float, int]:
     """The sum of squares of values around their groups' means, and its degrees of freedom."""
     total, df = 0.0, 0
     for group in groups:
-        values = torch.tensor(group, dtype=torch.float64)
-        total += float((values - values.mean()).square().sum())
+        mean = math.fsum(group) / len(group)
+        total += math.fsum((value - mean) ** 2 for value in group)
         df += len(group) - 1
     return total, df

@@ -440,7 +440,8 @@ def test_hostile_text_is_only_text() -> None:
     evil = (
         "<script>alert(1)</script> | [x](http://evil) ![y](http://evil/i.png) `` ` ``\n---\n# h\x1b[31m @all **b** &lt;"
     )
-    of = boards.track({evil.replace("\n", " "): "single", "a red ring": "count"}, name="tiny", seeds=3)
+    prompt = evil.replace("\n", " ").replace("\x1b", "")  # a track has no prompt with a control character
+    of = boards.track({prompt: "single", "a red ring": "count"}, name="tiny", seeds=3)
     options = {"window": evil}
     rows = [
         record("+[a](http://evil)", builder=evil, reward=evil, of=of, options=o, tuning=evil) for o in (options, {})

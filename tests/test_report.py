@@ -31,11 +31,12 @@ HOSTILE = (
     "</script><script>window.hit = 3</script>\u2028",
     "\x1b[31m=HYPERLINK('http://127.0.0.1')\u202e",
 )
+PROMPTS = tuple(text.replace("\x1b", "") for text in HOSTILE)  # a track has no prompt with a control character
 
 
 def hostile_folder(folder: Path) -> Path:
     """A track of every kind of row, whose prompts, evidence and names try to be markup."""
-    of = track(prompts={"train": ["a cyan square"], "heldout": HOSTILE, "templates": {HOSTILE[0]: HOSTILE[1]}})
+    of = track(prompts={"train": ["a cyan square"], "heldout": PROMPTS, "templates": {PROMPTS[0]: HOSTILE[1]}})
     every = [
         *runs("dpo", "dfusion", "clip", 0.10, of=of),
         *runs("dpo", "vanilla", "clip", 0.05, of=of),
@@ -410,7 +411,7 @@ def test_what_records_say_is_text_and_does_nothing(reader: Browser) -> None:
             reader.run('document.querySelectorAll("dialog details").forEach((d) => (d.open = true))')
         text = reader.run(DIALOG)
         if state == "ranked":
-            for prompt in HOSTILE:
+            for prompt in PROMPTS:
                 assert visible(prompt) in text
         if state == "miss":
             assert HOSTILE[1] in text
@@ -493,7 +494,8 @@ def test_charts_show_every_row_they_can_and_names_do_not_overlap(reader: Browser
         )
         assert reader.run(count, '[data-chart="cost"] .point') == 6
         assert overlaps(reader, '[data-chart="cost"] text.name') == []
-    assert reader.run(count, '[data-chart="curves"] .plot svg') == 6  # dpo twice: two rewards
+    # dpo twice: two rewards; a run of one round has no line
+    assert reader.run(count, '[data-chart="curves"] .plot svg') == 5
     assert reader.run(count, '[data-chart="curves"] .collapsed') == 1
     assert reader.run(count, '[data-chart="rise"] .point') == 16 - 1
     assert reader.run(count, ".forest tbody tr") == 1
