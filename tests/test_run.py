@@ -94,8 +94,8 @@ def test_sigkill_in_every_phase_ends_with_the_same_record(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
     calm = command(*words, "--out", "calm/runs", cwd=tmp_path, env={"DIE_HERE": str(tmp_path / "calm")})
     assert calm.returncode == 0, calm.stderr
-    # dfusion: 4 rounds of 8 + 4 queries, two score calls each; die while sampling's score, while building's,
-    # in the middle of an update, and while judging
+    # dfusion: 4 rounds of 8 + 4 queries, two score calls each and one for the base where a prompt is new; die while
+    # scoring, twice, in the middle of an update, and while judging
     env = {"DIE_HERE": str(tmp_path / "killed"), "DIE_AT": "score:2,score:5,loss:3,judge:1"}
     codes = []
     for _ in range(5):
@@ -107,7 +107,8 @@ def test_sigkill_in_every_phase_ends_with_the_same_record(tmp_path: Path) -> Non
     folder, record = only_record(tmp_path / "killed")
     assert record.comparable() == expected.comparable()
     spent = [len((tmp_path / n / "queries").read_text()) for n in ("calm", "killed")]
-    assert spent[1] - spent[0] <= 3 * 12, "each kill may cost no more than its round"
+    # 48 queries, and one picture of the base for each of the three prompts, at most two new ones in a round
+    assert spent[0] == 48 + 3 and spent[1] - spent[0] <= 3 * (12 + 2), "each kill may cost no more than its round"
     assert not [p for p in folder.iterdir() if p.name.startswith(".") and p.name != ".lock"], "no temporary files"
 
 
