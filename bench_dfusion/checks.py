@@ -82,7 +82,9 @@ class Checker:
             if known and _distribution(known.source) == DISTRIBUTION and _distribution(source) != DISTRIBUTION:
                 yield f"provenance.plugins.{key}: {name} is {DISTRIBUTION}'s own, and this one came from {source}"
         seeds = record.resolved["track"].get("seeds", 0)
-        if record.seed >= seeds:
+        if not isinstance(seeds, int):
+            yield "resolved.track.seeds: no number of seeds"
+        elif record.seed >= seeds:
             yield f"seed: {record.seed} is none of the track's seeds, 0 to {seeds - 1}"
         known_base = KNOWN.get(record.track, {}).get("base")
         if known_base and record.verdicts and _base(record) != known_base:

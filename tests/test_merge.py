@@ -45,10 +45,10 @@ def test_files_run_directories_and_leaderboards_are_sources(tmp_path: Path) -> N
     (place(runs, first).parent / merge.LORA).write_bytes(b"weights")
     one = tmp_path / "sent by mail.json"
     records.write(one, record(seed=2))
-    other = leave(tmp_path / "board", record(seed=3, of=track(name="other")))
+    other = leave(tmp_path / "board", record(seed=2, of=track(name="other")))
     done = merge.merge([runs, one, other, runs], tmp_path / "into")
     assert done.written and [source for source, _ in done.added][2] == one
-    expected = [record(seed=s) for s in range(3)] + [record(seed=3, of=track(name="other"))]
+    expected = [record(seed=s) for s in range(3)] + [record(seed=2, of=track(name="other"))]
     assert sorted(p for _, p in done.added) == sorted(place(tmp_path / "into", r) for r in expected)
     assert {r.cell_hash for _, r in records.find(tmp_path / "into")} == {r.cell_hash for r in expected}
     assert len(files_of(tmp_path / "into")) == 5 and done.loras == 1, "records, and the LoRA of the one that has it"
@@ -226,7 +226,8 @@ def test_wrong_sources_and_an_unsound_leaderboard_are_one_line(tmp_path: Path, r
 
 
 def test_a_kill_between_two_records_leaves_whole_ones_and_the_next_merge_the_rest(tmp_path: Path, monkeypatch) -> None:
-    source = leave(tmp_path / "theirs", *(record(seed=s) for s in range(4)))
+    of = track(seeds=4)
+    source = leave(tmp_path / "theirs", *(record(seed=s, of=of) for s in range(4)))
     into = tmp_path / "into"
     replace, placed = os.replace, []
 
