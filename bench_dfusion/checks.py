@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
+from scipy import stats
 
-from bench_dfusion import records, registry, tracks
+from bench_dfusion import checked_base, files, records, registry, statistics, tracks
 from bench_dfusion import track as track_files
+from bench_dfusion.checked_base import CheckedBase
 from bench_dfusion.records import Record
 from bench_dfusion.registry import PluginError, UsageError, plain
 from bench_dfusion.track import Track
@@ -51,6 +53,8 @@ class Checker:
         self._loras: dict[str, tuple[str, Record]] = {}
         self._scores: dict[tuple[str, int, tuple[float, ...]], list[tuple[str, Record]]] = {}
         self._tracks: dict[str, dict[str, Any]] | None = None
+        self._checked: dict[tuple[Path, str], CheckedBase | None] = {}  # by the runs' directory and the track's hash
+        self._own_noise: dict[str, dict[str, list[float]]] = {}  # of a checked base the means over a run's own noise
 
     # One record
 
@@ -86,13 +90,16 @@ class Checker:
             yield "resolved.track.seeds: no number of seeds"
         elif record.seed >= seeds:
             yield f"seed: {record.seed} is none of the track's seeds, 0 to {seeds - 1}"
+        builder = self._class("builder", record.builder)
+        if record.schema_revision and record.verdicts and record.agreement is None and builder and builder.draws:
+            yield "agreement: missing, and runs of this version measure how the training reward agrees with the judges"
         known_base = KNOWN.get(record.track, {}).get("base")
         if known_base and record.verdicts and _base(record) != known_base:
             yield "verdicts.per_prompt: the base was drawn by other arithmetic than the track's, to the last bits"
 
     def _problems(self, record: Record) -> Iterator[str]:
         yield from _numbers(record)
-        track = _track(json.dumps(record.resolved["track"], sort_keys=True))
+        track = track_of(record)
         configs = {}
         for section in SECTIONS:
             cls = self._class(section, getattr(record, section))
@@ -109,7 +116,7 @@ class Checker:
             if verdict.judge in judges:
                 cls, _ = judges[verdict.judge]
                 yield from _within(f"verdict of {verdict.judge}: per_prompt", cls.limits, verdict.per_prompt)
-            gains = [trained - base for base, trained in verdict.per_prompt]
+            gains = verdict.gains
             slack = records.TOLERANCE * max(abs(score) for pair in verdict.per_prompt for score in pair)
             if verdict.gain.low < min(gains) - slack or verdict.gain.high > max(gains) + slack:
                 yield f"verdict of {verdict.judge}: gain: its interval is wider than the gains of its prompts"
@@ -118,8 +125,84 @@ class Checker:
         yield from self._costs(record, track, configs)
         yield from _drift(record, track)
         yield from _later(record, track)
+        yield from self._stands_on(record, track)
         if not SHA256.fullmatch(record.provenance.lora_sha256):
             yield f"provenance.lora_sha256: {record.provenance.lora_sha256[:40]!r} is no SHA-256"
+
+    def _stands_on(self, record: Record, track: Track) -> Iterator[str]:
+        """Whether it names a checked base and its pictures' scores where its track has one, and the one that is shipped."""
+        checked = bool(record.verdicts) and track.evaluation.base_images_per_prompt is not None
+        for name in ("base_sha256", "scores_sha256"):
+            digest = getattr(record.provenance, name)
+            if (digest is not None) != checked:
+                yield f"provenance.{name}: {'missing' if checked else 'given'}, and the track has {'a' if checked else 'no'} checked base"
+            elif digest is not None and not SHA256.fullmatch(digest):
+                yield f"provenance.{name}: {digest[:40]!r} is no SHA-256"
+        if checked and (base := self._base_of(track, checked_base.SHIPPED)) is not None:
+            yield from self._on(record, base)
+
+    def _base_of(self, track: Track, folder: Path) -> CheckedBase | None:
+        """A track's checked base, of the package or among the runs in `folder`; None where it is in neither."""
+        place = folder, track.hash
+        if place not in self._checked:
+            base = self._checked[place] = checked_base.load(track, folder)
+            if base is not None:
+                k = track.evaluation.images_per_prompt
+                self._own_noise[base.sha256] = {
+                    name: checked_base.means(own[:, :k]).tolist() for name, own in base.scores.items()
+                }
+        return self._checked[place]
+
+    def _on(self, record: Record, base: CheckedBase) -> Iterator[str]:
+        if record.provenance.base_sha256 != base.sha256:
+            yield f"provenance.base_sha256: {record.provenance.base_sha256} is not the checked base of {record.track}, {base.sha256}"
+            return
+        for name, scores in _base(record).items():
+            if scores != checked_base.means(base.scores[name]).tolist():
+                yield f"verdict of {name}: per_prompt: its base is not what the checked base says"
+
+    def beside(self, path: Path, record: Record) -> None:
+        """Hold a record against the files it came with: the scores of its pictures, and the checked base among the runs.
+        Raises UsageError, in one line, where they say otherwise."""
+        file = path.with_name(checked_base.SCORES)
+        if not record.verdicts or record.provenance.scores_sha256 is None or not file.is_file():
+            return
+        track = track_of(record)
+        problem = next(self._contradicted(file, record, track, self._base_of(track, path.parent.parent)), None)
+        if problem is not None:
+            raise UsageError(plain(problem))
+
+    def _contradicted(self, file: Path, record: Record, track: Track, base: CheckedBase | None) -> Iterator[str]:
+        if files.sha256(file) != record.provenance.scores_sha256:
+            yield f"provenance.scores_sha256: {file} holds other scores"
+            return
+        if base is not None:
+            yield from self._on(record, base)
+        prompts, scores = checked_base.read_scores(file)
+        shape = len(track.prompts.heldout), track.evaluation.images_per_prompt
+        judges = {v.judge: v for v in record.verdicts}
+        if prompts != track.prompts.heldout or set(scores) - {checked_base.REWARD} != set(judges):
+            yield f"{file}: not the track's held-out prompts and judges"
+            return
+        for name, own in scores.items():
+            if own.shape != shape or not np.isfinite(own).all():
+                yield f"{file}: {name}: not {shape[1]} finite scores of each prompt"
+                return
+        for name, verdict in judges.items():
+            trained = [t for _, t in verdict.per_prompt]
+            if checked_base.means(scores[name]).tolist() != trained:
+                yield f"verdict of {name}: per_prompt: trained is not the mean of the scores in {file}"
+            if base is not None:
+                again = statistics.adjusted_gains(base.scores[name], scores[name][None], track.prompts.labels)
+                found = [*again.table[0].tolist(), again.slope]
+                stated = [*(verdict.adjusted or []), verdict.slope or 0.0]
+                if not np.allclose(found, stated, rtol=0, atol=ROUNDING * max(1.0, np.abs(own).max())):
+                    yield f"verdict of {name}: adjusted: not what the scores of base and trained give"
+        reward = scores.get(checked_base.REWARD)
+        for name, value in (record.agreement or {}).items():
+            rank = math.nan if reward is None else stats.spearmanr(reward.ravel(), scores[name].ravel()).statistic
+            if not abs(rank - value) <= ROUNDING:
+                yield f"agreement.{name}: {value:.6g}, but the scores in {file} give {rank:.6g}"
 
     def _class(self, section: str, name: str) -> Any:
         """The class of a plugin that is installed and can be imported, else None."""
@@ -286,13 +369,18 @@ class Checker:
             raise UsageError(
                 f"verdicts.per_prompt: its trained scores are those of {twin}, which another seed or reward trained"
             )
-        for i, scores in _moved(record):
+        for i, scores in self._moved(record):
             self._scores.setdefault((record.track_hash, i, scores), []).append((where, record))
 
     def _same_base(self, where: str, record: Record) -> None:
         if not record.verdicts:
             return
         other, known = self._bases.setdefault(record.track_hash, (where, record))
+        if known.provenance.base_sha256 != record.provenance.base_sha256:
+            raise UsageError(
+                f"provenance.base_sha256: it stands on another checked base than {other}: a track's base is drawn once, take "
+                "its file to the other machine before the first run there"
+            )
         if known is record or _base(known) == _base(record) or _judged(known) != _judged(record):
             return
         machine = [(r.provenance.hardware, r.cost.device, r.provenance.versions.get("torch")) for r in (known, record)]
@@ -308,12 +396,27 @@ class Checker:
     def _twin(self, record: Record) -> str | None:
         """A record that another seed or reward trained and whose scores are this one's on too many prompts."""
         counts: Counter[str] = Counter()
-        for i, scores in _moved(record):
+        for i, scores in self._moved(record):
             found = self._scores.get((record.track_hash, i, scores), [])
             counts.update({where for where, other in found if _another_training(other, record)})
         most = max(counts.items(), key=lambda c: c[1], default=("", 0))
         prompts = len(record.verdicts[0].per_prompt) if record.verdicts else 0
         return most[0] if most[1] >= max(ALIKE, prompts / 8) else None
+
+    def _moved(self, record: Record) -> list[tuple[int, tuple[float, ...]]]:
+        """Of each prompt whose scores are not the base's on the same noise every judge's score; none where no judge tells
+        pictures apart."""
+        if not record.verdicts:
+            return []
+        columns = [[t for _, t in v.per_prompt] for v in record.verdicts]
+        if not any(len(set(c)) >= 0.9 * len(c) for c in columns):
+            return []
+        base: Mapping[str, Sequence[float]] = _base(record)
+        if record.provenance.base_sha256 is not None:
+            base = self._own_noise.get(record.provenance.base_sha256, {})
+        still = zip(*(base[v.judge] for v in record.verdicts), strict=True) if base else [()] * len(columns[0])
+        rows = zip(still, zip(*columns, strict=True), strict=True)
+        return [(i, trained) for i, (own, trained) in enumerate(rows) if tuple(own) != trained]
 
     # Options
 
@@ -370,9 +473,16 @@ def check(found: Sequence[tuple[Path | None, Record]], checker: Checker | None =
         where = f"{path} ({record.name})" if path else record.name
         try:
             checker.refuse(record)
+            if path:
+                checker.beside(path, record)
             checker.take(where, record)
         except UsageError as error:
             raise UsageError(plain(f"{where}: {error}")) from None
+
+
+def track_of(record: Record) -> Track:
+    """The track that a sound record resolves to."""
+    return _track(json.dumps(record.resolved["track"], sort_keys=True))
 
 
 @cache
@@ -417,17 +527,6 @@ def _other_base(record: Record, known: Mapping[str, Sequence[float]], whose: str
             )
 
 
-def _moved(record: Record) -> list[tuple[int, tuple[float, ...]]]:
-    """Of each prompt whose scores are not the base's every judge's score; none where no judge tells pictures apart."""
-    if not record.verdicts:
-        return []
-    columns = [v.per_prompt for v in record.verdicts]
-    if not any(len({t for _, t in c}) >= 0.9 * len(c) for c in columns):
-        return []
-    rows = [(tuple(b for b, _ in row), tuple(t for _, t in row)) for row in zip(*columns, strict=True)]
-    return [(i, trained) for i, (base, trained) in enumerate(rows) if base != trained]
-
-
 def _another_training(a: Record, b: Record) -> bool:
     """Whether two runs that trained cannot have led to one LoRA: another seed or another reward."""
     own = [(r.seed, r.provenance.reward_fingerprint) for r in (a, b)]
@@ -453,12 +552,14 @@ def _together(record: Record, track: Track, judges: Mapping[str, tuple[Any, Any]
         if verdict.judge in judges:
             cls, config = judges[verdict.judge]
             by_class.setdefault(cls, []).append((config, verdict.per_prompt))
+    own = track.evaluation.images_per_prompt
+    counts = track.evaluation.base_images_per_prompt or own, own
     for cls, found in by_class.items():
         for i, prompt in enumerate(track.prompts.heldout):
             for which, what in enumerate(("base", "trained")):
                 means = [(config, pairs[i][which]) for config, pairs in found]
                 try:
-                    reason = cls.impossible(means, prompt, track.evaluation.images_per_prompt)
+                    reason = cls.impossible(means, prompt, counts[which])
                 except ValueError:  # no prompt of its grammar
                     continue
                 if reason:
@@ -472,6 +573,7 @@ def _drift(record: Record, track: Track) -> Iterator[str]:
         if record.status == "finished":
             yield "drift: missing"
         return
+    checked = track.evaluation.base_images_per_prompt is not None
     limits = {
         "pixels": (0.0, 255.0),
         "kl": (0.0, None),
@@ -483,7 +585,7 @@ def _drift(record: Record, track: Track) -> Iterator[str]:
         if value < low - 1e-6 or (high is not None and value > high + 1e-6):
             yield f"drift.{name}: {value:.6g} is outside {low:g} to {'∞' if high is None else f'{high:g}'}"
     same = all(b == t for v in record.verdicts for b, t in v.per_prompt)
-    if drift.pixels == 0 and not same:
+    if drift.pixels == 0 and not same and not checked:  # there it is of the first picture of each prompt alone
         yield "drift.pixels: 0, but the judges saw other pictures than the base's"
     known = KNOWN.get(record.track, {})
     if known.get("base") == _base(record) and drift.diversity_base != known["diversity_base"]:

@@ -377,6 +377,39 @@ def evaluate(
     display.evaluation(scored, where, out)
 
 
+@app.command()
+def base(
+    track: Annotated[
+        str | None, typer.Argument(help="Track name or TOML file (default: micro; with --model: paper).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base: a pipeline directory or Hub id instead of the track's.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to hold out every fourth of, where the track holds none (as in run).")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="track.OPTION=VALUE.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where run directories go: the base lies among them.")] = Path(
+        "runs"
+    ),
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Draw it anew and compare.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Draw and judge a track's checked base, once, where it is not there yet; runs do so by themselves.
+
+    Exit status: 0; 1 where --check finds another base.
+    """
+    _load_files(plugin)
+    from bench_dfusion import config, display, rescore
+
+    on = config.resolve_track(track, model, prompts, settings)
+    path, found, again = rescore.base(on, folder, device, check)
+    display.base(path, found, again, out)
+    if again is not None and not rescore.same_base(found, again):
+        raise typer.Exit(1)
+
+
 @app.command("list")
 def list_plugins(
     kind: Annotated[str | None, typer.Argument(help="algorithms, rewards, builders, models or tracks.")] = None,

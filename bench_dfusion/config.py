@@ -181,6 +181,8 @@ def _change_track(
         if part not in content and part not in changes:
             raise UsageError(f"track {source} leaves the {part} to you: give {option}")
     if changes:
+        if "heldout" in changes.get("prompts", {}):  # the clusters were those of the prompts that go
+            content["prompts"] = {k: v for k, v in content.get("prompts", {}).items() if k != "clusters"}
         content = track.merge(content, changes)
     # A track whose fixed part is changed is another: its records never mix with the published one's.
     if custom:

@@ -18,6 +18,7 @@ from bench_dfusion.records import Drift, Record, Verdict
 from bench_dfusion.registry import plain
 
 if TYPE_CHECKING:
+    from bench_dfusion.checked_base import CheckedBase
     from bench_dfusion.doctor import Estimate
     from bench_dfusion.merge import Merged
     from bench_dfusion.rescore import Evaluation, Rescored
@@ -106,6 +107,23 @@ def _set(settings: Mapping[str, object]) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+def base(path: Path, found: CheckedBase, again: CheckedBase | None, out: Console) -> None:
+    """A track's checked base, beside one drawn anew."""
+    k = next(iter(found.scores.values())).shape[1]
+    grid = Table(title=_text(f"{len(found.prompts)} held-out prompts × {k} pictures"), title_justify="left")
+    for column in ("judge", "base", *(("drawn anew", "scores that differ") if again else ())):
+        grid.add_column(column, justify="left" if column == "judge" else "right")
+    for name, scores in found.scores.items():
+        other = again.scores[name] if again else scores
+        more = [f"{other.mean():.4f}", f"{(scores != other).sum()} of {scores.size}"] if again else []
+        grid.add_row(escape(name), f"{scores.mean():.4f}", *more)
+    out.print(grid)
+    out.print(_text(f"{path}: checked base {found.sha256[:12]}…"), soft_wrap=True, highlight=False)
+    if again is not None:
+        same = "the same to the last bit" if again.sha256 == found.sha256 else "drawn otherwise: see the table"
+        out.print(_text(same), highlight=False)
 
 
 def evaluation(found: Evaluation, folder: Path, out: Console) -> None:

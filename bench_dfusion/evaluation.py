@@ -1,4 +1,7 @@
-"""Base and trained on the same held-out noise, before every judge: `evaluate` is the end of a run and all of an eval."""
+"""Base and trained on the same held-out noise, before every judge: `evaluate` is the end of a run and all of an eval.
+
+The base is the track's checked base where it has one (`checked_base`), else drawn beside the trained policy.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
-from bench_dfusion import parallel, samplers, statistics
+from bench_dfusion import checked_base, parallel, samplers, statistics
+from bench_dfusion.checked_base import CheckedBase
 from bench_dfusion.config import judges_of
 from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
@@ -30,28 +35,61 @@ class Drawn:
 
 @dataclass
 class Evaluation:
-    """What every judge said of base and trained, how far apart the two are, and the images of both."""
+    """What every judge said of base and trained, how far apart the two are, and what was drawn.
+
+    base, trained   the first picture of each held-out prompt on the same noise, uint8 [P, H, W, 3]
+    drawn           every picture of the trained policy
+    scores          every judge's scores of them, float32 [P, K]
+    """
 
     verdicts: list[Verdict]
     drift: Drift
-    base: Drawn
-    trained: Drawn
+    base: Tensor
+    trained: Tensor
+    drawn: Drawn
+    scores: dict[str, Tensor]
 
 
-def evaluate(policy: Policy, track: Track, judges: Mapping[str, Reward], trained_on: Mapping[str, str]) -> Evaluation:
-    """Draw the policy and its reference on the track's held-out prompts and let every judge score both.
+def evaluate(
+    policy: Policy,
+    track: Track,
+    judges: Mapping[str, Reward],
+    trained_on: Mapping[str, str],
+    base: CheckedBase | None = None,
+) -> Evaluation:
+    """Draw the policy on the track's held-out prompts, and its reference where there is no checked base, and let every
+    judge score both.
 
     `trained_on`: the fingerprints of the rewards that the policy was trained with, by name: of a weighted sum its
-    components; empty where that is not known.
+    components; empty where that is not known. `base`: what `checked_base.ensure` gave for the track.
     """
     prompts, k = track.prompts.heldout, track.evaluation.images_per_prompt
-    with bar("evaluate", 2 * k * len(prompts)) as progress:
-        trained = draw(policy, prompts, k, progress.advance)
-        with policy.reference():
-            base = draw(policy, prompts, k, progress.advance)
-    verdicts = judge(judges, base, trained, track, trained_on)
     embed = next((j for j in judges.values() if hasattr(j, "embed")), None)
-    return Evaluation(verdicts, drift(policy, base, trained, k, embed), base, trained)
+    with bar("evaluate", (1 if base else 2) * k * len(prompts)) as progress:
+        trained = draw(policy, prompts, k, progress.advance)
+        if base is None:
+            with policy.reference():
+                reference = draw(policy, prompts, k, progress.advance)
+    scores = {name: judged(judge, name, trained, k) for name, judge in judges.items()}
+    if base is None:
+        of_base = {name: judged(judge, name, reference, k) for name, judge in judges.items()}
+        first, (spread, space) = reference.images, diversity(reference.images, k, embed)
+    else:
+        of_base = {name: torch.from_numpy(values) for name, values in base.scores.items()}
+        first, spread, space = torch.from_numpy(base.pictures), base.diversity, base.space
+    verdicts = [
+        verdict(judge, name, of_base[name], scores[name], track, trained_on, base is not None)
+        for name, judge in judges.items()
+    ]
+    distance = trained.images if base is None else trained.images[::k]
+    found = Drift(
+        pixels=float((distance.float() - first.float()).square().flatten(1).mean(1).sqrt().mean()),
+        kl=kl(policy, trained.trajectory, k),
+        diversity_base=float(spread.mean()),
+        diversity_trained=float(diversity(trained.images, k, embed)[0].mean()),
+        diversity_space=space,
+    )
+    return Evaluation(verdicts, found, first if base else first[::k], trained.images[::k], trained, scores)
 
 
 def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
@@ -74,69 +112,68 @@ def draw(policy: Policy, prompts: Sequence[str], per_prompt: int, advance: Calla
     return Drawn(policy.decode(trajectory.final), trajectory)
 
 
-def judge(
-    judges: Mapping[str, Reward],
-    base: Drawn,
-    trained: Drawn,
-    track: Track,
-    trained_on: Mapping[str, str],
-) -> list[Verdict]:
-    """Every judge's verdict, in the track's order: the first ranks. `trained_on`: see `evaluate`."""
-    prompts, k = list(track.prompts.heldout), track.evaluation.images_per_prompt
-    templates = track.prompts.templates or {}
-    by_template: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_template.setdefault(templates.get(prompt, "all"), []).append(i)
-    verdicts = []
-    for name, judge_reward in judges.items():
-        with judge_reward.scoring():
-            scores = [_judged(judge_reward, name, d).view(-1, k).mean(1).numpy() for d in (base, trained)]
-        gains = (scores[1] - scores[0]).astype(float)
-        interval = statistics.paired_gain(gains[None])
-        fingerprint = judge_reward.fingerprint()
-        verdicts.append(
-            Verdict(
-                judge=name,
-                metric=judge_reward.unit,
-                trained_on=fingerprint in trained_on.values()
-                or (judge_reward.one_judge and judge_reward.name in trained_on),
-                base=float(scores[0].mean()),
-                trained=float(scores[1].mean()),
-                gain=Gain(mean=interval.mean, low=interval.low, high=interval.high, kind=interval.kind),
-                templates={
-                    t: (float(scores[0][rows].mean()), float(scores[1][rows].mean())) for t, rows in by_template.items()
-                },
-                per_prompt=[(float(b), float(a)) for b, a in zip(*scores, strict=True)],
-                fingerprint=fingerprint,
-            )
-        )
-    return verdicts
-
-
-def _judged(judge: Reward, name: str, drawn: Drawn) -> Tensor:
-    """A judge's scores float32 [P·K]. Raises PluginError where they are no numbers: the fault is the judge's."""
+def judged(judge: Reward, name: str, drawn: Drawn, per_prompt: int, what: str = "judge") -> Tensor:
+    """A judge's scores float32 [P, K]. Raises PluginError where they are no numbers: the fault is the judge's."""
     prompts = drawn.trajectory.prompts
-    scores = dealt_out(judge, drawn.images, prompts)
+    with judge.scoring():
+        scores = dealt_out(judge, drawn.images, prompts)
     if scores.shape != (len(prompts),):
-        raise PluginError(f"judge {name} returned the shape {tuple(scores.shape)} for {len(prompts)} images")
+        raise PluginError(f"{what} {name} returned the shape {tuple(scores.shape)} for {len(prompts)} images")
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).nonzero()[0])
         raise PluginError(
-            f"judge {name} returned {scores[bad].item()} for {prompts[bad]!r}: mend it, and the same command goes on"
+            f"{what} {name} returned {scores[bad].item()} for {prompts[bad]!r}: mend it, and the same command goes on"
         )
-    return scores
+    return scores.view(-1, per_prompt)
 
 
-def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: Reward | None) -> Drift:
-    """Distance, KL and diversity of the trained policy beside the base.
+def verdict(
+    judge: Reward, name: str, base: Tensor, trained: Tensor, track: Track, trained_on: Mapping[str, str], checked: bool
+) -> Verdict:
+    """A judge's verdict from its scores of base [P, K₀] and trained [P, K]. `trained_on`: see `evaluate`; `checked`:
+    whether the base is a checked one, of which the gain is freed of the luck of its first K pictures."""
+    means = [scores.mean(1).numpy() for scores in (base, trained)]
+    gains, adjusted = (means[1] - means[0]).astype(float), None
+    if checked:
+        means = [checked_base.means(scores.numpy()) for scores in (base, trained)]
+        adjusted = statistics.adjusted_gains(base.numpy(), trained.numpy()[None], track.prompts.labels)
+        gains = adjusted.table[0]
+    interval = statistics.paired_gain(gains[None], clusters=track.prompts.labels)
+    templates = track.prompts.templates or {}
+    by_template: dict[str, list[int]] = {}
+    for i, prompt in enumerate(track.prompts.heldout):
+        by_template.setdefault(templates.get(prompt, "all"), []).append(i)
+    fingerprint = judge.fingerprint()
+    return Verdict(
+        judge=name,
+        metric=judge.unit,
+        trained_on=fingerprint in trained_on.values() or (judge.one_judge and judge.name in trained_on),
+        base=float(means[0].mean()),
+        trained=float(means[1].mean()),
+        gain=Gain(mean=interval.mean, low=interval.low, high=interval.high, kind=interval.kind),
+        templates={t: (float(means[0][rows].mean()), float(means[1][rows].mean())) for t, rows in by_template.items()},
+        per_prompt=[(float(b), float(a)) for b, a in zip(*means, strict=True)],
+        fingerprint=fingerprint,
+        adjusted=None if adjusted is None else gains.tolist(),
+        slope=None if adjusted is None else adjusted.slope,
+    )
 
-    Diversity is measured in the image embedding of `embed` where it has one, else in pixels.
-    """
-    difference = trained.images.float() - base.images.float()
+
+def agreement(reward: Tensor, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Spearman's rank correlation of the training reward [P, K] and each judge on the same pictures, over all of them; a
+    judge is left out where one of the two gives every picture the same score."""
+    return {
+        name: float(stats.spearmanr(reward.flatten(), own.flatten()).statistic)
+        for name, own in scores.items()
+        if reward.unique().numel() > 1 and own.unique().numel() > 1
+    }
+
+
+@torch.no_grad()
+def kl(policy: Policy, trajectory: Trajectory, per_prompt: int) -> float:
+    """Mean per-step KL of the policy from its reference along its own trajectories, one of each prompt (nats)."""
     steps = policy.schedule.stochastic.nonzero()[:, 0].tolist()
-    trajectory = trained.trajectory
 
-    @torch.no_grad()
     def kl_of(rows: Tensor) -> Tensor:
         prompts, found = [trajectory.prompts[i] for i in rows.tolist()], []
         for i in steps:
@@ -148,24 +185,17 @@ def drift(policy: Policy, base: Drawn, trained: Drawn, per_prompt: int, embed: R
             found.append(samplers.gaussian_kl(mean, other, policy.schedule.std[step]).cpu())
         return torch.cat(found)
 
-    rows = torch.arange(0, len(trajectory), per_prompt)  # one image of each prompt
-    kl = policy.finite(torch.cat(parallel.each(kl_of, rows.split(policy.batch))))
-    spaces, space = [], "pixels"
-    for drawn in (base, trained):
-        if embed is not None and hasattr(embed, "embed"):
-            space = f"{embed.name} image embedding"
-            with embed.scoring():
-                spaces.append(torch.cat([embedded(embed, part) for part in drawn.images.split(128)]))
-        else:
-            spaces.append(1 + drawn.images.float().flatten(1))  # a black picture has a direction, too
-    diversity = [
-        float(np.mean([statistics.vendi(group.numpy()) for group in e.view(-1, per_prompt, e.shape[-1])]))
-        for e in spaces
-    ]
-    return Drift(
-        pixels=float(difference.square().flatten(1).mean(1).sqrt().mean()),
-        kl=float(kl.mean()),
-        diversity_base=diversity[0],
-        diversity_trained=diversity[1],
-        diversity_space=space,
-    )
+    rows = torch.arange(0, len(trajectory), per_prompt)
+    return float(policy.finite(torch.cat(parallel.each(kl_of, rows.split(policy.batch)))).mean())
+
+
+def diversity(images: Tensor, per_prompt: int, embed: Reward | None) -> tuple[np.ndarray, str]:
+    """Vendi score of each prompt's pictures, uint8 [P·K, H, W, 3] to [P] (effective images), and the space it is measured
+    in: the image embedding of `embed` where it has one, else pixels."""
+    if embed is not None and hasattr(embed, "embed"):
+        space = f"{embed.name} image embedding"
+        with embed.scoring():
+            e = torch.cat([embedded(embed, part) for part in images.split(128)])
+    else:
+        space, e = "pixels", 1 + images.float().flatten(1)  # a black picture has a direction, too
+    return np.array([statistics.vendi(group.numpy()) for group in e.view(-1, per_prompt, e.shape[-1])]), space

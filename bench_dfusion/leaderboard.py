@@ -193,8 +193,13 @@ class Row:
         return any(r.rounds for r in self.records) and not any(r.cost.reward_queries for r in self.records)
 
     def gains(self, judge: int = 0) -> dict[int, np.ndarray]:
-        """Trained − base of each held-out prompt [P], by seed, before the judge of that number."""
-        return {r.seed: np.array([t - b for b, t in r.verdicts[judge].per_prompt]) for r in self.finished}
+        """The gain of each held-out prompt [P], by seed, before the judge of that number."""
+        return {r.seed: np.array(r.verdicts[judge].gains) for r in self.finished}
+
+    @property
+    def clusters(self) -> tuple[str, ...] | None:
+        """The cluster of each held-out prompt, where the track has any."""
+        return checks.track_of(self.records[0]).prompts.labels if self.records else None
 
     @property
     def state(self) -> str:
@@ -353,7 +358,7 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
         for number, judge in enumerate(board.judges):
             line |= dict.fromkeys((f"{judge} {c}" for c in ("base", "trained", "gain", "low", "high")), np.nan)
             if done:
-                interval = statistics.paired_gain(np.stack(list(row.gains(number).values())))
+                interval = statistics.paired_gain(np.stack(list(row.gains(number).values())), clusters=row.clusters)
                 line[f"{judge} base"] = _mean(r.verdicts[number].base for r in done)
                 line[f"{judge} trained"] = _mean(r.verdicts[number].trained for r in done)
                 line[f"{judge} gain"] = interval.mean
@@ -405,7 +410,8 @@ def _ranks(found: Sequence[Row]) -> dict[str, str]:
         and len(row.records) == _track_seeds(row)
         and sorted(r.seed for r in row.records) == list(range(len(row.records)))
     }
-    ranges = statistics.rank_ranges(tables)
+    clusters = next((row.clusters for row in found if row.records), None)
+    ranges = statistics.rank_ranges(tables, clusters=clusters)
     return {name: str(low) if low == high else f"{low}–{high}" for name, (low, high) in ranges.items()}
 
 
@@ -426,6 +432,7 @@ def contrasts(board: Board, builder: str = "dfusion", control: str = "vanilla") 
     complete = {
         (r.algorithm, r.builder, r.reward, label_of(vars(r))): r for r in rows(board) if r.state in ("", "ceiling")
     }
+    clusters = next((r.clusters for r in complete.values()), None)
     differences: dict[str, dict[tuple[str, str], dict[int, np.ndarray]]] = {}
     for (algorithm, own, reward, variant), row in complete.items():
         other = complete.get((algorithm, control, reward, variant))
@@ -442,7 +449,7 @@ def contrasts(board: Board, builder: str = "dfusion", control: str = "vanilla") 
             entries[f"mean of {len(found)}", ""] = {s: np.mean([d[s] for d in found.values()], axis=0) for s in common}
         for (algorithm, variant), shared in entries.items():
             values = np.stack(list(shared.values()))
-            result = statistics.compare(values, np.zeros_like(values))
+            result = statistics.compare(values, np.zeros_like(values), clusters=clusters)
             lines.append(
                 {
                     "algorithm": algorithm,

@@ -16,20 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench_dfusion.consistent import ConsistentSamples
-    from bench_dfusion.evaluation import Drawn
-    from bench_dfusion.track import Track
 
 SIDE = 96  # px of one picture in a grid
 TEXT = 15  # px of a caption line
 
 
-def base_and_trained(path: Path, base: Drawn, trained: Drawn, track: Track, most: int = 24) -> None:
-    """For up to `most` held-out prompts, evenly taken, base (left) and trained (right) on the same noise."""
-    prompts = track.prompts.heldout
+def base_and_trained(path: Path, base: Tensor, trained: Tensor, prompts: Sequence[str], most: int = 24) -> None:
+    """For up to `most` of the prompts, evenly taken, base (left) and trained (right) on the same noise: of each prompt
+    one picture, uint8 [P, H, W, 3]."""
     cells = []
     for i in evenly(len(prompts), most):
-        row = i * track.evaluation.images_per_prompt
-        cells.append((prompts[i], ["base", "trained"], [base.images[row].numpy(), trained.images[row].numpy()]))
+        cells.append((prompts[i], ["base", "trained"], [base[i].numpy(), trained[i].numpy()]))
     _grid(path, cells, columns=3)
 
 

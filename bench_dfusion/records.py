@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 # Raised with every optional field that is added to this version. A record of a later revision is refused where it has a
 # field that is not known here: what is not understood (that a run is a ceiling, say) must not be left out of a table.
-REVISION = 0
+REVISION = 1
 # From a schema version the function that turns its content into the next version's; `read` applies them in order.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda content: content,  # version 2 only adds fields, which a record of version 1 lacks: they are absent
@@ -69,18 +69,33 @@ class Verdict(Part):
     trained_on: bool = Field(
         description="whether this judge was the training reward: then it is a ceiling and never ranks"
     )
-    base: float = Field(description="mean over held-out images of the frozen base")
-    trained: float = Field(description="mean over the same noise of the trained policy")
+    base: float = Field(
+        description="mean over held-out images of the frozen base, of a checked base over all of its own"
+    )
+    trained: float = Field(description="mean over held-out images of the trained policy")
     gain: Gain = Field(description="the paired gain")
     templates: dict[str, tuple[float, float]] = Field(description="(base, trained) for each prompt template")
     per_prompt: list[tuple[float, float]] = Field(
         description="(base, trained) for each held-out prompt, in the track's order"
     )
     fingerprint: str = Field(description="hash of the judge's weights and rules")
+    adjusted: list[float] | None = later(
+        "the gain of each held-out prompt over the checked base, freed of the luck of its first pictures "
+        "(statistics.adjusted_gains); gain is of these, so it is not quite trained − base"
+    )
+    slope: float | None = later("the slope b by which they were freed of it")
+
+    @property
+    def gains(self) -> list[float]:
+        """The gain of each held-out prompt, in the track's order."""
+        return self.adjusted if self.adjusted is not None else [trained - base for base, trained in self.per_prompt]
 
 
 class Drift(Part):
-    pixels: float = Field(description="root mean square pixel distance trained − base on the same noise (8-bit levels)")
+    pixels: float = Field(
+        description="root mean square pixel distance trained − base on the same noise, of all pictures or, where there is "
+        "a checked base, of the first of each prompt (8-bit levels)"
+    )
     kl: float = Field(
         description="mean per-step KL(trained || base) along trained trajectories, averaged over the latent (nats)"
     )
@@ -206,12 +221,12 @@ class Record(Part):
         return [(queries, reward - rewards[0][1]) for queries, reward in rewards]
 
     def comparable(self) -> dict[str, Any]:
-        """The record without what differs from run to run: timings, memory, hardware and code state."""
+        """The record without what differs from run to run: timings, memory, hardware, code state, the encoding of a file."""
         content = self.model_dump(mode="json")
         for key in ("seconds", "peak_memory_mb", "device"):
             del content["cost"][key]
-        for key in ("code", "dirty", "hardware", "versions"):
-            del content["provenance"][key]
+        for key in ("code", "dirty", "hardware", "versions", "scores_sha256"):  # another pyarrow writes another file
+            content["provenance"].pop(key, None)
         return content
 
 
@@ -371,10 +386,20 @@ def _verdict_problems(verdict: Verdict, track: Track) -> Iterator[str]:
         return sum(pairs[i][0] for i in rows) / len(rows), sum(pairs[i][1] for i in rows) / len(rows)
 
     base, trained = means(list(range(len(pairs))))
+    checked = track.evaluation.base_images_per_prompt is not None
+    if (verdict.adjusted is not None, verdict.slope is not None) != (checked, checked):
+        yield f"adjusted and slope are {'missing, but' if checked else 'there, and'} the track has {'a' if checked else 'no'} checked base"
+        return
+    if len(verdict.gains) != len(pairs):
+        yield f"adjusted has {len(verdict.gains)} prompts, but the track holds out {len(prompts)}"
+        return
+    groups: dict[str, list[float]] = {}
+    for label, gain in zip(track.prompts.labels or prompts, verdict.gains, strict=True):
+        groups.setdefault(label, []).append(gain)
     stated = {
         "base": (verdict.base, base),
         "trained": (verdict.trained, trained),
-        "gain.mean": (verdict.gain.mean, trained - base),
+        "gain.mean": (verdict.gain.mean, sum(sum(g) / len(g) for g in groups.values()) / len(groups)),
     }
     names = [(track.prompts.templates or {}).get(p, "all") for p in prompts]
     if set(verdict.templates) != set(names):
@@ -409,8 +434,9 @@ def differences(known: Record, new: Record) -> list[str]:
     _without_absent(Record, a, b)
     _without_absent(Provenance, a["provenance"], b["provenance"])
     _without_absent(Cost, a["cost"], b["cost"])
-    for one, other in zip(a["rounds"], b["rounds"], strict=False):
-        _without_absent(Round, one, other)
+    for model, key in ((Round, "rounds"), (Verdict, "verdicts")):
+        for one, other in zip(a[key], b[key], strict=False):
+            _without_absent(model, one, other)
     return [plain(found) for found in _unequal(a, b)]
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 
-from bench_dfusion import evaluation, files, pictures, records, text_limits
+from bench_dfusion import checked_base, checks, evaluation, files, pictures, records, text_limits
 from bench_dfusion import lora as loras
+from bench_dfusion.checked_base import CheckedBase
 from bench_dfusion.models import layout
 from bench_dfusion.models.base import NotFinite
 from bench_dfusion.models.loading import find, load_adapter
@@ -107,6 +108,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
         raise UsageError(f"{folder / 'record.json'} resolves to no track: {reason}") from None
     where = _device(device)
     judges = _judges(track, where)
+    base = _base(record, track, folder)
     section = track.model.model_copy(update={"sha256": None, "id": model or _place(record, track)})
     adapter, model_sha256 = load_adapter(section, where, track.memory)
     found = {name: judge.fingerprint() for name, judge in judges.items()}
@@ -117,17 +119,36 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     _load(policy, loras.read(file, adapter), file)
     text_limits.say(adapter, track.prompts.heldout)
     trained_on = record.provenance.reward_components or {record.reward: record.provenance.reward_fingerprint}
-    done = _evaluated(policy, track, judges, trained_on, str(folder))
+    done = _evaluated(policy, track, judges, trained_on, base, str(folder))
     differences, largest = compare(record, done.verdicts, done.drift, track.prompts.heldout)
     exact = (done.verdicts, done.drift) == (record.verdicts, record.drift)
     return Rescored(record, [], done.verdicts, differences, largest, exact, _elsewhere(record, where, judges.values()))
 
 
+def _base(record: Record, track: Track, folder: Path) -> CheckedBase | None:
+    """The checked base that a record stands on. Raises UsageError where it is not here, or another is."""
+    base = checked_base.load(track, folder.parent)
+    if track.evaluation.base_images_per_prompt is not None and base is None:
+        place = folder.parent / checked_base.file_name(track)
+        raise UsageError(f"no {place}, the checked base of {track.id}: get it from where the record was made")
+    if base is not None and base.sha256 != record.provenance.base_sha256:
+        where = checked_base.find(track, folder.parent)
+        raise UsageError(
+            f"{where} is {base.sha256[:12]}…, the record stands on the checked base {record.provenance.base_sha256}"
+        )
+    return base
+
+
 def _evaluated(
-    policy: Policy, track: Track, judges: dict[str, Reward], trained_on: dict[str, str], what: str
+    policy: Policy,
+    track: Track,
+    judges: dict[str, Reward],
+    trained_on: dict[str, str],
+    base: CheckedBase | None,
+    what: str,
 ) -> evaluation.Evaluation:
     try:
-        return evaluation.evaluate(policy, track, judges, trained_on)
+        return evaluation.evaluate(policy, track, judges, trained_on, base)
     except NotFinite as error:
         raise UsageError(f"{what} on {track.id}: {error}") from None
 
@@ -162,6 +183,9 @@ def compare(
         pairs |= {
             f"gain {name}": (getattr(old.gain, name), getattr(new.gain, name)) for name in ("mean", "low", "high")
         }
+        if old.adjusted and new.adjusted:
+            freed = zip(prompts, old.adjusted, new.adjusted, strict=True)
+            pairs |= {f"{prompt!r} adjusted gain": (a, b) for prompt, a, b in freed}
         pairs |= {"trained on this judge": (float(old.trained_on), float(new.trained_on))}
         for template in sorted(old.templates.keys() | new.templates.keys()):
             for i, which in enumerate(("base", "trained")):
@@ -209,6 +233,35 @@ def _elsewhere(record: Record, device: torch.device, judges: Iterable[Reward]) -
     # What only the training reward runs on (its own environment) is not here: it scores nothing again.
     names |= {name: (old, here[name]) for name, old in record.provenance.versions.items() if name in here}
     return [f"{name}: {here} here, {old} in the record" for name, (old, here) in names.items() if old != here]
+
+
+def base(
+    track: Track, out: Path, device: str | None = None, again: bool = False
+) -> tuple[Path, CheckedBase, CheckedBase | None]:
+    """A track's checked base, drawn where it is not there yet, and its file; with `again` also the base drawn anew.
+    Raises UsageError for a track that has none."""
+    if track.evaluation.base_images_per_prompt is None:
+        raise UsageError(
+            f"{track.id} has no checked base: its runs draw the base themselves. "
+            "--set track.evaluation.base_images_per_prompt=N makes a track that has one"
+        )
+    where, folder = _device(device), out / track.id
+    judges = _judges(track, where)
+    adapter, model_sha256 = load_adapter(track.model, where, track.memory)
+    policy = make_policy(track, adapter, 0, where)
+    text_limits.say(adapter, track.prompts.heldout)
+    found = checked_base.ensure(track, folder, policy, judges, model_sha256)
+    path = checked_base.find(track, folder)
+    assert found is not None and path is not None
+    return path, found, checked_base.draw(track, policy, judges, model_sha256) if again else None
+
+
+def same_base(one: CheckedBase, other: CheckedBase) -> bool:
+    """Whether two bases of a track are the same but for other arithmetic (`checks.ARITHMETIC`)."""
+    return all(
+        abs(a.mean() - b.mean()) <= checks.ARITHMETIC * checked_base.means(a).std() + checks.ROUNDING
+        for a, b in ((one.scores[name], other.scores[name]) for name in one.scores)
+    )
 
 
 class Scale(Part):
@@ -313,8 +366,9 @@ def weights(
         raise UsageError(f"{path}: {error}") from error
     text_limits.say(policy.adapter, track.prompts.heldout)
     start = time.perf_counter()
-    done = _evaluated(policy, track, judges, {}, str(path))
-    pictures.base_and_trained(folder / "base_trained.png", done.base, done.trained, track)
+    base = checked_base.ensure(track, folder.parent, policy, judges, model_sha256)
+    done = _evaluated(policy, track, judges, {}, base, str(path))
+    pictures.base_and_trained(folder / "base_trained.png", done.base, done.trained, track.prompts.heldout)
     code, dirty = records.code_state()
     found = Evaluation(
         label=label,

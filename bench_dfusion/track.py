@@ -73,17 +73,29 @@ class PromptsSection(Section):
     templates: dict[str, str] | None = Field(
         None, description="template of each held-out prompt, for figures by template"
     )
+    clusters: dict[str, str] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="label of held-out prompts that belong together, one composition in several phrasings: they are no "
+        "independent sample, each label counts once (docs/statistics.md)",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _of_heldout(cls, values: Any) -> Any:
-        """Templates by the held-out prompts' own spelling."""
-        heldout, templates = (values.get(key) if isinstance(values, dict) else None for key in ("heldout", "templates"))
-        if not isinstance(templates, dict) or not isinstance(heldout, list | tuple):
+        """Templates and clusters by the held-out prompts' own spelling."""
+        heldout = values.get("heldout") if isinstance(values, dict) else None
+        if not isinstance(heldout, list | tuple):
             return values
         own = {same(p): p for p in heldout if isinstance(p, str)}
-        named = {own.get(same(p), p) if isinstance(p, str) and p not in heldout else p: t for p, t in templates.items()}
-        return {**values, "templates": {**named, **{p: t for p, t in templates.items() if p in heldout}}}
+        found = {}
+        for key in ("templates", "clusters"):
+            if isinstance(said := values.get(key), dict):
+                spelt = {
+                    own.get(same(p), p) if isinstance(p, str) and p not in heldout else p: t for p, t in said.items()
+                }
+                found[key] = {**spelt, **{p: t for p, t in said.items() if p in heldout}}
+        return {**values, **found}
 
     @model_validator(mode="after")
     def _disjoint(self) -> PromptsSection:
@@ -99,7 +111,17 @@ class PromptsSection(Section):
         for a, b in (("train", "validation"), ("train", "heldout"), ("validation", "heldout")):
             for twins in shared(sets[a], sets[b]):
                 raise ValueError(f"prompts.{a} and prompts.{b} share {twins}: sets must be disjoint")
+        strange = next((p for p in self.clusters or () if p not in self.heldout), None)
+        if strange is not None:
+            raise ValueError(f"prompts.clusters names {strange!r}, which is not held out")
+        if self.clusters and len(set(self.labels or ())) < 2:
+            raise ValueError("prompts.clusters puts every held-out prompt into one cluster: two or more are needed")
         return self
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The cluster of each held-out prompt, a prompt without one its own; None where the track has none."""
+        return tuple(self.clusters.get(p, p) for p in self.heldout) if self.clusters else None
 
 
 class BudgetSection(Section):
@@ -113,6 +135,21 @@ class BudgetSection(Section):
 class EvaluationSection(Section):
     judges: tuple[str, ...] = Field(min_length=1, description="rewards that judge base and trained; the first ranks")
     images_per_prompt: int = Field(4, ge=1, description="images of each held-out prompt (count)")
+    base_images_per_prompt: int | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="images of each held-out prompt on which the base is judged, once for the track: its checked base, the "
+        "first of them on the noise of a run's own (count); None: every run draws the base beside its own images",
+    )
+
+    @model_validator(mode="after")
+    def _enough(self) -> EvaluationSection:
+        if self.base_images_per_prompt is not None and not 2 <= self.images_per_prompt <= self.base_images_per_prompt:
+            raise ValueError(
+                f"base_images_per_prompt: a checked base needs images_per_prompt of 2 or more and as many or more of its "
+                f"own, not {self.images_per_prompt} and {self.base_images_per_prompt}"
+            )
+        return self
 
 
 class MemorySection(Section):
@@ -284,7 +321,7 @@ def _without_replaced(under: dict[str, Any], over: dict[str, Any]) -> dict[str, 
         if ("source" in prompts) != ("source" in old) and (listed or "source" in prompts):
             old = {}
         elif "heldout" in prompts:
-            old = {k: v for k, v in old.items() if k != "templates"}
+            old = {k: v for k, v in old.items() if k not in ("templates", "clusters")}
         under["prompts"] = old
     return under
 

@@ -14,7 +14,18 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from bench_dfusion import baseline, evaluation, files, model_card, pairs, parallel, pictures, records, text_limits
+from bench_dfusion import (
+    baseline,
+    checked_base,
+    evaluation,
+    files,
+    model_card,
+    pairs,
+    parallel,
+    pictures,
+    records,
+    text_limits,
+)
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.baseline import Baseline
 from bench_dfusion.config import Cell
@@ -77,6 +88,7 @@ def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs
         if parallel.first():
             files.write_json(folder / "cell.json", cell.description)
         run.restore()
+        run.base = checked_base.ensure(cell.track, folder.parent, run.policy, run.judges, run.model_sha256)
         run.train()
         return run.finish()
 
@@ -93,6 +105,7 @@ class Run:
         if track.memory.offload_rewards and not cell.algorithm.needs_gradient:
             self.reward.rest()
         self.judges = evaluation.load_judges(track, self.device)
+        self.base: checked_base.CheckedBase | None = None
         adapter, self.model_sha256 = load_adapter(track.model, self.device, track.memory)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
         self.builder: Builder = cell.builder(cell.builder_config)
@@ -295,25 +308,42 @@ class Run:
     def finish(self) -> Record:
         """Evaluate (unless the run failed); the first process writes LoRA, pictures and record."""
         track, policy = self.cell.track, self.policy
-        verdicts: list[records.Verdict] = []
-        drift: records.Drift | None = None
+        done: evaluation.Evaluation | None = None
+        rewards: Tensor | None = None
         if self.failure is None:
             before = policy.network_evaluations
             try:
                 with self.progress.phase("evaluate"):
-                    done = evaluation.evaluate(policy, track, self.judges, self.reward.fingerprints())
-                verdicts, drift = done.verdicts, done.drift
+                    done = evaluation.evaluate(policy, track, self.judges, self.reward.fingerprints(), self.base)
+                    rewards = self._rewards_of(done)
                 if parallel.first():
-                    pictures.base_and_trained(self.folder / "base_trained.png", done.base, done.trained, track)
+                    pictures.base_and_trained(
+                        self.folder / "base_trained.png", done.base, done.trained, track.prompts.heldout
+                    )
             except NotFinite as error:
                 self.failure = f"evaluation: {error}"
             self.progress.network_evaluations += parallel.total(policy.network_evaluations - before)
-        return parallel.once(lambda: self._record(verdicts, drift))
+        return parallel.once(lambda: self._record(done, rewards))
 
-    def _record(self, verdicts: list[records.Verdict], drift: records.Drift | None) -> Record:
-        """Write LoRA, card and record."""
+    def _rewards_of(self, done: evaluation.Evaluation) -> Tensor | None:
+        """The training reward's scores [P, K] of the pictures judged; None for offline pairs, whose reward scores none."""
+        if not self.cell.builder.draws:
+            return None
+        own = self.reward.fingerprint()
+        same = next((name for name, judge in self.judges.items() if judge.fingerprint() == own), None)
+        if same is not None:
+            return done.scores[same]
+        k = self.cell.track.evaluation.images_per_prompt
+        return evaluation.judged(self.reward, self.reward.name, done.drawn, k, "reward")
+
+    def _record(self, done: evaluation.Evaluation | None, rewards: Tensor | None) -> Record:
+        """Write LoRA, scores, card and record. `rewards`: the training reward's scores [P, K] of the pictures judged."""
         track, policy, cell = self.cell.track, self.policy, self.cell
         policy.save_lora(self.folder)
+        scores = self.folder / checked_base.SCORES
+        if done is not None and self.base is not None:
+            own = done.scores | ({} if rewards is None else {checked_base.REWARD: rewards})
+            checked_base.write_scores(scores, track.prompts.heldout, {name: s.numpy() for name, s in own.items()})
         code, dirty = records.code_state()
         rounds = [Round(**r) for r in self.progress.rounds]
         trained, untrained = records.training(rounds, self.progress.updates)
@@ -330,11 +360,12 @@ class Run:
             given=cell.given,
             resolved=cell.resolved,
             tuning=track.tuning,
-            verdicts=verdicts,
-            drift=drift,
+            verdicts=done.verdicts if done else [],
+            drift=done.drift if done else None,
             rounds=rounds,
             trained=trained,
             untrained=untrained,
+            agreement=evaluation.agreement(rewards, done.scores) if done and rewards is not None else None,
             cost=records.Cost(
                 reward_queries=self.progress.queries,
                 network_evaluations=self.progress.network_evaluations,
@@ -356,6 +387,8 @@ class Run:
                 reward_fingerprint=self.reward.fingerprint(),
                 reward_components=self.reward.fingerprints() if isinstance(self.reward, WeightedSum) else {},
                 lora_sha256=files.sha256(self.folder / "pytorch_lora_weights.safetensors"),
+                scores_sha256=files.sha256(scores) if done and self.base else None,
+                base_sha256=self.base.sha256 if done and self.base else None,
                 prompts_seen=records.prompts_seen(track),
             ),
         )

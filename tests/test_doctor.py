@@ -446,11 +446,8 @@ def test_rewards_are_on_the_device_only_while_they_score(sd_dir: Path, tmp_path:
     judge.rest()
     trajectory = Trajectory(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2), ["a capybara", "an axolotl"])
     drawn = evaluation.Drawn(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), trajectory)
-    track = cell.track.model_copy(
-        update={"evaluation": cell.track.evaluation.model_copy(update={"images_per_prompt": 1})}
-    )
-    evaluation.judge({"scale": judge}, drawn, drawn, track, {})
-    assert judge.places == ["cpu", "cpu:0", "scores", "scores", "cpu"]
+    evaluation.judged(judge, "scale", drawn, 1)
+    assert judge.places == ["cpu", "cpu:0", "scores", "cpu"]
     kept = JpegCompressibility(RewardConfig())
     with kept.scoring():
         assert not kept.resting

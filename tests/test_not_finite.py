@@ -78,9 +78,8 @@ def test_a_network_is_looked_at_wherever_it_draws(monkeypatch: pytest.MonkeyPatc
     noise = torch.zeros(2, 2, *policy.adapter.latent_shape)
     with pytest.raises(NotFinite, match=what):  # what builders call
         policy.denoise(good.trajectory.latents[:, 2], noise, ["a", "b"])
-    drawn = Drawn(good.images, good.trajectory)
     with pytest.raises(NotFinite, match=what):
-        evaluation.drift(policy, drawn, drawn, 1, None)
+        evaluation.kl(policy, good.trajectory, 1)
 
 
 def test_a_tensor_without_data_is_not_looked_at() -> None:
@@ -103,22 +102,15 @@ class Short(Red):
 )
 def test_a_judge_that_gives_no_numbers_is_named(judge: type[Red], why: str) -> None:
     samples = draw(fake_policy(scheduler=ddim()), ["a", "a", "b", "b"])
-    settings = config.resolve_track(
-        "micro", settings=['track.prompts.heldout=["a red ring", "two blue rings"]', "track.prompts.templates=null"]
-    )
-    section = settings.evaluation.model_copy(update={"images_per_prompt": 2})
-    settings = settings.model_copy(update={"evaluation": section})
     drawn = Drawn(samples.images, samples.trajectory)
-    assert len(evaluation.judge({"red": RED}, drawn, drawn, settings, {})) == 1
+    assert evaluation.judged(RED, "red", drawn, 2).shape == (2, 2)
     with pytest.raises(PluginError, match=why):
-        evaluation.judge({"red": judge(RewardConfig())}, drawn, drawn, settings, {})
+        evaluation.judged(judge(RewardConfig()), "red", drawn, 2)
 
 
 def test_black_pictures_have_a_diversity() -> None:
-    policy = fake_policy(scheduler=ddim())
-    samples = draw(policy, ["a", "a"])
-    black = Drawn(torch.zeros_like(samples.images), samples.trajectory)
-    assert evaluation.drift(policy, black, black, 2, None).diversity_trained == pytest.approx(1.0)
+    found, space = evaluation.diversity(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 2, None)
+    assert found.tolist() == pytest.approx([1.0]) and space == "pixels"
 
 
 def test_an_evaluation_of_weights_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

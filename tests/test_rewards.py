@@ -537,15 +537,17 @@ def test_the_gradient_of_a_sum(hps: HPSv2, aesthetic: Aesthetic) -> None:
 
 
 def test_a_judge_that_is_a_component_is_no_judge() -> None:
-    from bench_dfusion.evaluation import Drawn, judge
+    from bench_dfusion.evaluation import verdict
 
     track = resolve_track("micro", settings=[t.removeprefix("--set=") for t in TINY])
-    prompts = [p for p in track.prompts.heldout for _ in range(track.evaluation.images_per_prompt)]
-    drawn = Drawn(torch.full((len(prompts), 64, 64, 3), 128).byte(), type("Trajectory", (), {"prompts": prompts})())  # type: ignore[arg-type]
+    scores = torch.zeros(len(track.prompts.heldout), 2)
     judges = {name: cls(config) for name, (cls, config) in judges_of(track).items()}
 
     def trained_on(fingerprints: dict[str, str]) -> dict[str, bool]:
-        return {v.judge: v.trained_on for v in judge(judges, drawn, drawn, track, fingerprints)}
+        return {
+            name: verdict(judge, name, scores, scores, track, fingerprints, False).trained_on
+            for name, judge in judges.items()
+        }
 
     def of(text: str) -> dict[str, bool]:
         cell = a_cell(text)

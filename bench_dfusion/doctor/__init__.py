@@ -483,7 +483,8 @@ class _Doctor:
         one_more = max((size for name, size in known.items() if name not in scorers), default=0)
         everything = {"process" if self.cpu else "CUDA context": self.process, **weights, **scorers}
         drawn, built = self._host(policy, self.drawn), self._host(policy, self.drawn + self.made)
-        evaluated = self._host(policy, 2 * len(settings.prompts.heldout) * settings.evaluation.images_per_prompt)
+        kept = 1 if settings.evaluation.base_images_per_prompt else 2  # a checked base is not drawn again
+        evaluated = self._host(policy, kept * len(settings.prompts.heldout) * settings.evaluation.images_per_prompt)
         without = {"load": resting | vae, "encode": vae, "decode": gone, "evaluate": gone}
         # Parts are put together at the end of sampling and of building: both copies are there.
         host = {"sample": 2 * drawn, "decode": 2 * drawn, "score": 2 * drawn, "build": 2 * built, "train": built}
@@ -608,10 +609,11 @@ class _Doctor:
         by_name = {p.name: p for p in phases}
         for name, cost in costs.items():
             by_name[name].seconds = rates.seconds(cost)
-        each = settings.evaluation.images_per_prompt
-        # Base and trained are drawn, and one image of each prompt goes through both again at each step.
-        evaluated = len(settings.prompts.heldout) * (2 * each + 2) / self.drawn
-        pictures = len(settings.prompts.heldout) * 2 * each / (self.drawn + self.made)
+        # Base (where it is not a checked one) and trained are drawn, and one image of each prompt goes through both again
+        # at each step.
+        each = (1 if settings.evaluation.base_images_per_prompt else 2) * settings.evaluation.images_per_prompt
+        evaluated = len(settings.prompts.heldout) * (each + 2) / self.drawn
+        pictures = len(settings.prompts.heldout) * each / (self.drawn + self.made)
         by_name["evaluate"].seconds = rates.seconds(costs["sample"] * evaluated + costs["decode"] * pictures)
 
 
