@@ -340,12 +340,12 @@ def control_variate(
     held, widths, slopes = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0), []
     for _ in range(runs):
         x, y = draw_pictures(model, rng, seeds, prompts, 64, 16, truth)
-        adjusted = statistics.adjusted_gains(x, y)
-        slopes.append(adjusted.slope)
+        adjusted = [statistics.adjusted_gains(x, run[None]) for run in y]  # as records hold it: each run by itself
+        slopes += [run.slope for run in adjusted]
         tables = (
             y[:, :, :4].mean(2) - x[:, :4].mean(1),
             y.mean(2) - x[:, :16].mean(1),
-            adjusted.table,
+            np.concatenate([run.table for run in adjusted]),
             y.mean(2) - x.mean(1),
         )
         for way, table in zip(ways, tables, strict=True):
@@ -370,8 +370,9 @@ def ranked() -> np.ndarray:
     return np.stack([[gains for _, gains in sorted(row.gains().items())] for row in rows])
 
 
-def simulate(scale: float, rows: int = 24, prompts: int = 64) -> dict[str, Any]:
-    """All of it, with `scale` times the full numbers of runs: a figure by table, design and procedure."""
+def simulate(scale: float, only: str = "", rows: int = 24, prompts: int = 64) -> dict[str, Any]:
+    """All of it, or the tables whose title begins with `only`, with `scale` times the full numbers of runs: a figure by
+    table, design and procedure."""
     tables = ranked()
     records, effects = record_like(tables), tables.mean((1, 2))
     main, more, every, own = designs(records), harder(records), list(PROCEDURES), [list(PROCEDURES)[-1]]
@@ -399,6 +400,8 @@ def simulate(scale: float, rows: int = 24, prompts: int = 64) -> dict[str, Any]:
         jobs.append(("coverage with four phrasings a composition, 5 seeds", name, 4_000, 1.2, job))
     for name, judge in (("normal scores", pictures), ("scores clipped to [0, 1]", replace(pictures, bounded=True))):
         jobs.append(("control variate, 5 seeds", name, 4_000, 2.7, partial(control_variate, judge, 5, prompts)))
+
+    jobs = [job for job in jobs if job[0].startswith(only)]
 
     def runs(full: int) -> int:
         return max(10, round(full * scale))
@@ -447,6 +450,9 @@ def _figure(line: dict[str, Any], column: tuple[str, ...]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a twentieth of the runs: a minute or two")
+    parser.add_argument(
+        "--only", metavar="TABLE", help="simulate the tables whose title begins so, and keep the others"
+    )
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/ranking.json)")
     parser.add_argument("--tables", action="store_true", help="print the file's figures as Markdown, simulate nothing")
     arguments = parser.parse_args()
@@ -455,7 +461,9 @@ def main() -> None:
         return
     import measuring  # here, for it imports PyTorch, and the simulations need none
 
-    measuring.write("ranking", simulate(0.05 if arguments.quick else 1.0), arguments.out)
+    kept = json.loads((arguments.out or RESULTS).read_text(encoding="utf-8")) if arguments.only else {}
+    found = simulate(0.05 if arguments.quick else 1.0, arguments.only or "")
+    measuring.write("ranking", kept | found, arguments.out)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def having(key: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (having("schema_version", 0), "schema 0, older than 2, and this bench-dfusion has no migration from it"),
         (having("schema_version", 3), "schema 3, this bench-dfusion reads 2: update bench-dfusion"),
         (
-            lambda content: {**content, "schema_revision": 1, "kinder": 1},
-            "kinder: a field of revision 1, this bench-dfusion reads 2.0: update bench-dfusion",
+            lambda content: {**content, "schema_revision": records.REVISION + 1, "kinder": 1},
+            f"kinder: a field of revision {records.REVISION + 1}, this bench-dfusion reads 2.{records.REVISION}: update",
         ),
         (having("schema_version", "1"), 'schema_version must be a whole number, not "1"'),
         (having("schema_version", True), "schema_version must be a whole number, not true"),
