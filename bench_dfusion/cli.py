@@ -252,6 +252,7 @@ def sweep(
 
     place: AbstractContextManager[Launcher]
     if launcher == "ray":
+        cluster.check_bases(jobs)
         place = cluster.Cluster(folder, ray_address, cpus or 1, gpus, storage)
     else:
         place = nullcontext(local.Local(local.devices_of(device), workers))

@@ -199,7 +199,9 @@ class Row:
     @property
     def clusters(self) -> tuple[str, ...] | None:
         """The cluster of each held-out prompt, where the track has any."""
-        return checks.track_of(self.records[0]).prompts.labels if self.records else None
+        prompts = self.records[0].resolved["track"].get("prompts", {}) if self.records else {}
+        clusters = prompts.get("clusters")
+        return tuple(clusters.get(p, p) for p in prompts["heldout"]) if clusters else None
 
     @property
     def state(self) -> str:

@@ -40,7 +40,8 @@ SCHEMA = 2
 REVISION = 1
 # From a schema version the function that turns its content into the next version's; `read` applies them in order.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda content: content,  # version 2 only adds fields, which a record of version 1 lacks: they are absent
+    # Version 2 only adds fields, which a record of version 1 lacks: they are absent.
+    1: lambda content: {**content, "schema_revision": 0},
 }
 TOLERANCE = 1e-5  # of a judge's largest score: its means are taken in float32
 

@@ -41,6 +41,10 @@ def content(shared: Storage, name: str) -> bytes:
         (("--gpus-per-cell", "0"), "--gpus-per-cell is of --launcher ray"),
         (("--storage", "/tmp/x"), "--storage is of --launcher ray"),
         (("--launcher", "slurm"), "--launcher"),
+        (
+            ("--launcher", "ray", "--set", "track.evaluation.base_images_per_prompt=8"),
+            "the checked base of micro-custom-v1 is not in ",
+        ),
         (("--launcher", "ray", "--device", "cpu"), "--device and --workers are of this machine"),
         (("--launcher", "ray", "--workers", "2"), "--device and --workers are of this machine"),
         (("--launcher", "ray", "--cpus-per-cell", "0"), "--cpus-per-cell"),
@@ -189,6 +193,8 @@ out = Path(sys.argv[sys.argv.index("--out") + 1]) / "track" / "cell"
 checkpoint = out / "checkpoint.safetensors"
 print("from", checkpoint.read_text() if checkpoint.exists() else "the start", os.getpid(), flush=True)
 checkpoint.write_text("round 1")
+for base in out.parent.glob("base-*"):
+    print(f"{base.name}: {base.read_text()}", flush=True)
 if "wait" in sys.argv:
     while not Path("go").exists():
         time.sleep(0.01)
@@ -225,6 +231,13 @@ def test_a_try_leaves_its_files_and_the_next_goes_on_from_them(order) -> None:
     shared, second = order()
     assert node.work(second, "n1")[0] == 3
     assert content(shared, f"track/cell/{second.attempt}/log.txt").startswith(b"from round 1")
+
+
+def test_a_node_has_the_checked_base_beside_the_cell(order) -> None:
+    shared, own = order()
+    shared.put(io.BytesIO(b"the base"), f"{node.BASES}/base-1.parquet")
+    node.work(node.Order(**{**vars(own), "base": "base-1.parquet"}), "n1")
+    assert b"base-1.parquet: the base" in content(shared, f"track/cell/{own.attempt}/log.txt")
 
 
 def test_a_node_back_from_the_dead_gives_up_without_a_record(order, tmp_path: Path) -> None:

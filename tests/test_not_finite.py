@@ -119,7 +119,7 @@ def test_an_evaluation_of_weights_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(evaluation, "evaluate", broken)
     with pytest.raises(UsageError, match="my.safetensors on micro-v1: the decoder's pictures are not finite"):
-        rescore._evaluated(fake_policy(scheduler=ddim()), config.resolve_track("micro"), {}, {}, "my.safetensors")
+        rescore._evaluated(fake_policy(scheduler=ddim()), config.resolve_track("micro"), {}, {}, None, "my.safetensors")
 
 
 def test_every_process_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def test_what_is_written_reads_as_it_was(tmp_path: Path) -> None:
 
 
 def test_older_records_are_migrated_version_by_version(tmp_path: Path, monkeypatch) -> None:
-    expected = record()
+    expected = record().model_copy(update={"schema_revision": 0})
     old = without("cost")(expected.model_dump(mode="json")) | {"schema_version": -1, "spent": {}}
     cost = expected.cost.model_dump(mode="json")
     monkeypatch.setitem(records.MIGRATIONS, -1, lambda c: {**without("spent")(c), "bill": {**c["spent"], **cost}})

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_dfusion import __version__, files, launch
+from bench_dfusion import __version__, checked_base, files, launch
 from bench_dfusion.launch import node
 from bench_dfusion.launch.storage import BEAT, LAST, Life, Storage, begin, lease, tries_of
 from bench_dfusion.registry import UsageError, plain
@@ -94,6 +94,7 @@ class Cluster:
         self.closing = threading.Event()
         self.places = 1
         self.gone: set[str] = set()  # the ids of nodes that Ray has given up
+        self.bases: set[str] = set()  # names of the checked bases that are in the storage
 
     def __enter__(self) -> Cluster:
         before = signal.getsignal(signal.SIGTERM)
@@ -129,6 +130,8 @@ class Cluster:
         self.pulse.join()
         with suppress(Exception):
             self.life.end()
+            if not self.keep:
+                self.storage.remove(node.BASES)
             if not self.keep and not self.storage.names(""):
                 self.storage.remove("")
         self.ray.shutdown()
@@ -166,11 +169,23 @@ class Cluster:
             self.storage.push(job.folder, f"{cell}/try-0000-{self.life.token}", {})  # go on from a local run
         own.name, source = begin(self.storage, cell, self.life)
         words = [*job.words, "--expect", job.cell.hash, "--device", "cuda" if self.gpus else "cpu"]
-        order = node.Order(self.url, cell, own.name, source, words, __version__, str(Path.cwd()), self.cpus)
+        base = self._base(job)
+        order = node.Order(self.url, cell, own.name, source, words, __version__, str(Path.cwd()), self.cpus, base)
         task = self.ray.remote(_work).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0, name=f"{job.name} {own.name}"
         )
         own.ref = task.remote(order)
+
+    def _base(self, job: Job) -> str | None:
+        """The name of the job's checked base, put into the storage; None where it has none, or the package has it."""
+        path = checked_base.find(job.cell.track, job.folder.parent)
+        if path is None or path.parent == checked_base.SHIPPED:
+            return None
+        if path.name not in self.bases:
+            with open(path, "rb") as file:
+                self.storage.put(file, f"{node.BASES}/{path.name}")
+            self.bases.add(path.name)
+        return path.name
 
     def ended(self, job: Job) -> str | None:
         own = self.tries[job.folder]
@@ -263,6 +278,17 @@ class Cluster:
             found += min(fits)
         self.places = max(1, found)
         return found
+
+
+def check_bases(jobs: Sequence[Job]) -> None:
+    """Raise UsageError where a job's track has a checked base that is not drawn: nodes would each draw one of their own."""
+    for job in jobs:
+        track, folder = job.cell.track, job.folder.parent
+        if track.evaluation.base_images_per_prompt is not None and checked_base.find(track, folder) is None:
+            raise UsageError(
+                f"the checked base of {track.id} is not in {folder}: bench-dfusion base, with the sweep's track, --model, "
+                "--prompts, --set and --out, draws it once for all nodes"
+            )
 
 
 def _work(order: node.Order) -> tuple[int | None, float]:

@@ -21,6 +21,7 @@ from bench_dfusion.launch.storage import BEAT, Storage, lease
 from bench_dfusion.registry import UsageError
 
 LOOK = 0.5  # s between looks at the process
+BASES = "bases"  # in the storage
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Order:
     version: str  # of the sweep's bench-dfusion
     folder: str  # where the sweep runs: relative paths among the words start here, if the node has it
     threads: int
+    base: str | None = None  # file name of the track's checked base in the storage
 
 
 def work(order: Order, machine: str) -> tuple[int | None, float]:
@@ -61,6 +63,8 @@ def work(order: Order, machine: str) -> tuple[int | None, float]:
     with tempfile.TemporaryDirectory(prefix="bench-dfusion-") as scratch:
         folder = Path(scratch) / order.cell
         folder.mkdir(parents=True)
+        if order.base is not None:
+            storage.get(f"{BASES}/{order.base}", folder.parent / order.base)
         if order.source is not None:
             storage.pull(f"{order.cell}/{order.source}", folder)
         with open(folder / "log.txt", "wb") as log:
