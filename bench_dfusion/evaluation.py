@@ -15,7 +15,7 @@ from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Drift, Gain, Verdict
 from bench_dfusion.registry import PluginError
-from bench_dfusion.reward import Reward, dealt_out, embedded, made
+from bench_dfusion.reward import Reward, dealt_out, embedded, fault, made
 from bench_dfusion.seeds import seed_of
 from bench_dfusion.track import Track
 
@@ -117,13 +117,8 @@ def _judged(judge: Reward, name: str, drawn: Drawn) -> Tensor:
     """A judge's scores float32 [P·K]. Raises PluginError where they are no numbers: the fault is the judge's."""
     prompts = drawn.trajectory.prompts
     scores = dealt_out(judge, drawn.images, prompts)
-    if scores.shape != (len(prompts),):
-        raise PluginError(f"judge {name} returned the shape {tuple(scores.shape)} for {len(prompts)} images")
-    if not scores.isfinite().all():
-        bad = int((~scores.isfinite()).nonzero()[0])
-        raise PluginError(
-            f"judge {name} returned {scores[bad].item()} for {prompts[bad]!r}: mend it, and the same command goes on"
-        )
+    if wrong := fault(scores, prompts):
+        raise PluginError(f"judge {name} {wrong}: mend it, and the same command goes on")
     return scores
 
 
