@@ -1,8 +1,9 @@
 """Publish boards as a Hugging Face dataset: a commit to the Hub, or a directory.
 
-With each record goes what lies beside it for a check (`companions`). What is published is read first and merged with one's own records; the tables are then made anew from all of them. A
-commit names the head it was merged with: where somebody else was faster the Hub refuses it, and the new head is read
-and merged again. Nothing that others published is ever lost.
+With each record goes what lies beside it for a check (`companions`). What is published is read first and merged with
+one's own records; the tables are then made anew from all of them. A commit names the head it was merged with: where
+somebody else was faster the Hub refuses it, and the new head is read and merged again. Nothing that others published is
+ever lost.
 """
 
 from __future__ import annotations
@@ -111,13 +112,13 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
             new = Path(work) / "new"
             if folder.exists():
                 shutil.copytree(folder, new, symlinks=True, copy_function=_link)
+            for parent in {p for path in (*tree.made, *tree.copied, *tree.superseded) for p in Path(path).parents}:
+                if (new / parent).is_symlink():
+                    raise UsageError(f"{folder / parent} is a symbolic link: nothing is written through it")
             for path in tree.superseded:
                 (new / path).unlink()
             with bar("write files", len(tree.made) + len(tree.copied)) as progress:
                 for path in (*tree.made, *tree.copied):
-                    for parent in Path(path).parents:
-                        if (new / parent).is_symlink():
-                            raise UsageError(f"{folder / parent} is a symbolic link: nothing is written through it")
                     (new / path).parent.mkdir(parents=True, exist_ok=True)
                     (new / path).unlink(missing_ok=True)  # it may be one file with the old one's
                     if path in tree.made:
