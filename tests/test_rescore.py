@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
 import bench_dfusion
-from bench_dfusion import cli, config, evaluation, files, lora, records, rescore, verify
+from bench_dfusion import cli, config, evaluation, files, leaderboard, lora, publish, records, rescore, verify
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import Track
@@ -340,6 +340,15 @@ def test_verify_evaluates_again_and_runs_again(copied: Path, monkeypatch, said) 
     no_compute(monkeypatch)
     status, out, _ = said("verify", copied.parent)
     assert status == 0 and "no LoRA: cannot be verified" in out and "matches" not in out
+
+
+@pytest.mark.slow
+def test_a_published_run_is_evaluated_again_from_its_lora(copied: Path, tmp_path: Path) -> None:
+    edit(copied, lambda record: record["provenance"].update(code="0" * 40, dirty=False))
+    publish.to_directory(leaderboard.boards(copied.parent), tmp_path / "published")
+    shutil.rmtree(copied)
+    (verified,) = verify.run(tmp_path / "published")
+    assert (verified.status, verified.detail) == ("matches", "to the last bit")
 
 
 def test_verify_says_what_it_cannot_run_again(copied: Path, monkeypatch, refused, tmp_path: Path) -> None:
