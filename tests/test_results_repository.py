@@ -66,7 +66,7 @@ def steps(folder: Path, first: int = 0, last: int | None = None) -> subprocess.C
         script = folder.parent / f"step{number}.sh"
         script.write_text(step["run"])
         words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
-        done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
         if done.returncode:
             break
     return done
