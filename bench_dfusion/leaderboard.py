@@ -76,6 +76,11 @@ class Board:
     def checker(self) -> checks.Checker:
         return checks.Checker()
 
+    @cached_property
+    def grouped(self) -> tuple[Row, ...]:
+        """`rows`, grouped once."""
+        return tuple(_grouped(self))
+
     @property
     def cells(self) -> list[Record | Unfinished]:
         return [*self.records, *self.unfinished]
@@ -251,7 +256,11 @@ def identity(cell: Record | Unfinished) -> str:
 
 
 def rows(board: Board) -> list[Row]:
-    """Group a board's cells by algorithm, builder, reward and options, in the order of their names."""
+    """A board's cells, grouped by algorithm, builder, reward and options, in the order of their names."""
+    return list(board.grouped)
+
+
+def _grouped(board: Board) -> list[Row]:
     groups: dict[tuple[str, str, str, str], dict[str, list[Record | Unfinished]]] = {}
     for cell in sorted(board.cells, key=lambda c: (c.seed, c.cell_hash)):
         submitter = cell.submitter if isinstance(cell, Record) else ""
@@ -336,8 +345,9 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
     Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
     (counts of records, collapsed runs, cells without a record); of each judge base, trained, gain, low, high (means over
     seeds and prompts, 95 %); interval (its kind); reward rise (training reward of the last round's drawn samples
-    − the base's on the same prompts, or where records lack that − the first round's); diversity (trained / base); kl (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note;
-    submitter; flags (why some of its records must not be published, empty where all may be).
+    − the base's on the same prompts, or where records lack that − the first round's); diversity (trained / base); kl
+    (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note; submitter; flags (why some of its
+    records must not be published, empty where all may be).
     """
     found = rows(board)
     ranks = _ranks(found)

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_dfusion import checks, files, leaderboard, records
+from bench_dfusion import checks, companions, files, leaderboard, records
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError, plain
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
-LORA = "pytorch_lora_weights.safetensors"  # as `lora.FILE`, whose module takes seconds to import
 STAGING = ".merge-"  # begins the name of the directory that holds what is not in place yet
 
 
@@ -56,13 +55,13 @@ def merge(
     done = Merged()
     with bar("read records", len(paths)) as progress:
         known = _Known(into)
-        accepted: list[tuple[Path, Path, Record, Path | None]] = []
+        accepted: list[tuple[Path, Path, Record, dict[str, Path]]] = []
         for path in paths:
             progress.advance()
             try:
                 record = records.read(path)
                 record = record.model_copy(update={"submitter": record.submitter or submitter})
-                lora = _lora_beside(path, record)
+                beside = companions.beside(path, record)
                 place = known.take(path, record)
             except UsageError as error:
                 reason = plain(error).removeprefix(plain(path)).lstrip(": ")
@@ -71,11 +70,11 @@ def merge(
             if place is None:
                 done.present.append(path)
             else:
-                accepted.append((path, place, record, lora))
+                accepted.append((path, place, record, beside))
     done.added = [(path, place) for path, place, _, _ in accepted]
-    done.loras = sum(lora is not None for *_, lora in accepted)
+    done.loras = sum(companions.LORA in beside for *_, beside in accepted)
     if accepted and not dry_run and (skip_refused or not done.refused):
-        _write([(place, record, lora) for _, place, record, lora in accepted], into)
+        _write([(place, record, beside) for _, place, record, beside in accepted], into)
         done.written = True
     return done
 
@@ -91,16 +90,6 @@ def _find(sources: Sequence[Path]) -> list[Path]:
             raise UsageError(f"no record.json below {source}")
         found |= dict.fromkeys(below)
     return list(found)
-
-
-def _lora_beside(path: Path, record: Record) -> Path | None:
-    """The LoRA that lies beside a record, None where there is none. Raises UsageError where it is another's."""
-    lora = path.with_name(LORA)
-    if not lora.is_file() or path.name != "record.json":
-        return None
-    if files.sha256(lora) != record.provenance.lora_sha256:
-        raise UsageError(f"provenance.lora_sha256: {lora} is another LoRA")
-    return lora
 
 
 class _Known:
@@ -182,9 +171,9 @@ class _Known:
         return place
 
 
-def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path) -> None:
-    """Stage every record and LoRA, then move each into its place, a record after its LoRA: a full disk stops it before,
-    a kill between two moves leaves whole records only, and the same merge adds the rest."""
+def _write(accepted: Sequence[tuple[Path, Record, dict[str, Path]]], into: Path) -> None:
+    """Stage every record and its companions, then move each into its place, a record after its companions: a full disk
+    stops it before, a kill between two moves leaves whole records only, and the same merge adds the rest."""
     try:
         into.mkdir(parents=True, exist_ok=True)
         with files.locked(into, f"another merge is writing to {into}"):
@@ -194,18 +183,18 @@ def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path) -> 
             staging = Path(tempfile.mkdtemp(dir=into, prefix=STAGING))
             try:
                 with bar("write records", 2 * len(accepted)) as progress:
-                    for number, (_, record, lora) in enumerate(accepted):
+                    for number, (_, record, beside) in enumerate(accepted):
                         records.write(staging / f"{number}.json", record)
-                        if lora is not None:
-                            shutil.copyfile(lora, staging / f"{number}.safetensors")
+                        for name, source in beside.items():
+                            shutil.copyfile(source, staging / f"{number}.{name}")
                         progress.advance()
                     for place, *_ in accepted:
                         if place.exists():
                             raise UsageError(f"{place} was written meanwhile: merge again")
-                    for number, (place, _, lora) in enumerate(accepted):
+                    for number, (place, _, beside) in enumerate(accepted):
                         place.parent.mkdir(parents=True, exist_ok=True)
-                        if lora is not None:
-                            os.replace(staging / f"{number}.safetensors", place.with_name(LORA))
+                        for name in beside:
+                            os.replace(staging / f"{number}.{name}", place.with_name(name))
                         os.replace(staging / f"{number}.json", place)
                         progress.advance()
             finally:

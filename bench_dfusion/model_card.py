@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion import files, micro, publish, records
+from bench_dfusion import companions, files, micro, publish, records
 from bench_dfusion.dataset import BIBTEX
 from bench_dfusion.leaderboard import escaped, signed
 from bench_dfusion.records import Record
@@ -15,12 +15,11 @@ from bench_dfusion.registry import UsageError
 from bench_dfusion.track import LOCAL
 
 README = "README.md"
-LORA = "pytorch_lora_weights.safetensors"
 PICTURES = {
     "base_trained.png": "base (left) and trained (right) on the same noise",
     "triples.png": "reference, its mask, base and target of the last training round, with rewards",
 }
-PUSHED = (README, LORA, "record.json", *PICTURES, "peft/*", ".eval_results/*")
+PUSHED = (README, *companions.HASHES, "record.json", *PICTURES, "peft/*", ".eval_results/*")
 
 
 def write(folder: Path, record: Record) -> None:
@@ -38,7 +37,7 @@ def card(folder: Path, record: Record) -> str:
     if local:
         base = str(record.given.get("model", base))
     on_hub = not local and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base)) and not Path(base).exists()
-    in_diffusers = _keys_begin_with(folder / LORA, "unet.")
+    in_diffusers = _keys_begin_with(folder / companions.LORA, "unet.")
     name = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     data = ModelCardData(
         base_model=base if on_hub else None,
