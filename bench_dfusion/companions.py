@@ -1,19 +1,22 @@
 """The files beside a record that a check of it needs; the record holds the hash of each.
 
-A merge copies them, a publication carries them, `verify` compares them.
+A merge copies them, a publication carries them, `verify` compares them. The checked base of a track lies once among its
+runs, beside their directories.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bench_dfusion import files
+from bench_dfusion import checked_base, checks, files
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
 LORA = "pytorch_lora_weights.safetensors"  # as `lora.FILE`, whose module takes seconds to import
-SCORES = "scores.parquet"
-HASHES = {LORA: "lora_sha256", SCORES: "scores_sha256"}  # the field of Record.provenance; None there: no such file
+HASHES = {
+    LORA: "lora_sha256",
+    checked_base.SCORES: "scores_sha256",
+}  # the field of Record.provenance; None there: no such file
 MAY_BE_MISSING = {LORA}  # records of schema version 1 were published without
 
 
@@ -43,3 +46,24 @@ def beside(path: Path | None, record: Record) -> dict[str, Path]:
             raise UsageError(f"provenance.{field}: {path.with_name(name)} is another file than the record's")
         found[name] = path.with_name(name)
     return found
+
+
+def base(path: Path | None, record: Record) -> Path | None:
+    """The file of the checked base that the record in a file stands on; None where it has none, or the package ships it.
+
+    Raises UsageError, in one line, where it is not among the runs, or another is.
+    """
+    if record.provenance.base_sha256 is None:
+        return None
+    track = checks.track_of(record)
+    folder = Path() if path is None or path.name != "record.json" else path.parent.parent
+    where = checked_base.find(track, folder)
+    if where is None:
+        name = checked_base.file_name(track)
+        raise UsageError(
+            f"provenance.base_sha256: {name} is missing; leave the checked base beside the run directories"
+        )
+    found = checked_base.load(track, folder)
+    if found is None or found.sha256 != record.provenance.base_sha256:
+        raise UsageError(f"provenance.base_sha256: {where} is another checked base than the record's")
+    return None if where.parent == checked_base.SHIPPED else where

@@ -366,6 +366,11 @@ def run_path(cell_hash: str, name: str) -> str:
     return f"runs/{cell_hash}/{name}"
 
 
+def base_path(name: str) -> str:
+    """Where a checked base lies in the dataset: among the cells' directories."""
+    return f"runs/{name}"
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 

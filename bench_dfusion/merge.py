@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,12 +56,14 @@ def merge(
     with bar("read records", len(paths)) as progress:
         known = _Known(into)
         accepted: list[tuple[Path, Path, Record, dict[str, Path]]] = []
+        bases: dict[Path, Path] = {}
         for path in paths:
             progress.advance()
             try:
                 record = records.read(path)
                 record = record.model_copy(update={"submitter": record.submitter or submitter})
                 beside = companions.beside(path, record)
+                base = companions.base(path, record)
                 place = known.take(path, record)
             except UsageError as error:
                 reason = plain(error).removeprefix(plain(path)).lstrip(": ")
@@ -71,10 +73,12 @@ def merge(
                 done.present.append(path)
             else:
                 accepted.append((path, place, record, beside))
+                if base is not None:
+                    bases[place.parent.parent / base.name] = base
     done.added = [(path, place) for path, place, _, _ in accepted]
     done.loras = sum(companions.LORA in beside for *_, beside in accepted)
     if accepted and not dry_run and (skip_refused or not done.refused):
-        _write([(place, record, beside) for _, place, record, beside in accepted], into)
+        _write([(place, record, beside) for _, place, record, beside in accepted], bases, into)
         done.written = True
     return done
 
@@ -117,6 +121,7 @@ class _Known:
         Raises UsageError where it contradicts itself or cannot stand beside those before it.
         """
         self.checker.refuse(record)
+        self.checker.beside(path, record)
         for flag in self.checker.flags(record):
             raise UsageError(f"not to be published: {flag}")
         place = self._place(record)
@@ -171,8 +176,8 @@ class _Known:
         return place
 
 
-def _write(accepted: Sequence[tuple[Path, Record, dict[str, Path]]], into: Path) -> None:
-    """Stage every record and its companions, then move each into its place, a record after its companions: a full disk
+def _write(accepted: Sequence[tuple[Path, Record, dict[str, Path]]], bases: Mapping[Path, Path], into: Path) -> None:
+    """Stage every record and its companions, copy the checked bases to their places, then move each into its place, a record after its companions: a full disk
     stops it before, a kill between two moves leaves whole records only, and the same merge adds the rest."""
     try:
         into.mkdir(parents=True, exist_ok=True)
@@ -191,6 +196,8 @@ def _write(accepted: Sequence[tuple[Path, Record, dict[str, Path]]], into: Path)
                     for place, *_ in accepted:
                         if place.exists():
                             raise UsageError(f"{place} was written meanwhile: merge again")
+                    for place, source in bases.items():  # before the records that stand on them
+                        files.write_atomic(place, source.read_bytes())
                     for number, (place, _, beside) in enumerate(accepted):
                         place.parent.mkdir(parents=True, exist_ok=True)
                         for name in beside:

@@ -94,7 +94,7 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
     where it holds anything else than a leaderboard, or another result of a cell (see `dataset.merge`), and where what
     lies beside a record is not the record's (see `companions.beside`).
     """
-    own, beside = dataset.content_of(boards), _beside(boards)
+    own, beside, bases = dataset.content_of(boards), _beside(boards), _bases(boards)
     folder = folder.expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: give another --to")
@@ -107,7 +107,7 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
         if readme is None and any(folder.iterdir() if folder.exists() else ()):
             raise UsageError(f"{folder} is not empty and no leaderboard: give --to a new directory")
         published = _published(paths, readme, lambda path: (folder / path).read_bytes(), str(folder))
-        tree = _tree(published, own, boards, beside, paths, replace, Path(work))
+        tree = _tree(published, own, boards, beside, bases, paths, replace, Path(work))
         if readme is None or (folder / README).read_bytes() != tree.made[README]:
             new = Path(work) / "new"
             if folder.exists():
@@ -191,10 +191,13 @@ def to_hub(
     write, what lies beside a record is not the record's, or the Hub cannot be reached in `ATTEMPTS` attempts.
     """
     api, token = connect(repo, endpoint)
-    own, beside = dataset.content_of(boards), _beside(boards)
+    own, beside, bases = dataset.content_of(boards), _beside(boards), _bases(boards)
     with tempfile.TemporaryDirectory() as work, bars_on_a_terminal():
         return persist(
-            lambda: _commit(api, own, boards, beside, repo, pr, message, private, replace, Path(work)), repo, token, pr
+            lambda: _commit(api, own, boards, beside, bases, repo, pr, message, private, replace, Path(work)),
+            repo,
+            token,
+            pr,
         )
 
 
@@ -232,6 +235,7 @@ def _commit(
     own: Content,
     boards: Sequence[Board],
     beside: Beside,
+    bases: Mapping[str, Path],
     repo: str,
     pr: bool,
     message: str | None,
@@ -263,7 +267,7 @@ def _commit(
         raise UsageError(f"the dataset {repo} holds files and no leaderboard: give another OWNER/NAME")
     published = _published(paths, readme, read, repo)
     folder = Path(tempfile.mkdtemp(dir=work))
-    tree = _tree(published, own, boards, beside, paths, replace, folder)
+    tree = _tree(published, own, boards, beside, bases, paths, replace, folder)
     page = f"{api.endpoint}/datasets/{repo}"
     # Also how an attempt whose answer was lost is found to have been a success.
     if readme is not None and readme.encode() == tree.made[README]:
@@ -418,11 +422,26 @@ def _beside(boards: Sequence[Board]) -> Beside:
     return found
 
 
+def _bases(boards: Sequence[Board]) -> dict[str, Path]:
+    """The checked bases that the records of boards stand on, by path in the dataset. Raises UsageError."""
+    found = {}
+    for board in boards:
+        for record, path in zip(board.records, board.paths or [None] * len(board.records), strict=True):
+            try:
+                base = companions.base(path, record)
+            except UsageError as error:
+                raise UsageError(plain(f"{record.name} cannot be published: {error}")) from None
+            if base is not None:
+                found[dataset.base_path(base.name)] = base
+    return found
+
+
 def _tree(
     published: Content,
     own: Content,
     boards: Sequence[Board],
     beside: Beside,
+    bases: Mapping[str, Path],
     paths: set[str],
     replace: bool,
     work: Path,
@@ -449,6 +468,7 @@ def _tree(
         if companions.hash_of(merged.records[cell_hash], name) == companions.hash_of(own.records[cell_hash], name)
     }
     new = {path: source for path, source in new.items() if path not in merged.companions}
+    written |= {path: source for path, source in bases.items() if path not in paths}
     content = Content(merged.records, merged.unfinished, samples, merged.companions | new.keys())
     made = dataset.files(content)
     return _Tree(content, made, written | new, dataset.superseded(paths, content, made))
