@@ -54,13 +54,13 @@ def evaluate(policy: Policy, track: Track, judges: Mapping[str, Reward], trained
     return Evaluation(verdicts, drift(policy, base, trained, k, embed), base, trained)
 
 
-def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
-    """The track's judges by name. Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot
+def load_judges(track: Track, device: torch.device, make: Callable[..., Reward] = made) -> dict[str, Reward]:
+    """The track's judges by name, as `make` gives them. Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot
     score a held-out prompt.
     """
     judges = {}
     for text, (cls, options) in judges_of(track).items():
-        loaded = judges[text] = made(cls, options, device, track.prompts.heldout)
+        loaded = judges[text] = make(cls, options, device, track.prompts.heldout)
         if track.memory.offload_rewards:
             loaded.rest()
     return judges
