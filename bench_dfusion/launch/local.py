@@ -39,7 +39,7 @@ class Worker:
         try:
             with open(log, "ab") as file:  # what it says before it has read its first order
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "bench_dfusion.launch.worker", str(theirs)],
+                    _command(theirs),
                     stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -83,6 +83,10 @@ class Worker:
         self.dismiss()
         launch.wait(self.process)
         os.close(self._answers)
+
+
+def _command(answers: int) -> list[str]:
+    return [sys.executable, "-m", "bench_dfusion.launch.worker", str(answers)]
 
 
 @dataclass
