@@ -100,6 +100,7 @@ WAIT = "print('waits', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrup
 def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], sweeps.Job]:
     """`cell("code")`: the job of a cell that runs this code."""
     monkeypatch.setattr(local, "_command", lambda fd: [sys.executable, "-c", CELL, str(fd)])
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is still in a buffer at a cell's end is the cell's
     (planned,), made = jobs(tmp_path, algorithms=["dpo"], seeds=1), itertools.count()
 
     def of(code: str = "") -> sweeps.Job:
@@ -150,7 +151,6 @@ def test_the_local_launcher_fills_its_devices_and_no_more(cell) -> None:
 
 def test_one_process_runs_cell_after_cell_and_each_log_is_its_cells_own(cell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is still in a buffer at a cell's end is the cell's
     own = [cell(), cell("print(os.environ['OMP_NUM_THREADS']); sys.exit(1)"), cell("os.write(2, b'raw ')"), cell()]
     with Local(["cpu"], workers=2) as where:
         for number, job in enumerate(own):
@@ -175,6 +175,7 @@ def test_one_process_runs_cell_after_cell_and_each_log_is_its_cells_own(cell, mo
         ("print('a mistake'); sys.exit(2)", "status 2", "a mistake"),
         ("registry.others.add('mine.py')", "status 0", ""),
         ("os._exit(0)", "status 0", ""),
+        ("os.kill(os.getpid(), signal.SIGINT)", "status 130", "stopped; the same command goes on"),
     ],
 )
 def test_after_a_cell_that_may_have_left_something_the_next_has_a_new_process(
@@ -187,6 +188,18 @@ def test_after_a_cell_that_may_have_left_something_the_next_has_a_new_process(
             assert ends(where, job) == [expected]
     assert says in log(bad) and "Traceback" not in log(after)
     assert log(after).split()[1] == "1" and begun(after, "of") != begun(before, "of")
+
+
+def test_a_sweep_goes_on_after_a_process_that_died(cell) -> None:
+    planned = [
+        cell("ctypes.CDLL(None).printf(b'first')"),
+        cell("os.kill(os.getpid(), signal.SIGKILL)"),
+        cell("ctypes.CDLL(None).printf(b'last')"),
+    ]
+    with Local(["cpu"]) as where:
+        assert not sweeps.Sweep(planned, where).run(), "these leave no records"
+    assert [job.error for job in planned] == ["first (status 0)", "it said nothing (signal SIGKILL)", "last (status 0)"]
+    assert not any(job.locked() for job in planned)
 
 
 def test_a_process_killed_between_cells_costs_no_cell(cell) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 from typing import Any
 
 
 def main(answers: int) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # importing takes seconds before the command does so
     os.set_inheritable(answers, False)
     loaded: Any = None
     with os.fdopen(os.dup(0)) as orders:
@@ -40,7 +42,8 @@ def main(answers: int) -> None:
                     status = ended.code
                 _speak_to(os.devnull)
                 os.write(answers, json.dumps({"status": status}).encode() + b"\n")
-        except KeyboardInterrupt:  # between two cells: a cell ends by itself
+        except KeyboardInterrupt:  # outside of the command: nobody listens, or it was still importing
+            print("\nstopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
 
 
