@@ -64,7 +64,8 @@ def main() -> None:
         one, other = ({p.parent.name: r.comparable() for p, r in records.find(where / n)} for n in ("one", "each"))
     assert one == other, "the records differ"
     for way in result.values():
-        way |= {f"{unit} a cell": round(seconds / len(each), 2) for unit, seconds in way.items()}
+        way |= {f"{unit} a cell": seconds / len(each) for unit, seconds in way.items()}
+        way |= {unit: round(seconds, 2) for unit, seconds in way.items()}
     own = {unit: round(seconds, 2) for unit, seconds in finished.items()}
     measuring.write("sweep", {"cells": len(each), **result, "the sweep's own": own}, args.out)
 
