@@ -134,8 +134,10 @@ class Checker:
         checked = bool(record.verdicts) and track.evaluation.base_images_per_prompt is not None
         for name in ("base_sha256", "scores_sha256"):
             digest = getattr(record.provenance, name)
-            if (digest is not None) != checked:
-                yield f"provenance.{name}: {'missing' if checked else 'given'}, and the track has {'a' if checked else 'no'} checked base"
+            if digest is None and checked:
+                yield f"provenance.{name}: missing, and the track has a checked base"
+            elif digest is not None and not checked and name == "base_sha256":
+                yield f"provenance.{name}: given, and the track has no checked base"
             elif digest is not None and not SHA256.fullmatch(digest):
                 yield f"provenance.{name}: {digest[:40]!r} is no SHA-256"
         if checked and (base := self._base_of(track, checked_base.SHIPPED)) is not None:
@@ -168,6 +170,8 @@ class Checker:
         if not record.verdicts or record.provenance.scores_sha256 is None or not file.is_file():
             return
         track = track_of(record)
+        if track.evaluation.base_images_per_prompt is None:
+            return
         problem = next(self._contradicted(file, record, track, self._base_of(track, path.parent.parent)), None)
         if problem is not None:
             raise UsageError(plain(problem))

@@ -30,13 +30,14 @@ from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.baseline import Baseline
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
+from bench_dfusion.loaded import Loaded
 from bench_dfusion.models.base import Adapter, NotFinite
-from bench_dfusion.models.loading import dtype, load_adapter
+from bench_dfusion.models.loading import dtype
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round
 from bench_dfusion.registry import PluginError, UsageError
-from bench_dfusion.reward import dealt_out, fault, made
+from bench_dfusion.reward import dealt_out, fault
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track
 from bench_dfusion.weighted_sum import WeightedSum
@@ -66,10 +67,17 @@ class Progress:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs.Keep | None = None) -> Record:
+def run_cell(
+    cell: Cell,
+    out: Path,
+    device: str | None = None,
+    keep_pairs: pairs.Keep | None = None,
+    loaded: Loaded | None = None,
+) -> Record:
     """Train and evaluate one cell in `out / cell.folder`, or go on where it was stopped; returns its record.
 
     `keep_pairs`: of which rounds the pairs stay in `pairs/` (None: by the pictures' size); no number depends on it.
+    `loaded`: what earlier cells of this process have loaded, and this one leaves to the next; nor does any on that.
 
     Raises UsageError on anything that can be known before compute. A finished cell is only read.
     """
@@ -78,7 +86,7 @@ def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs
     if record_path.exists():
         return records.read(record_path)
     try:
-        run = Run(cell, folder, device, keep_pairs)
+        run = Run(cell, folder, device, keep_pairs, loaded)
     except PluginError:
         raise
     except ValueError as error:  # a model, builder, reward or prompt that does not fit
@@ -96,17 +104,26 @@ def run_cell(cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs
 class Run:
     """One cell while it runs."""
 
-    def __init__(self, cell: Cell, folder: Path, device: str | None = None, keep_pairs: pairs.Keep | None = None):
+    def __init__(
+        self,
+        cell: Cell,
+        folder: Path,
+        device: str | None = None,
+        keep_pairs: pairs.Keep | None = None,
+        loaded: Loaded | None = None,
+    ):
         self.cell, self.folder, self.keep_pairs = cell, folder, keep_pairs
         self.device = parallel.join(device) or torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         track = cell.track
         prompts = [*track.prompts.train, *track.prompts.heldout]
-        self.reward = made(cell.reward, cell.reward_config, self.device, prompts if cell.builder.draws else ())
+        loaded = loaded or Loaded()
+        loaded.begin(cell, self.device)
+        self.reward = loaded.reward(cell.reward, cell.reward_config, self.device, prompts if cell.builder.draws else ())
         if track.memory.offload_rewards and not cell.algorithm.needs_gradient:
             self.reward.rest()
-        self.judges = evaluation.load_judges(track, self.device)
+        self.judges = evaluation.load_judges(track, self.device, loaded.reward)
         self.base: checked_base.CheckedBase | None = None
-        adapter, self.model_sha256 = load_adapter(track.model, self.device, track.memory)
+        adapter, self.model_sha256 = loaded.pipeline(track.model, self.device, track.memory)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
         self.builder: Builder = cell.builder(cell.builder_config)
         text_limits.check(adapter, self.builder.trained_on(track.prompts), track.prompts)
