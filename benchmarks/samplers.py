@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +39,7 @@ def main() -> None:
             )
             adapter, _ = load_adapter(settings.model)
             policy = make_policy(settings, adapter, 0, torch.device("cpu"))
-            start = time.perf_counter()
             images = policy.decode(policy.sample(prompts, seeds).final)
-            seconds = time.perf_counter() - start
             verdicts = [oracle.judge(i, p) for i, p in zip(images.numpy(), prompts, strict=True)]
             full = np.array([v.full for v in verdicts])
             lines.append(
@@ -52,7 +49,7 @@ def main() -> None:
                     "full": float(full.mean()),
                     "graded": float(np.mean([v.graded for v in verdicts])),
                     **{t: float(full[templates == t].mean()) for t in scenes.TEMPLATES},
-                    "images/s": len(prompts) / seconds,
+                    "forwards": steps * (1 if guidance == 1 else 2),  # of the network for a picture
                 }
             )
             progress.advance(1)
