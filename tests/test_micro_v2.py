@@ -273,3 +273,36 @@ def test_the_base_draws_sharply_and_the_clip_knows_it() -> None:
     assert np.mean([region.iou >= 0.8 for v in seen for region in v.seen]) > 0.8
     scores = Clip(ClipConfig(model="micro-v2")).score(pictures, prompts)
     assert np.corrcoef(scores, [v.graded for v in seen])[0, 1] > 0.3
+
+
+def test_a_guided_prediction_is_taken_from_what_a_picture_shows() -> None:
+    tokenizer = first.make_tokenizer()
+    text, net = (m.eval() for m in pretrain.networks(False, tokenizer, 0))
+    net.set_default_attn_processor()
+    guided = first.Guided(text, net, 3.0, 8, torch.device("cpu"))
+    assert guided.levels(torch.arange(0, 1, 1 / 16)).tolist() == [n for t in guided.timesteps.tolist() for n in (t, t)]
+    assert guided.timesteps[0] == 999 and len(guided.timesteps) == 8
+    tokens = tokenizer(["a red circle", "two blue rings"], padding="max_length", return_tensors="pt").input_ids
+    empty = tokenizer([""] * 2, padding="max_length", return_tensors="pt").input_ids
+    x_t, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 124])
+    with torch.no_grad():
+        said, unsaid = (first.predict(text, net, x_t, words, t, tokenizer) for words in (tokens, empty))
+        assert not torch.allclose(said, unsaid)
+        for p in net.parameters():  # what is trained is not what is learnt from
+            p.zero_()
+    torch.testing.assert_close(guided(x_t, tokens, t, tokenizer), unsaid + 3 * (said - unsaid), atol=1e-4, rtol=1e-4)
+
+
+def test_wrong_captions_come_with_what_their_pictures_show() -> None:
+    tokenizer = first.make_tokenizer()
+    _, places = pretrain.draw_pictures(0, 400, 0)
+    wrong = {t: {"word": 0.5} for t in grammar.TEMPLATES}
+    draw = pretrain.Heard(torch.arange(400.0)[:, None], torch.from_numpy(places), tokenizer, wrong, 0)
+    batch = draw(0)
+    words = [tokenizer.decode(t, skip_special_tokens=True) for t in batch.ids]
+    shown = [tokenizer.decode(t, skip_special_tokens=True) for t in batch.shown]
+    pictures = [pretrain.picture(int(row), 0) for row in batch.latents[:, 0]]
+    assert [grammar.parse(s).picture for s in shown] == pictures
+    told = [grammar.parse(w).picture == p for w, p in zip(words, pictures, strict=True)]
+    assert 0.3 < np.mean(told) < 0.7
+    assert all(w == s for w, s, same in zip(words, shown, told, strict=True) if same), "a phrasing is kept"

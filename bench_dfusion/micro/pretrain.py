@@ -8,6 +8,7 @@ and the denoiser together, and the package (a diffusers pipeline directory and a
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -482,14 +483,17 @@ class KeepProbabilities:
 @dataclass
 class Batch:
     """What the denoiser learns from: latents [B, 16, 8, 8], tokens [B, L], and for the placing loss of each token the
-    place of the object it names [B, L, 64], all 0 for other tokens."""
+    place of the object it names [B, L, 64], all 0 for other tokens. `shown`: tokens [B, L] of what the pictures show, where
+    the captions may say something else."""
 
     latents: Tensor
     ids: Tensor
     places: Tensor
+    shown: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.latents.to(device), self.ids.to(device), self.places.to(device))
+        shown = None if self.shown is None else self.shown.to(device)
+        return Batch(self.latents.to(device), self.ids.to(device), self.places.to(device), shown)
 
 
 class Captioned:
@@ -513,6 +517,50 @@ def token_places(things: Tensor, places: Tensor) -> Tensor:
     return own * (things >= 0)[..., None]
 
 
+def predict(
+    text: CLIPTextModel,
+    net: PixArtTransformer2DModel,
+    x_t: Tensor,
+    tokens: Tensor,
+    t: Tensor,
+    tokenizer: CLIPTokenizer,
+) -> Tensor:
+    """The networks' v [B, 16, 8, 8] for noisy latents, tokens [B, L] and timesteps [B]."""
+    mask = (tokens != tokenizer.pad_token_id) | (
+        (tokens == tokenizer.pad_token_id).cumsum(1) == 1  # the first end token counts, the padding does not
+    )
+    states = text(tokens, attention_mask=mask.long()).last_hidden_state
+    out: Tensor = net(x_t, states, t, encoder_attention_mask=mask.float(), return_dict=False)[0]
+    return out
+
+
+class Guided:
+    """The prediction of two networks with classifier-free guidance, v(empty) + scale · (v(tokens) − v(empty)), to be learnt
+    by a network that is called once (guidance distillation: Meng et al. 2023), at the levels of a sampler of `steps`."""
+
+    def __init__(
+        self, text: CLIPTextModel, net: PixArtTransformer2DModel, scale: float, steps: int, device: torch.device
+    ):
+        self.text, self.net = (copy.deepcopy(m).to(device).eval().requires_grad_(False) for m in (text, net))
+        self.net.set_attn_processor(AttnProcessor())
+        self.scale = scale
+        scheduler = make_scheduler()
+        scheduler.set_timesteps(steps)
+        self.timesteps = torch.as_tensor(scheduler.timesteps)
+
+    def levels(self, u: Tensor) -> Tensor:
+        """The timestep of each u in [0, 1): all equally often."""
+        return self.timesteps[(u * len(self.timesteps)).long()]
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, tokens: Tensor, t: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
+        nothing = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0, : tokens.shape[1]]
+        empty = nothing.to(tokens.device).expand_as(tokens)
+        both = predict(self.text, self.net, x_t.repeat(2, 1, 1, 1), torch.cat([tokens, empty]), t.repeat(2), tokenizer)
+        said, unsaid = both.float().chunk(2)
+        return unsaid + self.scale * (said - unsaid)
+
+
 def train_denoiser(
     work: Path,
     text: CLIPTextModel,
@@ -527,8 +575,10 @@ def train_denoiser(
     schedule: Callable[[float], float] | None = None,
     place_weight: float = 0.03,
     device: torch.device = CPU,
+    guided: Guided | None = None,
 ) -> None:
     """v-prediction with 10 % caption drop, and a placing loss on the cross-attention maps. Trains both networks in place.
+    `guided`: the networks learn what another pair predicts with guidance, at a sampler's levels and without caption drop.
 
     The placing loss is minus the log of the share of an item token's attention (mean over layers and
     heads: the map D-Fusion's mask is made from) that falls on the item's object. Stable Diffusion's maps
@@ -551,19 +601,19 @@ def train_denoiser(
         x0, batch = data.latents, len(data.latents)
         g = torch.Generator().manual_seed(seed * 7_000_003 + n)
         u = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch  # stratified over the noise levels
-        t = (u.pow(0.8) * 999.99).long().to(device)
+        t = (u.pow(0.8) * 999.99).long().to(device) if guided is None else guided.levels(u).to(device)
         a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
         noise = torch.randn(x0.shape, generator=g).to(device)
-        drop = (torch.rand(batch, generator=g) < 0.1).to(device)
+        drop = (torch.rand(batch, generator=g) < (0.1 if guided is None else 0.0)).to(device)
         tokens = torch.where(drop[:, None], empty[: data.ids.shape[1]], data.ids)
-        mask = (tokens != tokenizer.pad_token_id) | (
-            (tokens == tokenizer.pad_token_id).cumsum(1) == 1  # the first end token counts, the padding does not
-        )
         kept.clear()
+        x_t = a * x0 + s * noise
         with autocast(device):
-            states = text(tokens, attention_mask=mask.long()).last_hidden_state
-            out = net(a * x0 + s * noise, states, t, encoder_attention_mask=mask.float(), return_dict=False)[0]
-        loss = F.mse_loss(out.float(), a * noise - s * x0)
+            out = predict(text, net, x_t, tokens, t, tokenizer)
+            v = a * noise - s * x0
+            if guided is not None:
+                v = guided(x_t, data.ids if data.shown is None else data.shown, t, tokenizer)
+        loss = F.mse_loss(out.float(), v.float())
         metrics = {"v": loss.item()}
         if place_weight:
             maps = torch.stack(kept).mean(0).transpose(1, 2)  # [B, L, 64]

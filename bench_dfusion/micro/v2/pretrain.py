@@ -7,7 +7,8 @@ It shares the networks and the training loops of `bench_dfusion.micro.pretrain`.
 - pictures: latents of renders of every picture that a train composition can be, kept in shards in the work directory;
 - denoiser: with its text encoder, from the first world's weights or from none, with true captions at a constant
   learning rate, so that `--steps denoiser=N` may be raised as long as there is time;
-- listening: the same networks with captions that are wrong at the rates of `listening.NOISY`, the rate falling to 0;
+- listening: the same networks learn what they predict with guidance of what a picture shows, at the sampler's levels,
+  from captions that are wrong at the rates of `listening.NOISY`: a base that draws sharply in one call and listens badly;
 - decoder: the autoencoder's, trained on with the encoder's latents and noise; it may follow at any time;
 - CLIP: on renders of all compositions with true captions, from the first world's or from none;
 - the package, a diffusers pipeline directory and an open_clip directory.
@@ -42,7 +43,8 @@ BATCH = 128
 SHARD = 10_000  # pictures a file of latents
 RENDERS = {"autoencoder": 20_000, "pictures": 60_000, "clip": 45_000}
 STEPS = {"autoencoder": 2000, "denoiser": 30_000, "listening": 3000, "decoder": 3000, "clip": 500}
-RATES = {"autoencoder": (1.5e-3, 7e-4), "denoiser": (1.5e-3, 1e-3), "listening": (7e-4, 7e-4)}  # from none, from v1's
+RATES = {"autoencoder": (1.5e-3, 7e-4), "denoiser": (1.5e-3, 1e-3), "listening": (1e-3, 1e-3)}  # from none, from v1's
+GUIDANCE, SAMPLER_STEPS = 3.0, 8  # of the predictions that are distilled, of the track's sampler
 
 
 # ---------------------------------------------------------------- data
@@ -125,6 +127,7 @@ class Heard:
         chosen: list[int] = []
         ids: list[Tensor] = []
         order: list[list[int]] = []
+        truths: list[Tensor] = []
         while len(chosen) < BATCH:
             template = rng.choices(list(MIX), list(MIX.values()))[0]
             caption = grammar.draw(template, "train", rng)
@@ -132,15 +135,18 @@ class Heard:
             if rows := self.rows.get(shown.picture):  # a short trial has not every picture
                 chosen.append(rng.choice(rows))
                 ids.append(self.tokens(caption.prompt))
+                told = caption if shown.picture == caption.picture else shown.picture
+                truths.append(self.tokens(told.prompt))
                 # which of the picture's places each thing of the caption has; 2 is none
                 order.append([2 if o is None else o for o in (*shown.owners, None)[:2]])
-        tokens = torch.stack(ids)
-        tokens = tokens[:, : int((tokens != self.tokenizer.pad_token_id).sum(1).max()) + 1]
+        tokens, truth = torch.stack(ids), torch.stack(truths)
+        longest = int((torch.cat([tokens, truth]) != self.tokenizer.pad_token_id).sum(1).max()) + 1
+        tokens, truth = tokens[:, :longest], truth[:, :longest]
         places = self.places[chosen].float()
         places = torch.cat([places, torch.zeros_like(places[:, :1])], 1)
         places = places[torch.arange(BATCH)[:, None], torch.tensor(order)]
         things = first.token_things(tokens, self.tokenizer)
-        return first.Batch(self.latents[chosen].float(), tokens, first.token_places(things, places))
+        return first.Batch(self.latents[chosen].float(), tokens, first.token_places(things, places), truth)
 
     def tokens(self, prompt: str) -> Tensor:
         if prompt not in self.encoded:
@@ -256,14 +262,30 @@ def main() -> None:
         vae = autoencoder(work, images, steps["autoencoder"], seed, warm, device)
         latents, places = encode_pictures(work, vae, renders["pictures"], seed + 2)
         text, net = networks(warm, tokenizer, seed)
-        for stage, noise, schedule in (
-            ("denoiser", listening.CLEAN, hold),
-            ("listening", listening.NOISY, first.warm_then_cosine),
-        ):
-            draw, rate = Heard(latents, places, tokenizer, noise, seed + 2), RATES[stage][warm]
-            first.train_denoiser(
-                work, text, net, tokenizer, draw, steps[stage], seed, stage, rate, 0.999, schedule, device=device
-            )
+        true, wrong = (
+            Heard(latents, places, tokenizer, rates, seed + 2) for rates in (listening.CLEAN, listening.NOISY)
+        )
+        rate = RATES["denoiser"][warm]
+        first.train_denoiser(
+            work, text, net, tokenizer, true, steps["denoiser"], seed, "denoiser", rate, 0.999, hold, device=device
+        )
+        guided = first.Guided(text, net, GUIDANCE, SAMPLER_STEPS, device)
+        rate, falling = RATES["listening"][warm], first.warm_then_cosine
+        first.train_denoiser(
+            work,
+            text,
+            net,
+            tokenizer,
+            wrong,
+            steps["listening"],
+            seed,
+            "listening",
+            rate,
+            0.995,
+            falling,
+            device=device,
+            guided=guided,
+        )
         first.train_decoder(work, vae, first.encode(vae, images()), images(), steps["decoder"], seed, device)
         for module in (vae, text, net):
             module.cpu()
