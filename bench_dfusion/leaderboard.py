@@ -12,7 +12,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +115,14 @@ class Board:
     def ranked(self) -> Board:
         """This board at a rung, `common` where none was asked for; itself of a track without rungs."""
         return self if self.rung is not None or len(self.ladder) == 1 else self.at(self.common)
+
+    @cached_property
+    def levels(self) -> list[Board]:
+        """The board at every rung that a run has reached, from the first; of a track without rungs one."""
+        furthest = max(
+            (len(self.ladder) if r.status == "failed" else r.rung or 1 for r in (self.whole or self).records), default=1
+        )
+        return [self.at(rung) for rung in range(1, furthest + 1)]
 
     @property
     def place(self) -> str:
@@ -457,18 +464,16 @@ def by_rung(board: Board, variants: bool = True) -> pd.DataFrame:
     `N low`, `N high` (nan where the row was not run to it; the gain minus infinity where a run had collapsed).
     """
     found: dict[tuple[str, ...], dict[str, object]] = {}
-    tables = {}
-    for rung in range(1, len(board.ladder) + 1) if len(board.ladder) > 1 and board.judges else ():
-        with suppress(UsageError):  # no run has reached it
-            tables[rung] = table(board.at(rung), variants).to_dict("records")
+    levels = board.levels if len(board.ladder) > 1 and board.judges else []
+    tables = {level.rung: table(level, variants).to_dict("records") for level in levels}
     columns = [f"{n} {c}" for n in range(1, len(board.ladder) + 1) for c in ("rank", "gain", "low", "high")]
     nothing: dict[str, object] = {c: "" if c.endswith(" rank") else np.nan for c in columns}
-    for rung in sorted(tables, key=lambda n: (n != board.ranked.rung, -n)):
+    for rung in sorted(tables, key=lambda n: (n != board.ranked.rung, -(n or 1))):
         for line in tables[rung]:
             key = tuple(line[name] for name in KEY)
             row = found.setdefault(key, dict(zip(KEY, key, strict=True)) | nothing)
             row[f"{rung} rank"] = line["rank"]
-            row |= {f"{rung} {c}": line[f"{board.judges[0]} {c}"] for c in ("gain", "low", "high")}
+            row |= {f"{rung} {c}": line.get(f"{board.judges[0]} {c}", np.nan) for c in ("gain", "low", "high")}
     return pd.DataFrame(list(found.values()), columns=[*KEY, *columns])
 
 

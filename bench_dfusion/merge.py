@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,10 +72,11 @@ def merge(
                 done.present.append(path)
             else:
                 accepted.append((path, place, record, lora))
+    accepted = list({place: found for found in accepted for place in found[1:2]}.values())  # the one that goes further
     done.added = [(path, place) for path, place, _, _ in accepted]
     done.loras = sum(lora is not None for *_, lora in accepted)
     if accepted and not dry_run and (skip_refused or not done.refused):
-        _write([(place, record, lora) for _, place, record, lora in accepted], into)
+        _write([(place, record, lora) for _, place, record, lora in accepted], into, known.replaced)
         done.written = True
     return done
 
@@ -95,7 +96,7 @@ def _find(sources: Sequence[Path]) -> list[Path]:
 
 def _lora_beside(path: Path, record: Record) -> Path | None:
     """The LoRA that lies beside a record, None where there is none. Raises UsageError where it is another's."""
-    lora = path.with_name(LORA)
+    lora = records.beside(path, record, LORA)
     if not lora.is_file() or path.name != "record.json":
         return None
     if files.sha256(lora) != record.provenance.lora_sha256:
@@ -112,18 +113,25 @@ class _Known:
         self.tracks: dict[str, tuple[Path, Record]] = {}  # the first record of each track
         self.judges: dict[tuple[str, str], tuple[Path, str]] = {}  # (track, judge) to its fingerprint
         self.places: dict[Path, Path] = {}
+        self.at: dict[str, Path] = {}  # the place of each cell's record
+        self.replaced: set[Path] = set()  # places of records of the leaderboard whose run has gone on
         self.checker = checks.Checker()
-        for path, record in records.find(into):
+        self.known = dict(records.find(into))
+        for path, record in self.known.items():
             try:
-                if self.take(path, record) is None:
-                    raise UsageError(f"{self.cells[leaderboard.identity(record)][0]} is the same result")
+                cell = leaderboard.identity(record)
+                if cell in self.cells and not records.differences(self.cells[cell][1], record):
+                    raise UsageError(f"{self.cells[cell][0]} is the same result")
+                self.at[cell] = path
+                self.take(path, record)
             except UsageError as error:
                 raise UsageError(
                     plain(f"{path}, in the leaderboard already: {error}; remove it, or merge elsewhere")
                 ) from None
 
     def take(self, path: Path, record: Record) -> Path | None:
-        """The place of a record that is new and sound, None where this very result is known.
+        """The place of a record that is new and sound, or goes further than the known one of its cell, whose place it then
+        takes; None where all it says is known.
 
         Raises UsageError where it contradicts itself or cannot stand beside those before it.
         """
@@ -137,7 +145,12 @@ class _Known:
             found = records.differences(known, record)
             if found:
                 raise UsageError(f"another result of the same cell is {other}: {found[0]}")
-            return None
+            if not records.further(known, record):
+                return None
+            self.checker.take(str(path), record)
+            self.cells[cell] = path, record
+            self.replaced |= {self.at[cell]} & self.known.keys()
+            return self.at[cell]
         other, known = self.tracks.get(record.track, (path, record))
         if record.track_hash != known.track_hash:
             raise UsageError(
@@ -160,7 +173,7 @@ class _Known:
         self.tracks.setdefault(record.track, (path, record))
         self.judges = judges | self.judges
         self.places[place] = path
-        return place
+        return self.at.setdefault(cell, place)
 
     def _place(self, record: Record) -> Path:
         """Where a record belongs. Raises UsageError for names that are no plain file names, and for a link there."""
@@ -182,9 +195,10 @@ class _Known:
         return place
 
 
-def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path) -> None:
+def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path, replaced: Collection[Path] = ()) -> None:
     """Stage every record and LoRA, then move each into its place, a record after its LoRA: a full disk stops it before,
-    a kill between two moves leaves whole records only, and the same merge adds the rest."""
+    a kill between two moves leaves whole records only, and the same merge adds the rest. `replaced`: the places where a
+    record is."""
     try:
         into.mkdir(parents=True, exist_ok=True)
         with files.locked(into, f"another merge is writing to {into}"):
@@ -200,10 +214,12 @@ def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path) -> 
                             shutil.copyfile(lora, staging / f"{number}.safetensors")
                         progress.advance()
                     for place, *_ in accepted:
-                        if place.exists():
+                        if place.exists() and place not in replaced:
                             raise UsageError(f"{place} was written meanwhile: merge again")
                     for number, (place, _, lora) in enumerate(accepted):
                         place.parent.mkdir(parents=True, exist_ok=True)
+                        if place in replaced:  # its LoRA is of the earlier rung
+                            place.with_name(LORA).unlink(missing_ok=True)
                         if lora is not None:
                             os.replace(staging / f"{number}.safetensors", place.with_name(LORA))
                         os.replace(staging / f"{number}.json", place)

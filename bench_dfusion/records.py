@@ -525,8 +525,11 @@ def differences(known: Record, new: Record) -> list[str]:
     """Every place where two records of one cell give another result, with both values; none where they agree.
 
     What does not count is what differs from run to run (see `Record.comparable`), how the options were written, which
-    release ran them, who submitted them, and a later field that one of the two has not.
+    release ran them, who submitted them, and a later field that one of the two has not. Of two that reached different
+    rungs what they say of the earlier one is compared: see `further`.
     """
+    rung = min(known.rung or 1, new.rung or 1)
+    known, new = known.at(rung) or known, new.at(rung) or new
 
     def result(record: Record) -> dict[str, Any]:
         content = record.comparable()
@@ -540,10 +543,18 @@ def differences(known: Record, new: Record) -> list[str]:
     _without_absent(Record, a, b)
     _without_absent(Provenance, a["provenance"], b["provenance"])
     _without_absent(Cost, a["cost"], b["cost"])
-    for model, key in ((Round, "rounds"), (Verdict, "verdicts")):
-        for one, other in zip(a[key], b[key], strict=False):
+    for model, key in ((Round, "rounds"), (Verdict, "verdicts"), (Rung, "rungs")):
+        for one, other in zip(a.get(key, []), b.get(key, []), strict=False):
             _without_absent(model, one, other)
+    for one, other in zip(a.get("rungs", []), b.get("rungs", []), strict=False):
+        _without_absent(Cost, one["cost"], other["cost"])
     return [plain(found) for found in _unequal(a, b)]
+
+
+def further(known: Record, new: Record) -> bool:
+    """Whether a record of the same cell says what the known one does, if `differences` finds none, and more: it takes the
+    known one's place."""
+    return (new.rung or 1) > (known.rung or 1)
 
 
 def _without_absent(model: type[Part], a: dict[str, Any], b: dict[str, Any]) -> None:

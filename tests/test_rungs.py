@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -15,11 +16,26 @@ from processes import SETTINGS
 from rich.console import Console
 
 import bench_dfusion
-from bench_dfusion import checked_base, checks, config, display, files, leaderboard, lora, records, sweeps, trainer
+from bench_dfusion import (
+    checked_base,
+    checks,
+    config,
+    dataset,
+    display,
+    files,
+    leaderboard,
+    lora,
+    merge,
+    records,
+    report,
+    sweeps,
+    trainer,
+)
 from bench_dfusion.baseline import pictures_per_prompt
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
+from bench_dfusion.report import content
 from bench_dfusion.track import read
 
 LADDER = [8, 16, 24]
@@ -445,3 +461,107 @@ def test_a_run_says_how_to_go_on(tmp_path: Path) -> None:
         out = Console(width=120, file=io.StringIO())
         display.record(each, tmp_path, out)
         assert text in out.file.getvalue() and ("--rung" in out.file.getvalue()) == bool(text)
+
+
+def test_the_page_draws_gain_against_queries(tmp_path: Path) -> None:
+    (board,) = leaderboard.boards(ladder_folder(tmp_path))
+    of_page = content.of_board(board, content.Pictures())
+    assert of_page["counts"]["runs"] == 9 and of_page["counts"]["rows"] == 2
+    rows = {row["name"][0]: row for row in of_page["data"]["rows"]}
+    assert [p[0] for p in rows["dpo"]["climb"]] == [48, 96, 144]
+    low, high = (leaderboard.by_rung(board).set_index("algorithm").loc["dpo", f"2 {end}"] for end in ("low", "high"))
+    assert rows["dpo"]["climb"][1][2:] == [pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5)]
+    assert rows["kto"]["climb"][1:] == [[96, None, None, None], [144, None, None, None]]
+    lines = {line["algorithm"]: line["cells"] for line in of_page["rungs"]}
+    assert lines["sft"][0][0].startswith("−0.0") and lines["sft"][1:] == [("–", "", "")] * 2
+    page = report.html([board])
+    assert 'data-chart="climb"' in page and "rung 3 of 3, 144 reward queries" in page and "144 queries</th>" in page
+    assert 'data-chart="climb"' not in report.html([Board((boards.record(),))])
+    report.leaderboard_picture(board.at(1), tmp_path / "a.svg")
+    assert "rung 1 of 3, 48 reward queries" in (tmp_path / "a.svg").read_text()
+
+
+# --- merging and publishing
+
+
+def in_three() -> list[Record]:
+    """The record of one run at each of three rungs."""
+    return boards.record(of=UP, gains=(0.3,) * 4, earlier=[(0.1,) * 4, (0.2,) * 4], queries=144).stages
+
+
+def test_records_of_different_rungs_are_compared_at_the_lower_one() -> None:
+    first, second, third = in_three()
+    for a, b in ((first, second), (second, first), (first, third), (third, third)):
+        assert records.differences(a, b) == []
+    assert records.further(first, third) and not records.further(third, first) and not records.further(first, first)
+    other = boards.record(of=UP, gains=(0.3,) * 4, earlier=[(0.15,) * 4, (0.2,) * 4], queries=144)
+    assert records.differences(first, other)[0] == "verdicts.0.trained is 0.6 there and 0.65 here"
+    assert any(d.startswith("rungs.0.verdicts.0.trained is 0.6 there") for d in records.differences(third, other))
+    failed = boards.record(of=UP, gains=None, earlier=[(0.1,) * 4], rounds=1)
+    assert records.differences(boards.changed(first, "trained", None), boards.changed(failed, "trained", None)) == []
+    assert records.further(first, failed)
+    assert records.differences(second, failed)[0].startswith("status is 'finished' there and 'failed' here")
+    assert records.differences(boards.changed(first, "cost.base_queries", 3), third) == [], "a field that one has not"
+
+
+def test_a_merge_takes_the_record_that_goes_further(tmp_path: Path) -> None:
+    loras = [b"one", b"two", b"three"]
+    hashes = [hashlib.sha256(data).hexdigest() for data in loras]
+    whole = in_three()[-1].model_dump(mode="json")
+    whole["provenance"]["lora_sha256"] = hashes[2]
+    for earlier, digest in zip(whole["rungs"], hashes, strict=False):
+        earlier["lora_sha256"] = digest
+    stages = Record.model_validate(whole).stages
+    for n, stage in enumerate(stages):
+        boards.leave(tmp_path / str(n), stage)
+        boards.place(tmp_path / str(n), stage).with_name(lora.FILE).write_bytes(loras[n])
+    into = tmp_path / "into"
+    place = boards.place(into, stages[0])
+
+    def there() -> tuple[int, bytes]:
+        ((path, record),) = records.find(into)
+        assert path == place
+        return record.rung, path.with_name(lora.FILE).read_bytes()
+
+    assert merge.merge([tmp_path / "0"], into).written and there() == (1, b"one")
+    done = merge.merge([tmp_path / "1", tmp_path / "0"], into)
+    assert (len(done.added), len(done.present), done.written) == (1, 1, True) and there() == (2, b"two")
+    assert not merge.merge([tmp_path / "0"], into).written and there() == (2, b"two")
+    other = merge.merge([tmp_path / "0", tmp_path / "2", tmp_path / "1"], tmp_path / "at once")
+    assert len(other.added) == 1 and len(other.present) == 1
+    ((path, record),) = records.find(tmp_path / "at once")
+    assert record.rung == 3 and path.with_name(lora.FILE).read_bytes() == b"three"
+    boards.place(tmp_path / "2", stages[2]).with_name(lora.FILE).unlink()
+    assert merge.merge([tmp_path / "2"], into).written and not place.with_name(lora.FILE).exists(), "of an earlier rung"
+    bent = boards.record(of=UP, gains=(0.3,) * 4, earlier=[(0.15,) * 4, (0.2,) * 4], queries=144)
+    ((_, why),) = merge.merge([boards.leave(tmp_path / "bent", bent)], into).refused
+    assert "another result of the same cell is" in why
+
+
+def test_a_publication_has_a_line_for_each_rung(tmp_path: Path) -> None:
+    (board,) = leaderboard.boards(ladder_folder(tmp_path))
+    tables = dataset.tables(dataset.content_of([board]))
+    lines = tables["leaderboard"].to_pylist()
+    found = [(line["algorithm"], line["rung"], line["seeds"]) for line in lines if line["algorithm"] != "dpo"]
+    assert found == [("kto", 1, 3), ("sft", 1, 3), ("kto", 2, 3), ("kto", 3, 3)]
+    assert [line["gain"] for line in lines if line["algorithm"] == "kto"][1:] == [-np.inf] * 2
+    scores = [s for s in tables["scores"].to_pylist() if (s["algorithm"], s["seed"]) == ("dpo", 0)]
+    whole = [(s["rung"], s["gain"]) for s in scores if s["ranks"] and s["n"] == 4]
+    assert [rung for rung, _ in whole] == [1, 2, 3]
+    assert [gain for _, gain in whole] == pytest.approx([0.1, 0.2, 0.3], abs=0.05)
+    curves = tables["curves"].to_pylist()
+    assert len({(c["cell_hash"], c["round"], c["metric"]) for c in curves}) == len(curves), "each round once"
+    stored = [Record.model_validate_json(r["record"]) for r in tables["records"].to_pylist()]
+    assert {(r.algorithm, r.rung) for r in stored} == {("dpo", 3), ("kto", 3), ("kto", 2), ("sft", 1)}
+    assert len(stored) == 9
+    plain = dataset.tables(dataset.content_of([Board((boards.record(),))]))
+    assert plain["leaderboard"].column("rung").to_pylist() == [None]
+
+
+def test_a_publication_takes_the_record_that_goes_further() -> None:
+    first, second, third = ({r.cell_hash: r} for r in in_three())
+    (key,) = first
+    published = dataset.Content(second, {}, {key[:16]: "samples/old"})
+    assert dataset.merge(published, dataset.Content(first)) == published
+    merged = dataset.merge(published, dataset.Content(third))
+    assert merged.records == third and not merged.samples, "the pictures were of the earlier rung"

@@ -61,7 +61,8 @@ def _svg(board: Board) -> str:
         _text(
             RANK,
             56,
-            f"trained − base on the same noise, mean over up to {seeds} seeds and the held-out prompts, 95 % interval",
+            f"trained − base on the same noise, mean over up to {seeds} seeds and the held-out prompts, 95 % interval"
+            + (f"; {board.place}" if board.place else ""),
             12,
             DIM,
             WIDTH - 2 * RANK,
