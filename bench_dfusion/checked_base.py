@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,13 @@ def find(track: Track, folder: Path) -> Path | None:
 def load(track: Track, folder: Path) -> CheckedBase | None:
     """The base that `find` finds. Raises UsageError where it is damaged or another track's."""
     path = find(track, folder)
-    return None if path is None else _of(track, read(path), path)
+    return None if path is None else _of(track, _unchanged(path, path.stat().st_mtime_ns), path)
+
+
+@lru_cache(maxsize=8)
+def _unchanged(path: Path, changed: int) -> CheckedBase:
+    """A file that a table of many records asks for as often: read once for each time it was written."""
+    return read(path)
 
 
 def ensure(

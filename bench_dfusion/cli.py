@@ -541,7 +541,7 @@ def merge(
 ) -> None:
     """Add records from other machines or people to a leaderboard directory.
 
-    Records are copied to DIR/TRACK/CELL/record.json, and the LoRA beside a record with it: no pictures.
+    Records are copied to DIR/TRACK/CELL/record.json with their LoRAs and scores: no pictures.
 
     Refused: a damaged record, one that contradicts itself or cannot be, one of code that no revision has, another version of DIR's track, model, judges or base, and another result for a cell that DIR has.
 
@@ -600,7 +600,7 @@ def publish(
         bool, typer.Option("--replace", help="Your record takes the place of another result of its cell.")
     ] = False,
 ) -> None:
-    """Publish the runs found as a dataset, merged with what it holds: tables, records, pictures, a card."""
+    """Publish the runs found as a dataset, merged with what it holds: tables, records with their LoRAs, pictures, a card."""
     from bench_dfusion import publish
 
     if (repo is None) == (to is None):

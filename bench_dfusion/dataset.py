@@ -1,7 +1,8 @@
 """A leaderboard as a dataset: what is published of boards, its tables with every column declared, and its card.
 
 Pure: `publish.py` reads and writes. The `records` table holds everything the others are made from, so that a published
-dataset can be merged and made anew from itself alone.
+dataset can be merged and made anew from itself alone. The same cells lie as files below `runs/`, each record with its
+companions, so that the tree is also a folder of runs: `leaderboard`, `verify` and `merge` take it as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench_dfusion import __version__, checks, leaderboard, records
+from bench_dfusion import __version__, checks, companions, leaderboard, records
+from bench_dfusion.files import json_text
 from bench_dfusion.leaderboard import Board, Row
 from bench_dfusion.pictures import evenly
 from bench_dfusion.records import Record, Unfinished
@@ -30,6 +32,8 @@ MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one
 README = "README.md"
 TABLES = ("leaderboard", "scores", "curves", "records")  # made anew at every publication; samples are only added to
 SHARD = re.compile(rf"({'|'.join(TABLES)})/train-[^/]*\.parquet")
+RUN = re.compile(r"runs/([0-9a-f]{64})/(.+)")  # a cell's files, by its hash
+MADE = ("record.json", "cell.json", "error.json")  # those that `files` makes of the cell; the others are companions
 SAMPLE = re.compile(r"samples/train-([0-9a-f]{16})-[0-9a-f]{12}\.parquet")  # start of the cell's hash, of the content's
 PICTURES = {
     "base_trained": "base (left) and trained (right) on the same noise, up to 24 held-out prompts",
@@ -158,11 +162,13 @@ class Content:
 
     records, unfinished   by the cell's hash; none is in both
     samples               path in the dataset of a cell's pictures, by the first 16 digits of the cell's hash
+    companions            paths in the dataset of what lies beside the records
     """
 
     records: Mapping[str, Record] = field(default_factory=dict)
     unfinished: Mapping[str, Unfinished] = field(default_factory=dict)
     samples: Mapping[str, str] = field(default_factory=dict)
+    companions: frozenset[str] = frozenset()
 
 
 def content_of(boards: Sequence[Board]) -> Content:
@@ -203,7 +209,7 @@ def merge(published: Content, own: Content, replace: bool = False) -> Content:
     """Both together, one record a cell; of the same record the published one stays, unless one's own goes on to a further
     rung; a record outlives an unfinished cell. Raises UsageError where records of one cell differ in more than timings, unless `replace` takes one's own."""
     together, differing = dict(published.records), []
-    samples = dict(published.samples)
+    samples, beside = dict(published.samples), published.companions
     for key, record in own.records.items():
         old = together.get(key)
         differs = old is not None and bool(records.differences(old, record))
@@ -212,6 +218,7 @@ def merge(published: Content, own: Content, replace: bool = False) -> Content:
         if old is None or differs or records.further(old, record):
             together[key] = record
             samples.pop(key[:16], None)  # they show the record that is gone
+            beside = frozenset(p for p in beside if not p.startswith(run_path(key, "")))
     if differing and not replace:
         old, record = differing[0]
         found = records.differences(old, record)
@@ -222,7 +229,7 @@ def merge(published: Content, own: Content, replace: bool = False) -> Content:
             "Publish elsewhere, or put your record in its place with --replace"
         )
     unfinished = {k: u for k, u in {**published.unfinished, **own.unfinished}.items() if k not in together}
-    return Content(together, unfinished, samples)
+    return Content(together, unfinished, samples, beside)
 
 
 def _check(cell: Record | Unfinished, source: str) -> Track:
@@ -342,8 +349,34 @@ def _curves(record: Record, cell: dict[str, Any]) -> list[dict[str, Any]]:
 def _stored(cell: Record | Unfinished) -> dict[str, Any]:
     if isinstance(cell, Record):
         return {**_cell(cell), "status": cell.status, "record": _json(cell.model_dump(mode="json"))}
-    described = {"given": {}, "resolved": cell.resolved, "hash": cell.cell_hash}
-    return {**_cell(cell), "status": "unfinished", "error": cell.error, "record": _json(described)}
+    return {**_cell(cell), "status": "unfinished", "error": cell.error, "record": _json(_registered(cell))}
+
+
+def _registered(cell: Unfinished) -> dict[str, Any]:
+    """The cell.json of a cell without a record."""
+    return {"given": {}, "resolved": cell.resolved, "hash": cell.cell_hash}
+
+
+def _run_files(content: Content) -> dict[str, bytes]:
+    """The files of all cells but the companions, by path: what their run directories hold."""
+    found: dict[str, Any] = {}
+    for key, record in content.records.items():
+        found[run_path(key, "record.json")] = record.model_dump(mode="json")
+    for key, cell in content.unfinished.items():
+        found[run_path(key, "cell.json")] = _registered(cell)
+        if cell.error is not None:
+            found[run_path(key, "error.json")] = {"error": cell.error}
+    return {path: json_text(found[path]).encode() for path in sorted(found)}
+
+
+def run_path(cell_hash: str, name: str) -> str:
+    """Where a file of a cell lies in the dataset; `RUN` matches it."""
+    return f"runs/{cell_hash}/{name}"
+
+
+def base_path(name: str) -> str:
+    """Where a checked base lies in the dataset: among the cells' directories."""
+    return f"runs/{name}"
 
 
 def _json(value: Any) -> str:
@@ -383,15 +416,19 @@ def path_of(config: str) -> str:
 
 
 def files(content: Content) -> dict[str, bytes]:
-    """The tables and the card, by path in the dataset; the samples are files of their own. Raises UsageError for records
-    that cannot stand beside each other."""
+    """The tables, the card and the cells, by path in the dataset; samples and companions are files of their own. Raises
+    UsageError for records that cannot stand beside each other."""
     checks.check([(None, r) for r in content.records.values()])
     made = tables(content)
     data = {config: parquet(table) for config, table in made.items() if len(table)}
     digests = {config: hashlib.sha256(value).hexdigest() for config, value in data.items()}
     if content.samples:
         digests["samples"] = hashlib.sha256(_json(sorted(content.samples.values())).encode()).hexdigest()
-    return {path_of(config): value for config, value in data.items()} | {README: card(content, digests).encode()}
+    if content.companions:  # what they hold, the records say
+        beside = f"{digests['records']} {_json(sorted(content.companions))}"
+        digests["records"] = hashlib.sha256(beside.encode()).hexdigest()
+    made = {path_of(config): value for config, value in data.items()}
+    return made | _run_files(content) | {README: card(content, digests).encode()}
 
 
 def is_ours(readme: str) -> bool:
@@ -406,10 +443,24 @@ def samples_in(paths: Iterable[str]) -> dict[str, str]:
     return {match[1]: path for path in sorted(paths) if (match := SAMPLE.fullmatch(path))}
 
 
-def superseded(paths: Iterable[str], content: Content) -> set[str]:
-    """Paths of a published tree that its configs would still load, and whose rows the new content has or replaces."""
-    made = {path_of(config) for config in TABLES} | set(content.samples.values())
-    return {p for p in paths if (SHARD.fullmatch(p) or SAMPLE.fullmatch(p)) and p not in made}
+def companions_in(paths: Iterable[str], content: Content) -> frozenset[str]:
+    """Those of a published tree's paths that lie beside the content's records, of whatever name: a later bench-dfusion
+    may know more companions."""
+    runs = {p: run for p in paths if (run := RUN.fullmatch(p))}
+    return frozenset(p for p, run in runs.items() if run[1] in content.records and run[2] not in MADE)
+
+
+def superseded(paths: Iterable[str], content: Content, made: Iterable[str]) -> set[str]:
+    """Paths of a published tree that its configs would still load, or a reader of its cells still find, and whose rows the
+    new content has or replaces. `made`: the paths of `files(content)`."""
+    kept = {*made, *content.samples.values(), *content.companions}
+    cells = content.records.keys() | content.unfinished.keys()
+
+    def ours(path: str) -> bool:
+        run = RUN.fullmatch(path)
+        return bool(SHARD.fullmatch(path) or SAMPLE.fullmatch(path) or (run and run[1] in cells))
+
+    return {path for path in paths if path not in kept and ours(path)}
 
 
 def read_records(data: bytes, source: str) -> Content:
@@ -494,21 +545,13 @@ load_dataset("OWNER/NAME", "leaderboard", split="train")  # this dataset's id, o
 Every config has the split `train`. Floats are null where there is no value, and −inf in `gain` for a miss.
 {missing}
 {_columns(digests)}
-## Make the tables anew
-`records` holds everything the other tables are made from:
+## Make the tables anew, and check them
+`records` holds everything the other tables are made from. The same cells lie as files in `runs/<cell_hash>/`: the record, and beside it what a check of it needs, the trained LoRA (of {_with_lora(content)} of {counted(len(content.records), "run")}) and, of the records that name it, every judge's score of every held-out picture.
 
-```python
-from pathlib import Path
-from datasets import load_dataset
-
-for n, row in enumerate(load_dataset("OWNER/NAME", "records", split="train")):
-    folder = Path("records") / str(n)
-    folder.mkdir(parents=True)
-    name = "cell.json" if row["status"] == "unfinished" else "record.json"
-    (folder / name).write_text(row["record"], encoding="utf-8")
-```
 ```sh
-bench-dfusion leaderboard records
+hf download OWNER/NAME --repo-type dataset --local-dir board
+bench-dfusion leaderboard board
+bench-dfusion verify board --sample 3  # drawn by a hash of all, evaluated again from their LoRAs
 ```
 
 ## Add your runs
@@ -522,6 +565,10 @@ proposes the runs below `runs/` as a pull request; rows that are published stay.
 {BIBTEX}
 ```
 """
+
+
+def _with_lora(content: Content) -> int:
+    return sum(run_path(key, companions.LORA) in content.companions for key in content.records)
 
 
 BIBTEX = f"""@software{{bench_dfusion,

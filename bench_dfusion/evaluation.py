@@ -20,7 +20,7 @@ from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Drift, Gain, Verdict
 from bench_dfusion.registry import PluginError
-from bench_dfusion.reward import Reward, dealt_out, embedded, made
+from bench_dfusion.reward import Reward, dealt_out, embedded, fault, made
 from bench_dfusion.seeds import seed_of
 from bench_dfusion.track import Track
 
@@ -117,13 +117,8 @@ def judged(judge: Reward, name: str, drawn: Drawn, per_prompt: int, what: str = 
     prompts = drawn.trajectory.prompts
     with judge.scoring():
         scores = dealt_out(judge, drawn.images, prompts)
-    if scores.shape != (len(prompts),):
-        raise PluginError(f"{what} {name} returned the shape {tuple(scores.shape)} for {len(prompts)} images")
-    if not scores.isfinite().all():
-        bad = int((~scores.isfinite()).nonzero()[0])
-        raise PluginError(
-            f"{what} {name} returned {scores[bad].item()} for {prompts[bad]!r}: mend it, and the same command goes on"
-        )
+    if wrong := fault(scores, prompts):
+        raise PluginError(f"{what} {name} {wrong}: mend it, and the same command goes on")
     return scores.view(-1, per_prompt)
 
 

@@ -134,6 +134,11 @@ class Board:
         before = f"; {left} run{'s' * (left != 1)} that end{'s' * (left == 1)} before it not shown" if left else ""
         return f"rung {rung} of {len(self.ladder)}, {self.ladder[rung - 1]:,} reward queries{before}"
 
+    @cached_property
+    def grouped(self) -> tuple[Row, ...]:
+        """`rows`, grouped once."""
+        return tuple(_grouped(self))
+
     @property
     def cells(self) -> list[Record | Unfinished]:
         return [*self.records, *self.unfinished]
@@ -313,9 +318,12 @@ def identity(cell: Record | Unfinished) -> str:
 
 
 def rows(board: Board) -> list[Row]:
-    """Group a board's cells by algorithm, builder, reward and options, in the order of their names. A row has one name
+    """A board's cells, grouped by algorithm, builder, reward and options, in the order of their names. A row has one name
     and one standing at all rungs."""
-    board = board.ranked
+    return list(board.ranked.grouped)
+
+
+def _grouped(board: Board) -> list[Row]:
     groups: dict[tuple[str, str, str, str], dict[str, list[Record | Unfinished]]] = {}
     for cell in sorted((board.whole or board).cells, key=lambda c: (c.seed, c.cell_hash)):
         same = groups.setdefault(_names(cell), {})
@@ -402,8 +410,9 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
     Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
     (counts of records, collapsed runs, cells without a record); rung (of a track with rungs); of each judge base, trained, gain, low, high (means over
     seeds and prompts, 95 %); interval (its kind); reward rise (training reward of the last round's drawn samples
-    − the base's on the same prompts, or where records lack that − the first round's); diversity (trained / base); kl (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note;
-    submitter; flags (why some of its records must not be published, empty where all may be).
+    − the base's on the same prompts, or where records lack that − the first round's); diversity (trained / base); kl
+    (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note; submitter; flags (why some of its
+    records must not be published, empty where all may be).
     """
     found = rows(board)
     ranks = _ranks(found)

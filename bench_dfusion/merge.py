@@ -10,17 +10,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_dfusion import checks, files, leaderboard, records
+from bench_dfusion import checks, companions, files, leaderboard, records
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError, plain
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
-LORA = "pytorch_lora_weights.safetensors"  # as `lora.FILE`, whose module takes seconds to import
 STAGING = ".merge-"  # begins the name of the directory that holds what is not in place yet
 
 
@@ -56,13 +55,15 @@ def merge(
     done = Merged()
     with bar("read records", len(paths)) as progress:
         known = _Known(into)
-        accepted: list[tuple[Path, Path, Record, Path | None]] = []
+        accepted: list[tuple[Path, Path, Record, dict[str, Path]]] = []
+        bases: dict[Path, Path] = {}
         for path in paths:
             progress.advance()
             try:
                 record = records.read(path)
                 record = record.model_copy(update={"submitter": record.submitter or submitter})
-                lora = _lora_beside(path, record)
+                beside = companions.beside(path, record)
+                base = companions.base(path, record)
                 place = known.take(path, record)
             except UsageError as error:
                 reason = plain(error).removeprefix(plain(path)).lstrip(": ")
@@ -71,12 +72,14 @@ def merge(
             if place is None:
                 done.present.append(path)
             else:
-                accepted.append((path, place, record, lora))
+                accepted.append((path, place, record, beside))
+                if base is not None:
+                    bases[place.parent.parent / base.name] = base
     accepted = list({place: found for found in accepted for place in found[1:2]}.values())  # the one that goes further
     done.added = [(path, place) for path, place, _, _ in accepted]
-    done.loras = sum(lora is not None for *_, lora in accepted)
+    done.loras = sum(companions.LORA in beside for *_, beside in accepted)
     if accepted and not dry_run and (skip_refused or not done.refused):
-        _write([(place, record, lora) for _, place, record, lora in accepted], into, known.replaced)
+        _write([(place, record, beside) for _, place, record, beside in accepted], bases, into, known.replaced)
         done.written = True
     return done
 
@@ -92,16 +95,6 @@ def _find(sources: Sequence[Path]) -> list[Path]:
             raise UsageError(f"no record.json below {source}")
         found |= dict.fromkeys(below)
     return list(found)
-
-
-def _lora_beside(path: Path, record: Record) -> Path | None:
-    """The LoRA that lies beside a record, None where there is none. Raises UsageError where it is another's."""
-    lora = records.beside(path, record, LORA)
-    if not lora.is_file() or path.name != "record.json":
-        return None
-    if files.sha256(lora) != record.provenance.lora_sha256:
-        raise UsageError(f"provenance.lora_sha256: {lora} is another LoRA")
-    return lora
 
 
 class _Known:
@@ -136,6 +129,7 @@ class _Known:
         Raises UsageError where it contradicts itself or cannot stand beside those before it.
         """
         self.checker.refuse(record)
+        self.checker.beside(path, record)
         for flag in self.checker.flags(record):
             raise UsageError(f"not to be published: {flag}")
         place = self._place(record)
@@ -195,10 +189,15 @@ class _Known:
         return place
 
 
-def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path, replaced: Collection[Path] = ()) -> None:
-    """Stage every record and LoRA, then move each into its place, a record after its LoRA: a full disk stops it before,
-    a kill between two moves leaves whole records only, and the same merge adds the rest. `replaced`: the places where a
-    record is."""
+def _write(
+    accepted: Sequence[tuple[Path, Record, dict[str, Path]]],
+    bases: Mapping[Path, Path],
+    into: Path,
+    replaced: Collection[Path] = (),
+) -> None:
+    """Stage every record and its companions, copy the checked bases to their places, then move each into its place, a
+    record after its companions: a full disk stops it before, a kill between two moves leaves whole records only, and the
+    same merge adds the rest. `replaced`: the places where a record is."""
     try:
         into.mkdir(parents=True, exist_ok=True)
         with files.locked(into, f"another merge is writing to {into}"):
@@ -208,20 +207,22 @@ def _write(accepted: Sequence[tuple[Path, Record, Path | None]], into: Path, rep
             staging = Path(tempfile.mkdtemp(dir=into, prefix=STAGING))
             try:
                 with bar("write records", 2 * len(accepted)) as progress:
-                    for number, (_, record, lora) in enumerate(accepted):
+                    for number, (_, record, beside) in enumerate(accepted):
                         records.write(staging / f"{number}.json", record)
-                        if lora is not None:
-                            shutil.copyfile(lora, staging / f"{number}.safetensors")
+                        for name, source in beside.items():
+                            shutil.copyfile(source, staging / f"{number}.{name}")
                         progress.advance()
                     for place, *_ in accepted:
                         if place.exists() and place not in replaced:
                             raise UsageError(f"{place} was written meanwhile: merge again")
-                    for number, (place, _, lora) in enumerate(accepted):
+                    for place, source in bases.items():  # before the records that stand on them
+                        files.write_atomic(place, source.read_bytes())
+                    for number, (place, _, beside) in enumerate(accepted):
                         place.parent.mkdir(parents=True, exist_ok=True)
-                        if place in replaced:  # its LoRA is of the earlier rung
-                            place.with_name(LORA).unlink(missing_ok=True)
-                        if lora is not None:
-                            os.replace(staging / f"{number}.safetensors", place.with_name(LORA))
+                        for name in companions.HASHES if place in replaced else ():  # they are of the earlier rung
+                            place.with_name(name).unlink(missing_ok=True)
+                        for name in beside:
+                            os.replace(staging / f"{number}.{name}", place.with_name(name))
                         os.replace(staging / f"{number}.json", place)
                         progress.advance()
             finally:

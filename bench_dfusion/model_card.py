@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion import files, publish, records
+from bench_dfusion import companions, files, micro, publish, records
 from bench_dfusion.dataset import BIBTEX
 from bench_dfusion.leaderboard import escaped, signed
 from bench_dfusion.records import Record
@@ -15,12 +15,11 @@ from bench_dfusion.registry import UsageError
 from bench_dfusion.track import LOCAL
 
 README = "README.md"
-LORA = "pytorch_lora_weights.safetensors"
 PICTURES = {
     "base_trained.png": "base (left) and trained (right) on the same noise",
     "triples.png": "reference, its mask, base and target of the last training round, with rewards",
 }
-PUSHED = (README, LORA, "record.json", *PICTURES, "peft/*", ".eval_results/*")
+PUSHED = (README, *companions.HASHES, "record.json", *PICTURES, "peft/*", ".eval_results/*")
 
 
 def write(folder: Path, record: Record) -> None:
@@ -38,7 +37,7 @@ def card(folder: Path, record: Record) -> str:
     if local:
         base = str(record.given.get("model", base))
     on_hub = not local and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base)) and not Path(base).exists()
-    in_diffusers = _keys_begin_with(folder / LORA, "unet.")
+    in_diffusers = _keys_begin_with(folder / companions.LORA, "unet.")
     name = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     data = ModelCardData(
         base_model=base if on_hub else None,
@@ -74,7 +73,7 @@ def card(folder: Path, record: Record) -> str:
 
 # {escaped(name)}
 
-A LoRA for {escaped(base if on_hub or base == "micro" else Path(base).name)} (weights `{record.provenance.model_sha256[:12]}`), trained and judged by bench-dfusion on the track {escaped(record.track)} (`{record.track_hash[:12]}`).
+A LoRA for {escaped(base if on_hub or base in micro.PIPELINES else Path(base).name)} (weights `{record.provenance.model_sha256[:12]}`), trained and judged by bench-dfusion on the track {escaped(record.track)} (`{record.track_hash[:12]}`).
 
 | judge | base | trained | gain, 95 % over prompts | |
 |---|---:|---:|---:|---|
@@ -83,7 +82,7 @@ A LoRA for {escaped(base if on_hub or base == "micro" else Path(base).name)} (we
 
 {"".join(f"![{PICTURES[p]}]({p}){chr(10)}{chr(10)}" for p in seen)}## Use
 ```python
-{_usage(base if on_hub else None, base == "micro", in_diffusers)}
+{_usage(base, on_hub, in_diffusers)}
 ```
 
 ## Training
@@ -112,9 +111,10 @@ def _keys_begin_with(path: Path, part: str) -> bool:
         return all(key.startswith(part) for key in file.keys())  # noqa: SIM118
 
 
-def _usage(base: str | None, micro: bool, in_diffusers: bool) -> str:
-    """How to load the LoRA; `base` on the Hub, None for a directory, which is not told."""
-    source = repr(base) if base is not None else "micro.PIPELINE" if micro else '"DIRECTORY_OF_THE_BASE_MODEL"'
+def _usage(base: str, on_hub: bool, in_diffusers: bool) -> str:
+    """How to load the LoRA of a base on the Hub, of an embedded one, or of a directory, which is not told."""
+    embedded = base in micro.PIPELINES
+    source = f'micro.PIPELINES["{base}"]' if embedded else repr(base) if on_hub else '"DIRECTORY_OF_THE_BASE_MODEL"'
     if in_diffusers:
         return (
             "from diffusers import AutoPipelineForText2Image\n\n"
@@ -122,7 +122,7 @@ def _usage(base: str | None, micro: bool, in_diffusers: bool) -> str:
             'pipe.load_lora_weights("OWNER/NAME")  # this repository'
         )
     return (
-        ("from bench_dfusion import micro\n" if micro else "")
+        ("from bench_dfusion import micro\n" if embedded else "")
         + "from diffusers import DiffusionPipeline\nfrom huggingface_hub import snapshot_download\n"
         "from peft import PeftModel\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({source})\n"

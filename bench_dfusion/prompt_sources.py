@@ -16,16 +16,18 @@ import csv
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from bench_dfusion import files, hub, registry, texts, track
+from bench_dfusion import files, hub, parallel, registry, texts, track
 from bench_dfusion.prompts import PROMPT_COLUMNS, column, read_prompts, same
-from bench_dfusion.registry import UsageError
+from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.track import PromptsSection, Section
 
 
@@ -121,7 +123,7 @@ def resolve(section: Mapping[str, Any], copy: Path | str | None, name: str) -> d
     source = SOURCES[asked.source]
     if copy is None:
         raise UsageError(f"track {name} takes its prompts from {source.title}: {source.hint}")
-    rows = _rows(asked, str(copy))
+    rows = _with_prompts(_rows(asked, str(copy)), str(copy), source)
     kept = _kept(rows, asked)
     if not kept:
         raise UsageError(f"{copy}: none of its {len(rows)} prompts is left by categories, max_words and items")
@@ -163,10 +165,18 @@ def _rows(asked: SourceSection, copy: str) -> list[Row]:
             rows += [Row(" ".join(r.prompt.split()), " ".join(r.category.split()), r.split) for r in source.parse(file)]
         except csv.Error as error:
             raise UsageError(f"{file}: {error}") from None
-    rows = [row for row in rows if row.prompt]
-    if not rows:
-        raise UsageError(f"{copy} holds no prompt of {source.title}")
     return rows
+
+
+def _with_prompts(rows: list[Row], copy: str, source: Source) -> list[Row]:
+    """The rows that have a prompt; says how many have none."""
+    found = [row for row in rows if row.prompt]
+    if not found:
+        raise UsageError(f"{copy} holds no prompt of {source.title}")
+    if len(found) < len(rows) and parallel.first():
+        left_out = f"{copy}: left out {len(rows) - len(found)} of {len(rows)} rows, which have no prompt"
+        print(plain(left_out), file=sys.stderr, flush=True)
+    return found
 
 
 def _find(path: Path, source: Source) -> list[Path]:
@@ -273,7 +283,8 @@ def _compbench(path: Path) -> Iterator[Row]:
     """A prompt a line; the file's name is CATEGORY_train.txt or CATEGORY_val.txt."""
     category, _, part = path.stem.rpartition("_")
     for line in texts.read(path).split("\n"):
-        yield Row(line, category, "train" if part == "train" else "heldout")
+        if line.strip():
+            yield Row(line, category, "train" if part == "train" else "heldout")
 
 
 def _partiprompts(path: Path) -> Iterator[Row]:
@@ -325,11 +336,10 @@ def _from_dataset(repo: str, source: str) -> list[Row]:
         categories = [str(c or "") for c in part[category]] if category else [""] * len(part)
         if category == "item_id":
             categories = [c.rpartition("_")[0] for c in categories]
-        pairs = zip(part[wanted], categories, strict=True)
-        rows += [Row(" ".join(str(p or "").split()), " ".join(c.split())) for p, c in pairs]
-    rows = [row for row in rows if row.prompt]
-    if not rows:
-        raise UsageError(f"dataset {repo} holds no prompt")
+        for number, (prompt, name) in enumerate(zip(part[wanted], categories, strict=True)):
+            if not isinstance(prompt, str | None):
+                raise UsageError(f"dataset {repo}, row {number}: {short(prompt)} is no prompt: give a text")
+            rows.append(Row(" ".join((prompt or "").split()), " ".join(name.split())))
     return rows
 
 

@@ -1,8 +1,9 @@
 """Publish boards as a Hugging Face dataset: a commit to the Hub, or a directory.
 
-What is published is read first and merged with one's own records; the tables are then made anew from all of them. A
-commit names the head it was merged with: where somebody else was faster the Hub refuses it, and the new head is read
-and merged again. Nothing that others published is ever lost.
+With each record goes what lies beside it for a check (`companions`). What is published is read first and merged with
+one's own records; the tables are then made anew from all of them. A commit names the head it was merged with: where
+somebody else was faster the Hub refuses it, and the new head is read and merged again. Nothing that others published is
+ever lost.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench_dfusion import __version__, dataset, files, picture_reader
+from bench_dfusion import __version__, companions, dataset, files, picture_reader
 from bench_dfusion.dataset import README, Content
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.progress import bar
-from bench_dfusion.registry import UsageError
+from bench_dfusion.records import Record
+from bench_dfusion.registry import UsageError, plain
 
 ATTEMPTS = 6
 WAIT = 1.0  # s before the second attempt, doubled before each further one
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+UPLOAD_FILES, UPLOAD_MB = 32, 100.0  # of one step of an upload, at most (but one file)
+Beside = Mapping[str, Mapping[str, Path]]  # companions by name, by the cell's hash
 Result = TypeVar("Result")
 
 
@@ -41,6 +45,7 @@ class Published:
     url       of the commit's dataset or of the pull request; empty for a directory
     records   in the dataset now (count)
     added     of them new, or in the place of another (count)
+    beside    files beside the records, LoRAs above all, that are new (count)
     changed   whether anything was written: the same content is not published twice
     """
 
@@ -48,6 +53,7 @@ class Published:
     url: str
     records: int
     added: int
+    beside: int
     changed: bool
 
 
@@ -57,7 +63,7 @@ class _Tree:
 
     content: Content
     made: Mapping[str, bytes]
-    samples: Mapping[str, Path]
+    copied: Mapping[str, Path]
     superseded: set[str]
 
 
@@ -65,12 +71,17 @@ def summary(done: Published) -> str:
     """What to tell the user: where it is, and how to read it."""
     proposal = re.search(r"/discussions/(\d+)$", done.url)
     verb = "proposed" if proposal else "published"
-    what = f"{dataset.counted(done.added, 'run')} of {done.records} new" if done.changed else "it was there already"
+    new = f"{dataset.counted(done.added, 'run')} of {done.records} new{_and_beside(done)}"
+    what = new if done.changed else "it was there already"
     revision = f', revision="refs/pr/{proposal[1]}"' if proposal else ""
     return (
         f"{verb}: {done.url or done.where} ({what})\n"
         f'datasets.load_dataset("{done.where}", "leaderboard", split="train"{revision}) reads it'
     )
+
+
+def _and_beside(done: Published) -> str:
+    return f" and {dataset.counted(done.beside, 'file')} beside records" if done.beside else ""
 
 
 # ---------------------------------------------------------------- a directory
@@ -80,9 +91,10 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
     """Write boards as a dataset directory, or merge them into the leaderboard that lies there.
 
     The directory is changed as a whole or not at all; files in it that are not of the dataset stay. Raises UsageError
-    where it holds anything else than a leaderboard, or another result of a cell (see `dataset.merge`).
+    where it holds anything else than a leaderboard, or another result of a cell (see `dataset.merge`), and where what
+    lies beside a record is not the record's (see `companions.beside`).
     """
-    own = dataset.content_of(boards)
+    own, beside, bases = dataset.content_of(boards), _beside(boards), _bases(boards)
     folder = folder.expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: give another --to")
@@ -91,25 +103,29 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
     with files.locked(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
         if replaced.exists() and not folder.exists():  # a kill between the two renames below
             replaced.rename(folder)
-        paths = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        readme = (folder / README).read_text(encoding="utf-8", errors="replace") if README in paths else None
+        paths, readme = _read(folder)
         if readme is None and any(folder.iterdir() if folder.exists() else ()):
             raise UsageError(f"{folder} is not empty and no leaderboard: give --to a new directory")
         published = _published(paths, readme, lambda path: (folder / path).read_bytes(), str(folder))
-        tree = _tree(published, own, boards, paths, replace, Path(work))
+        tree = _tree(published, own, boards, beside, bases, paths, replace, Path(work))
         if readme is None or (folder / README).read_bytes() != tree.made[README]:
             new = Path(work) / "new"
             if folder.exists():
                 shutil.copytree(folder, new, symlinks=True, copy_function=_link)
+            for parent in {p for path in (*tree.made, *tree.copied, *tree.superseded) for p in Path(path).parents}:
+                if (new / parent).is_symlink():
+                    raise UsageError(f"{folder / parent} is a symbolic link: nothing is written through it")
             for path in tree.superseded:
                 (new / path).unlink()
-            for path, data in tree.made.items():
-                (new / path).parent.mkdir(parents=True, exist_ok=True)
-                (new / path).unlink(missing_ok=True)  # it may be one file with the old one's
-                (new / path).write_bytes(data)
-            for path, source in tree.samples.items():
-                (new / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(source, new / path)
+            with bar("write files", len(tree.made) + len(tree.copied)) as progress:
+                for path in (*tree.made, *tree.copied):
+                    (new / path).parent.mkdir(parents=True, exist_ok=True)
+                    (new / path).unlink(missing_ok=True)  # it may be one file with the old one's
+                    if path in tree.made:
+                        (new / path).write_bytes(tree.made[path])
+                    else:
+                        shutil.copyfile(tree.copied[path], new / path)
+                    progress.advance()
             new.chmod(0o755)
             if replaced.exists():
                 shutil.rmtree(replaced)
@@ -119,6 +135,27 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
             shutil.rmtree(replaced, ignore_errors=True)
             return _result(str(folder), "", published, tree, changed=True)
     return _result(str(folder), "", published, tree, changed=False)
+
+
+def check(folder: Path, found: Sequence[tuple[Path, Record]]) -> None:
+    """Where a folder is a published leaderboard, whether the record files found in it are the records that its tables
+    are made from, all of them. Raises UsageError."""
+    paths, readme = _read(folder)
+    if readme is None or not dataset.is_ours(readme):
+        return
+    tables = _published(paths, readme, lambda path: (folder / path).read_bytes(), str(folder)).records
+    for path, record in found:
+        if tables.get(record.cell_hash) != record:
+            raise UsageError(plain(f"{path} is not what the table {dataset.path_of('records')} holds of {record.name}"))
+    for key in sorted(tables.keys() - {r.cell_hash for _, r in found}):
+        raise UsageError(plain(f"{folder} has lost {dataset.run_path(key, 'record.json')} of {tables[key].name}"))
+
+
+def _read(folder: Path) -> tuple[set[str], str | None]:
+    """The paths of a directory's files, and its card, None where it has none."""
+    paths = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    readme = folder / README
+    return paths, readme.read_text(encoding="utf-8", errors="replace") if README in paths else None
 
 
 def _link(source: str, target: str) -> str:
@@ -151,13 +188,16 @@ def to_hub(
     endpoint  the Hub's address (None: HF_ENDPOINT, else the public one)
 
     Raises UsageError, in one line with the fix, where there is no token, the dataset is none of ours, the token may not
-    write, or the Hub cannot be reached in `ATTEMPTS` attempts.
+    write, what lies beside a record is not the record's, or the Hub cannot be reached in `ATTEMPTS` attempts.
     """
     api, token = connect(repo, endpoint)
-    own = dataset.content_of(boards)
+    own, beside, bases = dataset.content_of(boards), _beside(boards), _bases(boards)
     with tempfile.TemporaryDirectory() as work, bars_on_a_terminal():
         return persist(
-            lambda: _commit(api, own, boards, repo, pr, message, private, replace, Path(work)), repo, token, pr
+            lambda: _commit(api, own, boards, beside, bases, repo, pr, message, private, replace, Path(work)),
+            repo,
+            token,
+            pr,
         )
 
 
@@ -176,11 +216,11 @@ def connect(repo: str, endpoint: str | None = None) -> tuple[Any, str]:
 
 
 @contextmanager
-def bars_on_a_terminal() -> Iterator[None]:
-    """The Hub's client draws its bars into logs too: not while this runs."""
+def bars_on_a_terminal(hidden: bool = False) -> Iterator[None]:
+    """The Hub's client draws its bars into logs too: not while this runs; with `hidden` none anywhere."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    hide = (hidden or not sys.stderr.isatty()) and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()
     try:
@@ -194,6 +234,8 @@ def _commit(
     api: Any,
     own: Content,
     boards: Sequence[Board],
+    beside: Beside,
+    bases: Mapping[str, Path],
     repo: str,
     pr: bool,
     message: str | None,
@@ -225,24 +267,40 @@ def _commit(
         raise UsageError(f"the dataset {repo} holds files and no leaderboard: give another OWNER/NAME")
     published = _published(paths, readme, read, repo)
     folder = Path(tempfile.mkdtemp(dir=work))
-    tree = _tree(published, own, boards, paths, replace, folder)
+    tree = _tree(published, own, boards, beside, bases, paths, replace, folder)
     page = f"{api.endpoint}/datasets/{repo}"
     # Also how an attempt whose answer was lost is found to have been a success.
     if readme is not None and readme.encode() == tree.made[README]:
         return _result(repo, page, published, tree, changed=False)
     new = _result(repo, page, published, tree, changed=True)
-    title = message or f"bench-dfusion: {dataset.counted(new.added, 'run')} of {_names(boards)}"
+    title = message or f"bench-dfusion: {dataset.counted(new.added, 'run')}{_and_beside(new)} of {_names(boards)}"
     if pr:
         number = _proposed(api, repo, title, tree.made[README], work)
         if number is not None:
             return _result(repo, f"{page}/discussions/{number}", published, tree, changed=False)
     operations: list[Any] = [CommitOperationAdd(path, data) for path, data in tree.made.items()]
-    operations += [CommitOperationAdd(path, str(source)) for path, source in tree.samples.items()]
-    operations += [CommitOperationDelete(path) for path in sorted(tree.superseded)]
+    additions = [CommitOperationAdd(path, str(source)) for path, source in tree.copied.items()]
+    _upload(api, repo, additions, pr)
+    operations += [*additions, *(CommitOperationDelete(path) for path in sorted(tree.superseded))]
     done = api.create_commit(
         repo, operations, commit_message=title, repo_type="dataset", parent_commit=info.sha, create_pr=pr
     )
     return _result(repo, done.pr_url or page, published, tree, changed=True)
+
+
+def _upload(api: Any, repo: str, additions: Sequence[Any], pr: bool) -> None:
+    """Send the files that a commit will add, some at a time, so that the time left is known. What the Hub holds already
+    (from an attempt before) it does not ask for again."""
+    sizes = [a.upload_info.size / 1e6 for a in additions]
+    with bar("upload (MB)", max(1e-6, sum(sizes))) as progress, bars_on_a_terminal(hidden=True):
+        step: list[int] = []
+        for number in range(len(additions)):
+            step.append(number)
+            full = len(step) == UPLOAD_FILES or sum(sizes[n] for n in step) >= UPLOAD_MB
+            if full or number == len(additions) - 1:
+                api.preupload_lfs_files(repo, [additions[n] for n in step], repo_type="dataset", create_pr=pr)
+                progress.advance(sum(sizes[n] for n in step))
+                step = []
 
 
 def _names(boards: Sequence[Board]) -> str:
@@ -347,11 +405,46 @@ def _published(paths: set[str], readme: str | None, read: Callable[[str], bytes]
     found = Content(samples=dataset.samples_in(paths))
     for path in records:  # one file, unless others wrote more
         found = dataset.merge(found, dataset.read_records(read(path), f"{where}: {path}"))
+    return Content(found.records, found.unfinished, found.samples, dataset.companions_in(paths, found))
+
+
+def _beside(boards: Sequence[Board]) -> Beside:
+    """What lies beside the records of boards for a check of them. Raises UsageError where it is not theirs."""
+    places = [(r, p) for b in boards for r, p in zip(b.records, b.paths or [None] * len(b.records), strict=True)]
+    found = {}
+    with bar("check the files beside records", max(1, len(places))) as progress:
+        for record, path in places:
+            try:
+                found[record.cell_hash] = companions.beside(path, record)
+            except UsageError as error:
+                raise UsageError(plain(f"{record.name} cannot be published: {error}")) from None
+            progress.advance()
+    return found
+
+
+def _bases(boards: Sequence[Board]) -> dict[str, Path]:
+    """The checked bases that the records of boards stand on, by path in the dataset. Raises UsageError."""
+    found = {}
+    for board in boards:
+        for record, path in zip(board.records, board.paths or [None] * len(board.records), strict=True):
+            try:
+                base = companions.base(path, record)
+            except UsageError as error:
+                raise UsageError(plain(f"{record.name} cannot be published: {error}")) from None
+            if base is not None:
+                found[dataset.base_path(base.name)] = base
     return found
 
 
 def _tree(
-    published: Content, own: Content, boards: Sequence[Board], paths: set[str], replace: bool, work: Path
+    published: Content,
+    own: Content,
+    boards: Sequence[Board],
+    beside: Beside,
+    bases: Mapping[str, Path],
+    paths: set[str],
+    replace: bool,
+    work: Path,
 ) -> _Tree:
     """The tree that holds both; pictures that are not published yet are written to `work`."""
     merged = dataset.merge(published, own, replace)
@@ -368,8 +461,17 @@ def _tree(
                 written[path] = work / Path(path).name
                 written[path].write_bytes(data)
             progress.advance(1)
-    content = Content(merged.records, merged.unfinished, samples)
-    return _Tree(content, dataset.files(content), written, dataset.superseded(paths, content))
+    new = {
+        dataset.run_path(cell_hash, name): source
+        for cell_hash, own_files in beside.items()
+        for name, source in own_files.items()
+        if companions.hash_of(merged.records[cell_hash], name) == companions.hash_of(own.records[cell_hash], name)
+    }
+    new = {path: source for path, source in new.items() if path not in merged.companions}
+    written |= {path: source for path, source in bases.items() if path not in paths}
+    content = Content(merged.records, merged.unfinished, samples, merged.companions | new.keys())
+    made = dataset.files(content)
+    return _Tree(content, made, written | new, dataset.superseded(paths, content, made))
 
 
 def _picture(path: Path) -> bytes:
@@ -384,4 +486,5 @@ def _picture(path: Path) -> bytes:
 def _result(where: str, url: str, published: Content, tree: _Tree, changed: bool) -> Published:
     now = tree.content.records
     added = sum(published.records.get(h) is not r for h, r in now.items())
-    return Published(where, url, len(now), added, changed)
+    beside = sum(dataset.RUN.fullmatch(path) is not None for path in tree.copied)
+    return Published(where, url, len(now), added, beside, changed)

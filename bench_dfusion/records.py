@@ -359,8 +359,8 @@ def _migrated(content: Any) -> dict[str, Any]:
 def check(record: Record) -> list[str]:
     """What a record says that its own numbers contradict, one line each; none of a sound record.
 
-    Numbers are finite. Compared exactly: hashes, names, seed, judges, prompts and queries with the resolved configuration. Means over
-    prompts may differ by TOLERANCE (1e-5) of the judge's largest score.
+    Numbers are finite. Compared exactly: hashes, names, seed, judges, prompts and queries with the resolved configuration.
+    Means over prompts may differ by TOLERANCE (1e-5) of the judge's largest score.
     """
     return [plain(problem) for problem in _problems(record)]
 

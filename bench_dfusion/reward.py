@@ -139,6 +139,16 @@ def scored(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return _own(reward.score(images.clone(), list(prompts)), f"reward {reward.name}").float()
 
 
+def fault(scores: Tensor, prompts: Sequence[str]) -> str | None:
+    """What is wrong with the scores of a picture of each prompt: their shape, or the first that is not finite."""
+    if scores.shape != (len(prompts),):
+        return f"returned shape {tuple(scores.shape)} for {len(prompts)} images"
+    if not scores.isfinite().all():
+        bad = int((~scores.isfinite()).nonzero()[0])
+        return f"returned {scores[bad].item()} for {prompts[bad]!r}"
+    return None
+
+
 def scored_where_applicable(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """`reward.score_applicable`, as `scored`."""
     with foreign.contained(f"reward {reward.name}"):

@@ -336,6 +336,8 @@ def _with_files(prompts: dict[str, Any], folder: Path) -> dict[str, Any]:
             found[key], templates = read_prompts(folder / found[key])
             if key == "heldout" and templates:
                 found["templates"] = templates
+    if isinstance(found.get("clusters"), str):
+        found["clusters"] = read_prompts(folder / found["clusters"])[1]
     return found
 
 

@@ -38,7 +38,7 @@ from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round, Rung
 from bench_dfusion.registry import PluginError, UsageError
-from bench_dfusion.reward import dealt_out, made
+from bench_dfusion.reward import dealt_out, fault, made
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track, check_rung
 from bench_dfusion.weighted_sum import WeightedSum
@@ -225,11 +225,8 @@ class Run:
     def _rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with self.reward.scoring():
             rewards = dealt_out(self.reward, images, prompts)
-        if rewards.shape != (len(images),):
-            raise Collapse(f"reward {self.reward.name} returned shape {tuple(rewards.shape)} for {len(images)} images")
-        if not rewards.isfinite().all():
-            bad = int((~rewards.isfinite()).nonzero()[0])
-            raise Collapse(f"reward {self.reward.name} returned {rewards[bad].item()} for {prompts[bad]!r}")
+        if wrong := fault(rewards, prompts):
+            raise Collapse(f"reward {self.reward.name} {wrong}")
         return rewards
 
     def _improve(self, samples: ConsistentSamples, number: int) -> dict[str, float]:

@@ -11,8 +11,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bench_dfusion import checks, config, records, registry, rescore, trainer
-from bench_dfusion import lora as loras
+from bench_dfusion import (
+    checks,
+    companions,
+    config,
+    publish,
+    records,
+    registry,
+    rescore,
+    trainer,
+    user_function,
+    weighted_sum,
+)
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.consistent import Builder
 from bench_dfusion.records import Record, Verdict
@@ -52,8 +62,9 @@ def run(
     """Evaluate `sample` records of a folder again, and run `rerun` whole cells again.
 
     Which, a hash of all its records decides: nobody who adds a record chooses them. Every record is checked first
-    (`checks.check`), and a LoRA that is not the record's is a difference. `model`: where the base model is now. `say` is
-    told what comes next. Raises UsageError where the folder holds no record or one that cannot be.
+    (`checks.check`), of a published leaderboard against its tables too, and a LoRA or another companion that is not the
+    record's is a difference. `model`: where the base model is now. `say` is told what comes next. Raises UsageError where
+    the folder holds no record or one that cannot be.
     """
     if not folder.is_dir():
         raise UsageError(f"no directory {folder}")
@@ -61,6 +72,7 @@ def run(
     if not found:
         raise UsageError(f"no record.json below {folder}")
     checks.check(found)
+    publish.check(folder, found)
     order = drawn(found)
     done = []
     for number, (path, record) in enumerate(order[:sample], 1):
@@ -85,7 +97,11 @@ def _evaluated(path: Path, record: Record, device: str | None, model: str | None
 
     if record.status == "failed":
         return said("cannot be verified", "a failed run: it was never judged")
-    if not (path.parent / loras.FILE).is_file():
+    try:
+        beside = companions.beside(path, record)
+    except UsageError as error:
+        return said("differs", str(error))
+    if companions.LORA not in beside:
         return said("cannot be verified", "no LoRA: cannot be verified but by --rerun")
     try:
         again = rescore.run(path.parent, device, model)
@@ -154,6 +170,9 @@ def cell_of(record: Record) -> config.Cell:
     builder: type[Builder] = registry.load("builders", record.builder)
     if not builder.draws:
         raise UsageError("it trained on a dataset of pairs, which the record does not hold")
+    for part in (record.reward, *(name for name, _ in weighted_sum.split(record.reward) or ())):
+        if part not in registry.plugins("rewards") and user_function.is_one(part):  # its file, whoever's, would be run
+            raise UsageError("it trained on a user's function, whose code the record does not hold")
     reward = config.reward_of(record.reward)
 
     def options(section: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How far the embedded CLIP agrees with the oracle on generated pictures: `python benchmarks/clip_agreement.py [--out F]`.
+"""How far the embedded CLIP agrees with the oracle on generated pictures: `python benchmarks/clip_agreement.py [--track micro-v2] [--out F]`.
 
 Pairwise accuracy within a prompt (which of two samples of one prompt is better, ties of the oracle left out)
 on the base model's samples of the validation prompts, and on clean renders whether the CLIP prefers a
@@ -17,7 +17,9 @@ import torch
 from scipy import stats
 
 from bench_dfusion import registry, statistics, track
-from bench_dfusion.micro import oracle, scenes
+from bench_dfusion.micro import scenes
+from bench_dfusion.micro.v2 import grammar, oracle
+from bench_dfusion.micro.v2 import scenes as second
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.seeds import seed_of
 from bench_dfusion.trainer import make_policy
@@ -26,12 +28,15 @@ from bench_dfusion.trainer import make_policy
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="write what was measured as JSON")
-    out = parser.parse_args().out
-    settings = track.validate(track.Track, track.read("micro"), "track")
+    parser.add_argument("--track", choices=("micro", "micro-v2"), default="micro")
+    args = parser.parse_args()
+    out = args.out
+    settings = track.validate(track.Track, track.read(args.track), "track")
+    world = (scenes, scenes) if args.track == "micro" else (grammar, second)  # of prompts, of pictures
     adapter, _ = load_adapter(settings.model)
     policy = make_policy(settings, adapter, 0, torch.device("cpu"))
     cls = registry.load("rewards", "clip")
-    clip = cls(cls.Config(model="micro"))
+    clip = cls(cls.Config(model=args.track))
     k = 16
     prompts = [p for p in settings.prompts.validation for _ in range(k)]
     seeds = torch.tensor([seed_of("agreement", p, i) for i, p in enumerate(prompts)])
@@ -55,12 +60,12 @@ def main() -> None:
     }
 
     rng = random.Random(0)
-    for template in scenes.TEMPLATES:
+    for template in world[0].TEMPLATES:
         pictures, own, other = [], [], []
         while len(own) < 200:
-            spec, change = scenes.random_spec(template, rng), scenes.random_spec(template, rng)
+            spec, change = world[0].random_spec(template, rng), world[0].random_spec(template, rng)
             if spec != change and len(set(spec.prompt.split()) - set(change.prompt.split())) == 1:  # one word changed
-                pictures.append(torch.from_numpy(scenes.render(scenes.sample_scene(spec, rng))))
+                pictures.append(torch.from_numpy(world[1].render(world[1].sample_scene(spec, rng))))
                 own.append(spec.prompt)
                 other.append(change.prompt)
         batch = torch.stack(pictures)

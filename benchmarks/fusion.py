@@ -1,8 +1,8 @@
 """Does fusion matter in a model? Targets against bases, references and controls, over fusion designs.
 
-    python benchmarks/fusion.py --out fusion.json [--model DIR] [--guidance 1] [--samples 16]
+    python benchmarks/fusion.py --out fusion.json [--track micro-v2] [--model DIR] [--guidance 1] [--samples 16]
 
-On the validation prompts of the micro world, with the oracle's graded score. Every design stands beside
+On the validation prompts of an embedded world, with the oracle's graded score. Every design stands beside
 controls, since a redraw of a bad sample looks better by chance (regression to the mean): the same fusion
 with a reference of another prompt, with another bad sample of the same prompt as reference, and with a
 random mask of equal area. Writes JSON, prints a table, and draws the trade-off as `<out>.svg`.
@@ -24,7 +24,7 @@ from bench_dfusion import statistics, track
 from bench_dfusion.consistent import Samples, references_and_bases
 from bench_dfusion.fusion.builder import DFusion, DFusionConfig
 from bench_dfusion.fusion.masks import ItemTokens, Rules
-from bench_dfusion.micro import oracle, scenes
+from bench_dfusion.micro.v2 import grammar, oracle  # the second world's grammar holds all of the first's
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
@@ -198,13 +198,14 @@ def draw_tradeoff(results: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", help="pipeline directory (default: the embedded one)")
+    parser.add_argument("--track", default="micro", help="micro or micro-v2")
+    parser.add_argument("--model", help="pipeline directory (default: the track's)")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--config", action="append", help="JSON of DFusionConfig fields instead of the grid")
     args = parser.parse_args()
-    content = track.read("micro")
+    content = track.read(args.track)
     if args.model:
         content["model"] = {**content["model"], "id": args.model, "sha256": None}
     for key in ("guidance", "steps"):
@@ -215,8 +216,8 @@ def main() -> None:
     policy = make_policy(settings, adapter, 0, torch.device("cpu"))
     setting = prepare(policy, list(settings.prompts.validation), args.samples)
     verdicts = [oracle.judge(i, p) for i, p in zip(setting.drawn.images.numpy(), setting.drawn.prompts, strict=True)]
-    templates = [scenes.parse(p).template for p in setting.drawn.prompts]
-    for t in scenes.TEMPLATES:
+    templates = [grammar.parse(p).template for p in setting.drawn.prompts]
+    for t in dict.fromkeys(templates):
         own = [v for v, u in zip(verdicts, templates, strict=True) if u == t]
         print(f"base, {t}: full {np.mean([v.full for v in own]):.3f}, graded {np.mean([v.graded for v in own]):.3f}")
     print(f"base: full {np.mean([v.full for v in verdicts]):.3f}, graded {np.mean([v.graded for v in verdicts]):.3f}")

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench_dfusion import files
+from bench_dfusion.micro import pretrain as first
 from bench_dfusion.micro.v2 import grammar, oracle, pretrain, scenes
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
@@ -82,11 +84,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.json")
     args = parser.parse_args()
     trained: dict[str, int] = {}
-    networks = None
-    if args.work:
-        vae, text, net, trained = pretrain.checkpointed(args.work)
-        networks = {"vae": vae, "text_encoder": text, "transformer": net}
-    adapter, digest = load_adapter(ModelSection(id=str(args.model or "micro")), networks=networks)
+    with tempfile.TemporaryDirectory() as made:
+        if args.work:
+            vae, text, net, trained = pretrain.checkpointed(args.work)
+            first.package(Path(made) / "pipeline", first.make_tokenizer(), vae, text, net)
+        adapter, digest = load_adapter(ModelSection(id=str(args.model or Path(made) / "pipeline")))
     policy = Policy(adapter, steps=args.steps, eta=1.0, guidance=args.guidance)
     prompts = list(grammar.prompts(args.split))
     result: dict[str, object] = {"trained": trained, "model": digest, "split": args.split}
@@ -100,9 +102,9 @@ def main() -> None:
     if args.sheet and "images" in result:
         from PIL import Image
 
-        first = drawn[:: args.images]
-        first = np.concatenate([first, np.zeros((-len(first) % 12, *first.shape[1:]), np.uint8)])
-        rows = [np.concatenate(list(row), 1) for row in first.reshape(-1, 12, *first.shape[1:])]
+        shown = drawn[:: args.images]
+        shown = np.concatenate([shown, np.zeros((-len(shown) % 12, *shown.shape[1:]), np.uint8)])
+        rows = [np.concatenate(list(row), 1) for row in shown.reshape(-1, 12, *shown.shape[1:])]
         Image.fromarray(np.concatenate(rows)).save(args.sheet)
     for key, value in result.items():
         print(f"{key}: {value}")

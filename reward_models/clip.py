@@ -63,14 +63,24 @@ def image_size(preprocess: Any) -> int:
     return size if isinstance(size, int) else size[0]
 
 
+def _source(model: str) -> str:
+    """What open_clip calls a model. Raises UsageError where an embedded one is not there."""
+    if model not in micro.CLIPS:
+        return model
+    if not micro.CLIPS[model].is_dir():
+        raise UsageError(f"the embedded CLIP is not at {micro.CLIPS[model]}: run python -m {micro.RECIPES[model]}")
+    return f"local-dir:{micro.CLIPS[model]}"
+
+
 class ClipConfig(RewardConfig):
     model: str = Field(
         "ViT-H-14",
-        description="open_clip architecture, 'hf-hub:ORG/NAME', 'local-dir:PATH', or 'micro' for the embedded one "
-        "(D-Fusion: ViT-H-14)",
+        description="open_clip architecture, 'hf-hub:ORG/NAME', 'local-dir:PATH', or 'micro' and 'micro-v2' for the "
+        "embedded ones (D-Fusion: ViT-H-14)",
     )
     pretrained: str | None = Field(
-        "laion2b_s32b_b79k", description="open_clip checkpoint tag or file; unused for hf-hub, local-dir and micro"
+        "laion2b_s32b_b79k",
+        description="open_clip checkpoint tag or file; unused for hf-hub, local-dir and the embedded",
     )
     batch: int = Field(128, ge=1, description="images in one forward (count)")
 
@@ -89,7 +99,7 @@ class Clip(Reward):
         import open_clip
 
         super().__init__(config, device)
-        self._source = f"local-dir:{micro.CLIP}" if config.model == "micro" else config.model
+        self._source = _source(config.model)
         local = self._source.startswith(("local-dir:", "hf-hub:"))
         self.model, self.preprocess = open_clip_model(
             self.name, self._source, None if local else config.pretrained, self.device
@@ -101,7 +111,7 @@ class Clip(Reward):
         name: str = config.model  # type: ignore[attr-defined]
         if name.startswith("hf-hub:"):
             return None
-        return open_clip_bytes(cls.name, f"local-dir:{micro.CLIP}" if name == "micro" else name)
+        return open_clip_bytes(cls.name, _source(name))
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         text = self._texts(prompts)

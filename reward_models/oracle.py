@@ -1,4 +1,4 @@
-"""The micro world's oracle as a reward: exact, but a ceiling, since it is also the judge.
+"""The embedded worlds' oracle as a reward: exact, but a ceiling, since it is also the judge.
 
 What it decides is a stated version of its rules, guarded by the verdicts in tests/data/oracle-v1.npz: a change of code
 that changes none of them keeps the version, one that changes any needs a new one, with a fingerprint of its own.
@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.micro import oracle, scenes
+from bench_dfusion.micro.v2 import grammar, oracle  # the second world's grammar holds all of the first's
 from bench_dfusion.reward import Reward, RewardConfig
 
 RULES = 1  # version of what the oracle decides
@@ -33,7 +33,7 @@ class OracleConfig(RewardConfig):
 
 class Oracle(Reward):
     name = "oracle"
-    summary = "exact reading of the micro world's pictures (embedded world only)"
+    summary = "exact reading of the micro world's pictures (embedded worlds only)"
     paper = "this project, docs/micro.md"
     unit = "share of what the prompt asks for, in [0, 1]"
     limits = (0.0, 1.0)
@@ -61,7 +61,7 @@ class Oracle(Reward):
         if full is not None and abs(full * pictures - round(full * pictures)) > ROUNDING * pictures:
             return f"{full:.6g} is no share of {pictures} pictures that are right or not"
         if full is not None and graded is not None:
-            spec = scenes.parse(prompt)
+            spec = grammar.parse(prompt)
             points = 2 * len(spec.objects)
             most = 0.75 if spec.relation else (points - 1) / points
             if not full - ROUNDING <= graded <= full + (1 - full) * most + ROUNDING:
@@ -73,4 +73,4 @@ class Oracle(Reward):
 
     def check(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
-            scenes.parse(prompt)
+            grammar.parse(prompt)

@@ -1,13 +1,25 @@
-"""The command line as a process, on the embedded world with a tiny budget."""
+"""The command line as a process, on the embedded world with a tiny budget.
+
+Importing what a run needs takes seconds, so `command` forks its processes from one that has it all imported. What is read
+at import (`FRESH`) needs an interpreter of its own.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 SETTINGS = [
+    "track.model.autocast=null",  # bfloat16 is slow on CPUs that have none
     "track.budget.reward_queries=48",
     "track.budget.prompts_per_round=2",
     "track.budget.samples_per_prompt=4",
@@ -18,15 +30,104 @@ SETTINGS = [
     "track.prompts.templates=null",
 ]
 TINY = [f"--set={setting}" for setting in SETTINGS]
+FRESH = (
+    "PYTHON",
+    "HF_",
+    "OMP_",
+    "BENCH_DFUSION_",
+    "CUDA_",
+    "WORLD_SIZE",
+)  # how names of variables read at import begin
+PATIENCE = 300.0  # s
 
 
 def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `bench-dfusion ...` and return what it said."""
-    return subprocess.run(
-        [sys.executable, "-m", "bench_dfusion.cli", *words],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "160", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Run `bench-dfusion ...` in a process of its own and return what it said."""
+    whole = {**os.environ, "COLUMNS": "160", **(env or {})}
+    if any(name.startswith(FRESH) for name in env or {}):
+        program = [sys.executable, "-m", "bench_dfusion.cli", *words]
+        return subprocess.run(program, cwd=cwd, env=whole, capture_output=True, text=True, timeout=PATIENCE)
+    with tempfile.NamedTemporaryFile("w+") as out, tempfile.NamedTemporaryFile("w+") as err:
+        code = _imported().run({"words": words, "cwd": str(cwd), "env": whole, "out": out.name, "err": err.name})
+        return subprocess.CompletedProcess(["bench-dfusion", *words], code, out.read(), err.read())
+
+
+class Imported:
+    """A process that has imported what runs need, and forks one that runs for each order it reads."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "COLUMNS": "160"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        atexit.register(self.process.kill)
+
+    def run(self, order: dict[str, object]) -> int:
+        """The exit status, minus the signal's number of a process that was killed."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            os.kill(child, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(str(order["words"]), PATIENCE)
+        return int(self.process.stdout.readline())
+
+
+@functools.cache
+def _imported() -> Imported:
+    return Imported()
+
+
+def _serve() -> None:
+    import bench_dfusion.reward_models.clip
+
+    import bench_dfusion.cli
+    import bench_dfusion.display
+    import bench_dfusion.rescore
+    import bench_dfusion.trainer  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    while line := os.read(0, 1 << 20).decode():  # one order at a time: its asker waits for the answer
+        while not line.endswith("\n"):
+            line += os.read(0, 1 << 20).decode()
+        child = os.fork()
+        if not child:
+            _run(json.loads(line))
+        print(child, file=answers, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+
+
+def _run(order: dict[str, object]) -> None:
+    """Be `bench-dfusion WORDS`, and end."""
+    from bench_dfusion import cli
+
+    code = 1
+    try:
+        for number, name, flags in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, order["out"], os.O_WRONLY),
+            (2, order["err"], os.O_WRONLY),
+        ):
+            os.dup2(os.open(str(name), flags), number)
+        os.environ.clear()
+        os.environ.update(order["env"])  # type: ignore[call-overload]
+        os.chdir(str(order["cwd"]))
+        sys.argv = ["bench-dfusion", *order["words"]]  # type: ignore[misc]
+        cli.main()
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -361,3 +361,40 @@ def test_scores_are_a_table_that_others_read(runs: Path) -> None:
     assert table.column("picture").to_pylist() == [0, 1, 2, 3] * 3
     assert str(table.schema.field("score clip").type) == "float"
     assert sum(image is not None for image in table.column("image").to_pylist()) == 3
+
+
+# --- taken elsewhere
+
+
+@pytest.fixture
+def clean(copied: Path) -> Path:
+    """The runs as of a commit without changes."""
+    for path, _ in of(copied):
+        bend(path, lambda c: c["provenance"].update(code="a" * 40, dirty=False))
+    return copied
+
+
+def test_a_merge_takes_the_base_along(clean: Path, tmp_path: Path, said: Callable[..., Any]) -> None:
+    status, _, err = said("merge", clean, "--into", tmp_path / "board")
+    assert status == 0, err
+    (folder,) = (tmp_path / "board").iterdir()
+    assert base_of(folder).read_bytes() == base_of(clean).read_bytes() and len(of(folder)) == 2
+    assert said("leaderboard", folder).status == 0
+    base_of(clean).unlink()
+    status, out, _ = said("merge", clean, "--into", tmp_path / "other")
+    assert status == 2 and "is missing; leave the checked base beside the run directories" in out
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_publication_takes_the_base_along(clean: Path, tmp_path: Path, said: Callable[..., Any]) -> None:
+    status, out, err = said("publish", "--to", tmp_path / "tables", "--from", clean)
+    assert status == 0, err
+    runs = tmp_path / "tables" / "runs"
+    assert base_of(runs).read_bytes() == base_of(clean).read_bytes()
+    assert len(list(runs.glob("*/scores.parquet"))) == 2
+    assert said("leaderboard", tmp_path / "tables").status == 0, "the files beside the records are looked at"
+    status, out, _ = said("publish", "--to", tmp_path / "tables", "--from", clean)
+    assert status == 0 and "it was there already" in out
+    base_of(clean).unlink()
+    status, _, err = said("publish", "--to", tmp_path / "more", "--from", clean)
+    assert status == 2 and "leave the checked base beside the run directories" in err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from boards import changed, digest, leave, place, record, track
 
-from bench_dfusion import files, leaderboard, merge, records
+from bench_dfusion import companions, files, leaderboard, merge, records
 from bench_dfusion.registry import UsageError
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
@@ -42,7 +42,7 @@ def test_published_records_come_in_as_they_are_and_only_once(tmp_path: Path, sai
 def test_files_run_directories_and_leaderboards_are_sources(tmp_path: Path) -> None:
     first = changed(record(seed=0), "provenance.lora_sha256", digest("weights"))
     runs = leave(tmp_path / "runs", first, record(seed=1))
-    (place(runs, first).parent / merge.LORA).write_bytes(b"weights")
+    (place(runs, first).parent / companions.LORA).write_bytes(b"weights")
     one = tmp_path / "sent by mail.json"
     records.write(one, record(seed=2))
     other = leave(tmp_path / "board", record(seed=2, of=track(name="other")))
@@ -52,15 +52,28 @@ def test_files_run_directories_and_leaderboards_are_sources(tmp_path: Path) -> N
     assert sorted(p for _, p in done.added) == sorted(place(tmp_path / "into", r) for r in expected)
     assert {r.cell_hash for _, r in records.find(tmp_path / "into")} == {r.cell_hash for r in expected}
     assert len(files_of(tmp_path / "into")) == 5 and done.loras == 1, "records, and the LoRA of the one that has it"
-    assert (place(tmp_path / "into", first).parent / merge.LORA).read_bytes() == b"weights"
+    assert (place(tmp_path / "into", first).parent / companions.LORA).read_bytes() == b"weights"
     assert [len(b.records) for b in leaderboard.boards(tmp_path / "into")] == [1, 3]
 
 
 def test_the_lora_of_another_run_beside_a_doctored_record_is_refused(tmp_path: Path) -> None:
     theirs = leave(tmp_path / "theirs", record())
-    (place(theirs, record()).parent / merge.LORA).write_bytes(b"another")
+    (place(theirs, record()).parent / companions.LORA).write_bytes(b"another")
     done = merge.merge([theirs], tmp_path / "into")
-    assert "provenance.lora_sha256: " in only_refusal(done) and "is another LoRA" in only_refusal(done)
+    assert "provenance.lora_sha256: " in only_refusal(done) and "is another file" in only_refusal(done)
+
+
+def test_scores_go_with_their_record_and_must_not_be_missing(tmp_path: Path) -> None:
+    scored = changed(record(), "provenance.scores_sha256", digest("scores"))
+    theirs = leave(tmp_path / "theirs", scored)
+    assert "scores.parquet is missing" in only_refusal(merge.merge([theirs], tmp_path / "into"))
+    place(theirs, scored).with_name(companions.SCORES).write_bytes(b"scores")
+    done = merge.merge([theirs], tmp_path / "into")
+    assert done.written and done.loras == 0
+    assert place(tmp_path / "into", scored).with_name(companions.SCORES).read_bytes() == b"scores"
+    place(theirs, scored).with_name(companions.SCORES).write_bytes(b"another")
+    done = merge.merge([theirs], tmp_path / "elsewhere")
+    assert "provenance.scores_sha256: " in only_refusal(done) and "is another file" in only_refusal(done)
 
 
 def test_a_submitter_is_written_into_records_that_name_none(tmp_path: Path, refused) -> None:

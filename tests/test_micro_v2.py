@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench_dfusion import config, files, micro
 from bench_dfusion.micro import oracle as first_oracle
 from bench_dfusion.micro import pretrain as first
 from bench_dfusion.micro.scenes import Thing
@@ -198,3 +199,77 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeyp
     assert not all(torch.equal(a, b) for a, b in zip(whole[-len(start) :], start, strict=True))
     with pytest.raises(UsageError, match="holds no pre-training"):
         pretrain.checkpointed(tmp_path)
+
+
+def test_the_reward_reads_both_worlds() -> None:
+    from bench_dfusion.reward_models.oracle import Oracle, OracleConfig
+
+    rng, reward = random.Random(0), Oracle(OracleConfig())
+    prompts = [*grammar.prompts("validation")[::5], "a red circle", "two blue rings and a red cross"]
+    pictures = np.stack([scenes.render(scenes.sample_scene(grammar.parse(p), rng)) for p in prompts])
+    reward.check(prompts)
+    assert reward.score(torch.from_numpy(pictures), prompts).min() == 1
+    assert reward.impossible([(OracleConfig(score="full"), 0.5), (OracleConfig(), 0.95)], prompts[-1], 2)
+    with pytest.raises(ValueError, match="two red circles and a blue square"):
+        reward.check(["a purple cow"])
+
+
+def test_the_clip_of_the_world_is_trained_on_true_captions_of_every_split(tmp_path: Path, monkeypatch) -> None:
+    world = pretrain.everything(60, 3)
+    assert {s.template for s in world.specs} == set(grammar.TEMPLATES)
+    for image, spec in zip(world.images, world.specs, strict=True):
+        assert oracle.judge(image, spec).full == 1
+    seen = {s.composition for s in pretrain.everything(600, 3).specs}
+    assert all(seen & grammar.known(split) for split in grammar.SPLITS)
+    tokenizer = first.make_tokenizer()
+    trained = first.train_clip(tmp_path, world, tokenizer, 1, 0, batch=8)
+    again = first.train_clip(tmp_path / "on", world, tokenizer, 1, 0, batch=8, start=trained.state_dict())
+    assert not all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
+    first.package_clip(tmp_path / "clip", again, tokenizer)
+    monkeypatch.setitem(micro.CLIPS, "micro-v2", tmp_path / "clip")
+    from bench_dfusion.reward_models.clip import Clip, ClipConfig
+
+    scores = Clip(ClipConfig(model="micro-v2")).score(
+        torch.from_numpy(world.images[:4]), [s.prompt for s in world.specs[:4]]
+    )
+    assert scores.shape == (4,) and scores.isfinite().all()
+    monkeypatch.setitem(micro.CLIPS, "micro-v2", tmp_path / "none")
+    with pytest.raises(UsageError, match="python -m bench_dfusion.micro.v2.pretrain"):
+        Clip(ClipConfig(model="micro-v2"))
+
+
+def test_the_track_is_made_of_the_lists() -> None:
+    settings = config.resolve_track("micro-v2")
+    lists = {split: getattr(settings.prompts, split) for split in grammar.SPLITS}
+    assert lists == {split: grammar.prompts(split) for split in grammar.SPLITS}
+    assert settings.prompts.templates == {p: grammar.parse(p).template for p in lists["heldout"]}
+    assert settings.prompts.labels == tuple(grammar.parse(p).composition for p in lists["heldout"])
+    assert len(lists["heldout"]) == 144 and len(set(settings.prompts.labels)) == 84
+    assert (settings.evaluation.images_per_prompt, settings.evaluation.base_images_per_prompt) == (16, 64)
+    assert settings.model.sha256 == files.tree_sha256(micro.PIPELINES["micro-v2"])
+
+
+def test_the_weights_are_small_and_name_no_machine() -> None:
+    folders = [micro.PIPELINE.parent, micro.PIPELINES["micro-v2"].parent]
+    assert sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file()) < 17e6
+    for path in folders[1].rglob("*.json"):
+        assert not any(word in path.read_text() for word in ("/work", "/root", "/home", "/tmp", "_name_or_path"))
+
+
+def test_the_base_draws_sharply_and_the_clip_knows_it() -> None:
+    """A few pictures: sharp, composed, about half of them what was asked for."""
+    from bench_dfusion.reward_models.clip import Clip, ClipConfig
+
+    from bench_dfusion.models.loading import load_adapter
+    from bench_dfusion.trainer import make_policy
+
+    settings = config.resolve_track("micro-v2")
+    adapter, _ = load_adapter(settings.model)
+    policy = make_policy(settings, adapter, 0, torch.device("cpu"))
+    prompts = list(grammar.prompts("validation"))
+    pictures = policy.decode(policy.sample(prompts, torch.arange(len(prompts))).final)
+    seen = [oracle.judge(image, p) for image, p in zip(pictures.numpy(), prompts, strict=True)]
+    assert 0.3 < np.mean([v.full for v in seen]) < 0.75
+    assert np.mean([region.iou >= 0.8 for v in seen for region in v.seen]) > 0.8
+    scores = Clip(ClipConfig(model="micro-v2")).score(pictures, prompts)
+    assert np.corrcoef(scores, [v.graded for v in seen])[0, 1] > 0.3

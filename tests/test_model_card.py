@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from bench_dfusion import model_card, publish, records
+from bench_dfusion import companions, model_card, publish, records
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
@@ -25,7 +25,7 @@ REPO = "somebody/lora"
 def run_folder(folder: Path, record: Record, part: str = "unet") -> Path:
     """What a finished run leaves."""
     where = boards.place(boards.leave(folder, record), record).parent
-    save_file({f"{part}.mid.lora_A.weight": torch.ones(2, 2)}, where / model_card.LORA)
+    save_file({f"{part}.mid.lora_A.weight": torch.ones(2, 2)}, where / companions.LORA)
     Image.new("RGB", (4, 3), "red").save(where / "base_trained.png")
     (where / "peft").mkdir()
     save_file({"base_model.model.mid.lora_A.weight": torch.ones(2, 2)}, where / "peft" / "adapter_model.safetensors")

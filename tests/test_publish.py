@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from hub_server import TOKEN, Handler, Hub
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from bench_dfusion import dataset, leaderboard, publish
+from bench_dfusion import companions, dataset, leaderboard, publish, records, rescore, verify
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
@@ -51,6 +52,8 @@ def hashes(files: dict[str, bytes]) -> set[str]:
     assert len(stored) == len(set(stored)), "a cell twice"
     scored = {row["cell_hash"] for row in found["scores"]}
     assert scored == set(stored) and sum(r["seeds"] for r in found["leaderboard"]) == len(stored)
+    for row in found["records"]:
+        assert json.loads(files[dataset.run_path(row["cell_hash"], "record.json")]) == json.loads(row["record"])
     return set(stored)
 
 
@@ -68,6 +71,29 @@ def run_folder(folder: Path, *records: Record, color: str = "red") -> Path:
     for path in folder.rglob("record.json"):
         Image.new("RGB", (4, 3), color).save(path.with_name("base_trained.png"))
     return folder
+
+
+def with_files(of: Record, scores: bool = True) -> Record:
+    """The record whose companions `leave_files` leaves."""
+    named = boards.changed(of, "provenance.lora_sha256", boards.digest(f"LoRA {of.cell_hash} {of.verdicts}"))
+    return boards.changed(named, "provenance.scores_sha256", boards.digest(of.cell_hash)) if scores else named
+
+
+def leave_files(folder: Path, *found: Record) -> Path:
+    """Run directories with the companions of `with_files`."""
+    leave(folder, *found)
+    for each in found:
+        run = boards.place(folder, each).parent
+        (run / companions.LORA).write_text(f"LoRA {each.cell_hash} {each.verdicts}")
+        if each.provenance.scores_sha256:
+            (run / companions.SCORES).write_text(each.cell_hash)
+    return folder
+
+
+def beside(of: Record, files: dict[str, bytes]) -> dict[str, str]:
+    """What is published beside a record, by name."""
+    start = dataset.run_path(of.cell_hash, "")
+    return {p.removeprefix(start): d.decode() for p, d in files.items() if p.startswith(start) and ".json" not in p}
 
 
 # ---------------------------------------------------------------- through datasets, as a user would
@@ -103,19 +129,16 @@ publish("--to", "out", "--from", "more")
 again, changed = ({c: load(where, c) for c in ("leaderboard", "samples")} for where in ("somebody/table", "out"))
 assert again == changed
 json.dump([hub, changed], open("found.json", "w"))
-card = open("out/README.md").read()
-snippet = card.split("## Make the tables anew")[1].split("```python\\n")[1].split("```")[0]
-exec(snippet.replace("OWNER/NAME", "out"))
 """
 
 
 def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> None:
-    good = [record(seed=s) for s in range(3)]
+    good = [with_files(record(seed=s)) for s in range(3)]
     missed = record("ddpo", seed=0, gains=None)
     elsewhere = record(
         "kto", "vanilla", "oracle", of=boards.track(HELDOUT, name="other", seeds=3, evaluation={"judges": ["clip"]})
     )
-    run_folder(tmp_path / "runs", *good, missed, elsewhere)
+    leave_files(run_folder(tmp_path / "runs", *good, missed, elsewhere), *good)
     run_folder(tmp_path / "more", record("grpo", seed=2))
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
@@ -158,8 +181,8 @@ def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> Non
     # The directory has other content now, and load_dataset had read it before.
     assert len(second["samples"][0]) == 6
     assert len(second["leaderboard"][0]) == len(first["leaderboard"][0]) + 1
-    # What the card says makes the tables anew does.
-    made = leaderboard.boards(tmp_path / "records")
+    # What is published is a folder of runs too, as the card says.
+    made = leaderboard.boards(tmp_path / "out")
     assert [leaderboard.csv(b) for b in made] == [
         leaderboard.csv(b) for b in (board(elsewhere), board(*good, missed, record("grpo", seed=2)))
     ]
@@ -232,6 +255,111 @@ def test_an_unfinished_cell_counts_as_missing_until_it_has_a_record(place, tmp_p
     assert row["low"] is not None and row["rank"] is None
     (row,) = pq.read_table(io.BytesIO(place([board(OURS[2])])[table])).to_pylist()
     assert (row["state"], row["seeds"], row["missing"]) == ("complete", 3, 0)
+
+
+def test_what_lies_beside_records_is_carried_and_stays(place, tmp_path: Path) -> None:
+    theirs, ours = [with_files(r) for r in THEIRS], [with_files(r, scores=False) for r in OURS]
+    names = {companions.LORA, companions.SCORES}
+    before = place(leaderboard.boards(leave_files(tmp_path / "theirs", *theirs)))
+    kept = {r.cell_hash: beside(r, before) for r in theirs}
+    assert all(k.keys() == names for k in kept.values()) and len({k[companions.LORA] for k in kept.values()}) == 3
+    bare = place(leaderboard.boards(leave(tmp_path / "bare", *ours)))
+    assert hashes(bare) == cells(*ours, *theirs) and not any(beside(r, bare) for r in ours)
+    assert {r.cell_hash: beside(r, bare) for r in theirs} == kept
+    assert place(leaderboard.boards(tmp_path / "theirs")) == bare
+
+    after = place(leaderboard.boards(leave_files(tmp_path / "ours", *ours)))  # their owner has found the LoRAs
+    assert {r.cell_hash: beside(r, after) for r in theirs} == kept
+    assert [beside(r, after).keys() for r in ours] == [{companions.LORA}] * 3
+    assert after["README.md"] != bare["README.md"], "by which a proposal of these files is known"
+    assert place(leaderboard.boards(tmp_path / "bare")) == after
+
+
+def test_a_record_is_replaced_with_what_lies_beside_it(place, tmp_path: Path) -> None:
+    old = with_files(OURS[0])
+    new = with_files(OURS[0].model_copy(update={"verdicts": record(gains=0.3).verdicts}), scores=False)
+    before = place(leaderboard.boards(leave_files(tmp_path / "a", old, with_files(OURS[1]))))
+    changed = leaderboard.boards(leave_files(tmp_path / "b", new))
+    with pytest.raises(UsageError, match="--replace"):
+        place(changed)
+    after = place(changed, replace=True)
+    assert beside(old, before).keys() == {companions.LORA, companions.SCORES}
+    assert beside(new, after) == {companions.LORA: f"LoRA {new.cell_hash} {new.verdicts}"}
+    assert beside(OURS[1], after) == beside(OURS[1], before) and hashes(after) == cells(*OURS[:2])
+
+
+@pytest.mark.parametrize("name", [companions.LORA, companions.SCORES])
+def test_a_companion_that_is_not_the_records_is_refused_before_anything_is_written(
+    name: str, hub: Hub, tmp_path: Path, refused
+) -> None:
+    ours = with_files(OURS[0])
+    found = boards.place(leave_files(tmp_path / "runs", ours), ours).with_name(name)
+    found.write_text("another")
+    message = refused("publish", "--to", "out", "--from", "runs", cwd=tmp_path)
+    field = {companions.LORA: "lora_sha256", companions.SCORES: "scores_sha256"}[name]
+    assert f"provenance.{field}: " in message and f"{name} is another file" in message
+    with pytest.raises(UsageError, match=f"{name} is another file"):
+        publish.to_hub(leaderboard.boards(tmp_path / "runs"), REPO, endpoint=hub.url)
+    assert not (tmp_path / "out").exists() and not hub.repos
+
+
+def test_scores_that_a_record_names_must_lie_beside_it(tmp_path: Path) -> None:
+    ours = with_files(OURS[0])
+    boards.place(leave_files(tmp_path / "runs", ours), ours).with_name(companions.SCORES).unlink()
+    for found in (leaderboard.boards(tmp_path / "runs"), [board(ours)]):
+        with pytest.raises(UsageError, match="provenance.scores_sha256: scores.parquet is missing"):
+            publish.to_directory(found, tmp_path / "out")
+
+
+def test_a_directory_of_before_there_were_files_beside_records_gets_them(tmp_path: Path) -> None:
+    theirs, ours = [with_files(r) for r in THEIRS], with_files(OURS[0])
+    publish.to_directory(leaderboard.boards(leave_files(tmp_path / "theirs", *theirs)), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "runs")
+    done = publish.to_directory(leaderboard.boards(leave_files(tmp_path / "ours", ours)), tmp_path / "out")
+    assert (done.records, done.added, done.beside) == (4, 1, 2)
+    assert publish.summary(done).startswith(
+        f"published: {tmp_path / 'out'} (1 run of 4 new and 2 files beside records)"
+    )
+    done = publish.to_directory(leaderboard.boards(tmp_path / "theirs"), tmp_path / "out")
+    assert (done.added, done.beside, done.changed) == (0, 6, True)
+    publish.check(tmp_path / "out", records.find(tmp_path / "out"))
+
+
+def test_a_published_directory_can_be_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong, bare = map(with_files, OURS)
+    leave_files(tmp_path / "runs", right, wrong)
+    leave(tmp_path / "runs", bare := bare.model_copy(update={"provenance": OURS[2].provenance}))
+    publish.to_directory(leaderboard.boards(tmp_path / "runs"), tmp_path / "out")
+    places = {r.cell_hash: tmp_path / "out" / dataset.run_path(r.cell_hash, "record.json") for r in OURS}
+    places[wrong.cell_hash].with_name(companions.LORA).write_bytes(b"another")
+    drawn: list[Path] = []
+
+    def again(folder: Path, *_: object) -> rescore.Rescored:
+        drawn.append(folder)
+        return rescore.Rescored(right, [], right.verdicts, [], {}, True, [])
+
+    monkeypatch.setattr(rescore, "run", again)
+    found = {v.record.cell_hash: (v.status, v.detail) for v in verify.run(tmp_path / "out", 3)}
+    assert found[right.cell_hash] == ("matches", "to the last bit") and drawn == [places[right.cell_hash].parent]
+    assert found[wrong.cell_hash][0] == "differs" and companions.LORA in found[wrong.cell_hash][1]
+    assert found[bare.cell_hash] == ("cannot be verified", "no LoRA: cannot be verified but by --rerun")
+
+    records.write(places[right.cell_hash], boards.changed(right, "drift.kl", 0.02))
+    with pytest.raises(UsageError, match="is not what the table records/train.* holds of dpo/dfusion/clip/seed 0"):
+        verify.run(tmp_path / "out", 0)
+    places[right.cell_hash].unlink()
+    with pytest.raises(UsageError, match=f"has lost runs/{right.cell_hash}/record.json"):
+        verify.run(tmp_path / "out", 0)
+
+
+def test_links_in_a_directory_are_never_written_through(tmp_path: Path) -> None:
+    publish.to_directory([board(*THEIRS)], tmp_path / "out")
+    shutil.move(tmp_path / "out" / "runs", tmp_path / "elsewhere")
+    (tmp_path / "out" / "runs").symlink_to(tmp_path / "elsewhere")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises(UsageError, match="runs is a symbolic link"):
+        publish.to_directory([board(*OURS)], tmp_path / "out")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
 def test_a_dataset_of_something_else_is_refused(hub: Hub, tmp_path: Path) -> None:

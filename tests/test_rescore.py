@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
 import bench_dfusion
-from bench_dfusion import cli, config, evaluation, files, lora, records, rescore, verify
+from bench_dfusion import cli, config, evaluation, files, leaderboard, lora, publish, records, rescore, verify
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import Track
@@ -334,12 +334,21 @@ def test_verify_evaluates_again_and_runs_again(copied: Path, monkeypatch, said) 
 
     (copied / lora.FILE).write_bytes(b"another")
     ((verified),) = verify.run(copied.parent, 1)
-    assert verified.status == "differs" and "the SHA-256 of" in verified.detail
+    assert verified.status == "differs" and "provenance.lora_sha256: " in verified.detail
 
     (copied / lora.FILE).unlink()
     no_compute(monkeypatch)
     status, out, _ = said("verify", copied.parent)
     assert status == 0 and "no LoRA: cannot be verified" in out and "matches" not in out
+
+
+@pytest.mark.slow
+def test_a_published_run_is_evaluated_again_from_its_lora(copied: Path, tmp_path: Path) -> None:
+    edit(copied, lambda record: record["provenance"].update(code="0" * 40, dirty=False))
+    publish.to_directory(leaderboard.boards(copied.parent), tmp_path / "published")
+    shutil.rmtree(copied)
+    (verified,) = verify.run(tmp_path / "published")
+    assert (verified.status, verified.detail) == ("matches", "to the last bit")
 
 
 def test_verify_says_what_it_cannot_run_again(copied: Path, monkeypatch, refused, tmp_path: Path) -> None:
@@ -350,6 +359,11 @@ def test_verify_says_what_it_cannot_run_again(copied: Path, monkeypatch, refused
     offline = {**found[1].resolved, "builder": {"name": "offline"}}
     with pytest.raises(UsageError, match="a dataset of pairs, which the record does not hold"):
         verify.cell_of(found[1].model_copy(update={"builder": "offline", "resolved": offline}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(images, prompts): return [0]\n")
+    for reward in (f"{tmp_path}/evil.py:f", f"clip:0.5,{tmp_path}/evil.py:f:0.5"):
+        with pytest.raises(UsageError, match="a user's function, whose code the record does not hold"):
+            verify.cell_of(found[1].model_copy(update={"reward": reward}))
+    assert not (tmp_path / "ran").exists()
     (tmp_path / "empty").mkdir()
     assert "no record.json below" in refused("verify", tmp_path / "empty")
     assert "no directory" in refused("verify", tmp_path / "none")

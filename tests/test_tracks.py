@@ -278,6 +278,22 @@ def test_a_dataset_directory_is_a_copy_too(tmp_path: Path) -> None:
         prompt_sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'other'}", "mine")
 
 
+def test_rows_without_a_prompt_are_counted_and_what_is_no_text_is_refused(tmp_path: Path, capsys) -> None:
+    rows = [{"prompt": prompt, "category": category} for prompt, category in ROWS]
+    blank = [{"prompt": None, "category": "x"}, {"prompt": " ", "category": "x"}]
+    for name, found in (("with", [*rows, *blank]), ("without", rows)):
+        write(tmp_path, f"{name}/all.jsonl", "".join(f"{json.dumps(row)}\n" for row in found))
+    asked, copy = sizes("partiprompts"), f"hf:{tmp_path / 'with'}"
+    assert prompt_sources.resolve(asked, copy, "mine") == prompt_sources.resolve(
+        asked, f"hf:{tmp_path / 'without'}", "mine"
+    )
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert said == f"{copy}: left out 2 of {len(rows) + 2} rows, which have no prompt"
+    write(tmp_path, "numbers/all.jsonl", '{"prompt": 1}\n{"prompt": 2}\n')
+    with pytest.raises(UsageError, match="row 0: 1 is no prompt: give a text"):
+        prompt_sources.resolve(asked, f"hf:{tmp_path / 'numbers'}", "mine")
+
+
 def test_a_copy_may_be_fixed_by_its_hash(tmp_path: Path) -> None:
     path = geneval(tmp_path, ROWS)
     found = prompt_sources.resolve(sizes("geneval", sha256=files.sha256(path)), tmp_path, "mine")

@@ -13,7 +13,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -348,15 +348,24 @@ PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": 
 
 
 def train_clip(
-    work: Path, world: World, tokenizer: CLIPTokenizer, steps: int, seed: int, batch: int = 192
+    work: Path,
+    world: World,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    seed: int,
+    batch: int = 192,
+    start: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Contrastive training (Radford et al. 2021) on renders with noise and blur: a good but exploitable judge."""
+    """Contrastive training (Radford et al. 2021) on renders with noise and blur: a good but exploitable judge. `start`:
+    weights to train on from."""
     import open_clip
 
     torch.manual_seed(seed)
     config = json.loads(json.dumps(CLIP_CONFIG))
     config["text_cfg"] |= {"vocab_size": len(tokenizer)}
     model = open_clip.CLIP(**config)
+    if start is not None:
+        model.load_state_dict(start)
     captions = [s.prompt for s in world.specs]
     ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     key = {c: i for i, c in enumerate(dict.fromkeys(captions))}

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
+from typing import TypeVar
 
 from bench_dfusion.micro.scenes import COLOURS, NUMBERS, RELATIONS, SHAPES, Spec, Thing
 
+S = TypeVar("S", bound=Spec)
 SPLITS = ("train", "validation", "heldout")
 _SHARES = {"heldout": 0.2, "validation": 0.1}
 _PER_TEMPLATE = {"train": 20, "validation": 10, "heldout": 20}
@@ -33,15 +36,22 @@ def compositions() -> dict[str, dict[str, tuple[Spec, ...]]]:
             if a.colour != b.colour and a.shape != b.shape
         ],
     }
-    result: dict[str, dict[str, tuple[Spec, ...]]] = {split: {} for split in SPLITS}
+    return split_apart(families, "micro-v1")
+
+
+def split_apart(families: Mapping[str, Sequence[S]], name: str) -> dict[str, dict[str, tuple[S, ...]]]:
+    """The specs of each family dealt out, `[split][family]`: a fifth held out, a tenth for validation, the rest to train
+    on, in an order that `name` decides."""
+    result: dict[str, dict[str, tuple[S, ...]]] = {split: {} for split in SPLITS}
     for family, specs in families.items():
-        random.Random(f"micro-v1 {family}").shuffle(specs)
+        shuffled = list(specs)
+        random.Random(f"{name} {family}").shuffle(shuffled)
         start = 0
         for split, share in _SHARES.items():
-            stop = start + round(share * len(specs))
-            result[split][family] = tuple(specs[start:stop])
+            stop = start + round(share * len(shuffled))
+            result[split][family] = tuple(shuffled[start:stop])
             start = stop
-        result["train"][family] = tuple(specs[start:])
+        result["train"][family] = tuple(shuffled[start:])
     return result
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion import files, hub
+from bench_dfusion import files, hub, micro
 from bench_dfusion.progress import bar
 from bench_dfusion.registry import UsageError
 
@@ -120,8 +120,8 @@ class Layout:
 
 
 def local(model: str) -> Path | None:
-    """The directory or file that a model's name is, whatever its spelling; None for a Hub id and for the embedded model."""
-    if model in ("", "micro"):
+    """The directory or file that a model's name is, whatever its spelling; None for a Hub id and for an embedded model."""
+    if model in ("", *micro.PIPELINES):
         return None
     try:
         path = Path(model).expanduser()

@@ -33,12 +33,11 @@ def dtype(name: str) -> torch.dtype:
 
 def find(model: str, revision: str | None = None) -> Layout:
     """The layout of what a model's name says; of a Hub pipeline the weights are not here yet. Raises UsageError."""
-    if model == "micro":
-        if not micro.PIPELINE.is_dir():
-            raise UsageError(
-                f"the embedded weights are not at {micro.PIPELINE}: run python -m bench_dfusion.micro.pretrain"
-            )
-        return _supported(layout.read(micro.PIPELINE, model))
+    if model in micro.PIPELINES:
+        place = micro.PIPELINES[model]
+        if not place.is_dir():
+            raise UsageError(f"the embedded weights are not at {place}: run python -m {micro.RECIPES[model]}")
+        return _supported(layout.read(place, model))
     path = layout.local(model)
     if path is not None:
         _no_file(path)

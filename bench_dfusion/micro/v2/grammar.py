@@ -13,7 +13,7 @@ from functools import cache
 from itertools import permutations, product
 
 from bench_dfusion.micro import scenes as first
-from bench_dfusion.micro.prompts import SPLITS
+from bench_dfusion.micro.prompts import SPLITS, split_apart
 from bench_dfusion.micro.scenes import COLOURS, NUMBERS, RELATIONS, SHAPES, Thing
 
 TEMPLATES = (*first.TEMPLATES, "mixed")
@@ -70,7 +70,6 @@ def parse(prompt: str) -> Spec:
 
 # ---------------------------------------------------------------- lists
 
-_SHARES = {"heldout": 0.2, "validation": 0.1}
 # How many compositions a list takes of each template; pairs serve both attributes and relation.
 _TAKEN = {
     "train": {"single": 21, "count": 63, "attributes": 100, "relation": 100, "mixed": 100},
@@ -100,16 +99,7 @@ def compositions() -> dict[str, dict[str, tuple[Spec, ...]]]:
         "pair": [Spec("attributes", (a, b)) for a, b in ordered if things.index(a) < things.index(b)],
         "mixed": [Spec("mixed", pair) for pair in ordered],
     }
-    result: dict[str, dict[str, tuple[Spec, ...]]] = {split: {} for split in SPLITS}
-    for name, specs in families.items():
-        random.Random(f"micro-v2 {name}").shuffle(specs)
-        start = 0
-        for split, share in _SHARES.items():
-            stop = start + round(share * len(specs))
-            result[split][name] = tuple(specs[start:stop])
-            start = stop
-        result["train"][name] = tuple(specs[start:])
-    return result
+    return split_apart(families, "micro-v2")
 
 
 @cache

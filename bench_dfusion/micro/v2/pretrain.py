@@ -9,7 +9,8 @@ It shares the networks and the training loops of `bench_dfusion.micro.pretrain`.
   learning rate, so that `--steps denoiser=N` may be raised as long as there is time;
 - listening: the same networks with captions that are wrong at the rates of `listening.NOISY`, the rate falling to 0;
 - decoder: the autoencoder's, trained on with the encoder's latents and noise; it may follow at any time;
-- the package, a diffusers pipeline directory.
+- CLIP: on renders of all compositions with true captions, from the first world's or from none;
+- the package, a diffusers pipeline directory and an open_clip directory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, PixArtTransformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -38,8 +40,8 @@ from bench_dfusion.registry import UsageError
 MIX = {"single": 0.1, "count": 0.2, "attributes": 0.2, "relation": 0.25, "mixed": 0.25}
 BATCH = 128
 SHARD = 10_000  # pictures a file of latents
-RENDERS = {"autoencoder": 20_000, "pictures": 60_000}
-STEPS = {"autoencoder": 2000, "denoiser": 30_000, "listening": 3000, "decoder": 3000}
+RENDERS = {"autoencoder": 20_000, "pictures": 60_000, "clip": 45_000}
+STEPS = {"autoencoder": 2000, "denoiser": 30_000, "listening": 3000, "decoder": 3000, "clip": 500}
 RATES = {"autoencoder": (1.5e-3, 7e-4), "denoiser": (1.5e-3, 1e-3), "listening": (7e-4, 7e-4)}  # from none, from v1's
 
 
@@ -91,6 +93,19 @@ def encode_pictures(work: Path, vae: AutoencoderTiny, n: int, seed: int) -> tupl
             files.save_tensors(path, tensors, {})
         parts.append(files.load_tensors(path)[0])
     return torch.cat([p["latents"] for p in parts]), torch.cat([p["places"] for p in parts])
+
+
+def _captioned(job: tuple[int, int]) -> tuple[np.ndarray, Spec]:
+    index, seed = job
+    rng = random.Random(f"{seed}:{index}")
+    spec = grammar.random_spec(rng.choices(list(MIX), list(MIX.values()))[0], rng)
+    return render(sample_scene(spec, rng)), spec
+
+
+def everything(n: int, seed: int) -> first.World:
+    """`n` renders of compositions of every split with their captions: what a judge is trained on."""
+    images, specs = zip(*first.rendered(_captioned, [(i, seed) for i in range(n)]), strict=True)
+    return first.World(np.stack(images), list(specs), np.zeros((n, 2, 0), np.float16))
 
 
 class Heard:
@@ -253,6 +268,10 @@ def main() -> None:
         for module in (vae, text, net):
             module.cpu()
         first.package(args.out / "pipeline", tokenizer, vae, text, net)
+        start = load_file(micro.CLIP / "open_clip_model.safetensors") if warm else None
+        world = everything(renders["clip"], seed + 3)
+        judge = first.train_clip(work, world, tokenizer, steps["clip"], seed, start=start)
+        first.package_clip(args.out / "clip", judge, tokenizer)
     print(f"{args.out}: pipeline {files.tree_sha256(args.out / 'pipeline')}")
 
 

@@ -1,0 +1,69 @@
+"""The files beside a record that a check of it needs; the record holds the hash of each.
+
+A merge copies them, a publication carries them, `verify` compares them. The checked base of a track lies once among its
+runs, beside their directories.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench_dfusion import checked_base, checks, files
+from bench_dfusion.records import Record
+from bench_dfusion.registry import UsageError
+
+LORA = "pytorch_lora_weights.safetensors"  # as `lora.FILE`, whose module takes seconds to import
+HASHES = {
+    LORA: "lora_sha256",
+    checked_base.SCORES: "scores_sha256",
+}  # the field of Record.provenance; None there: no such file
+MAY_BE_MISSING = {LORA}  # records of schema version 1 were published without
+
+
+def hash_of(record: Record, name: str) -> str | None:
+    """The SHA-256 that a record gives of its companion, None where it has none of that name."""
+    value: str | None = getattr(record.provenance, HASHES[name])
+    return value
+
+
+def beside(path: Path | None, record: Record) -> dict[str, Path]:
+    """The companions of the record in a file, by name. A file that is not called record.json (one sent by mail), or
+    None, has none beside it.
+
+    Raises UsageError, in one line that names the file, for one that is not the record's, and for one that is missing and
+    not in MAY_BE_MISSING.
+    """
+    found = {}
+    for name, field in HASHES.items():
+        expected = hash_of(record, name)
+        if expected is None:
+            continue
+        if path is None or path.name != "record.json" or not path.with_name(name).is_file():
+            if name not in MAY_BE_MISSING:
+                raise UsageError(f"provenance.{field}: {name} is missing; leave it beside the record")
+            continue
+        if files.sha256(path.with_name(name)) != expected:
+            raise UsageError(f"provenance.{field}: {path.with_name(name)} is another file than the record's")
+        found[name] = path.with_name(name)
+    return found
+
+
+def base(path: Path | None, record: Record) -> Path | None:
+    """The file of the checked base that the record in a file stands on; None where it has none, or the package ships it.
+
+    Raises UsageError, in one line, where it is not among the runs, or another is.
+    """
+    if record.provenance.base_sha256 is None:
+        return None
+    track = checks.track_of(record)
+    folder = Path() if path is None or path.name != "record.json" else path.parent.parent
+    where = checked_base.find(track, folder)
+    if where is None:
+        name = checked_base.file_name(track)
+        raise UsageError(
+            f"provenance.base_sha256: {name} is missing; leave the checked base beside the run directories"
+        )
+    found = checked_base.load(track, folder)
+    if found is None or found.sha256 != record.provenance.base_sha256:
+        raise UsageError(f"provenance.base_sha256: {where} is another checked base than the record's")
+    return None if where.parent == checked_base.SHIPPED else where
