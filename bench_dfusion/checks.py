@@ -142,9 +142,11 @@ class Checker:
         judged = {"base_sha256": record.verdicts or record.rungs, "scores_sha256": record.verdicts}
         for name, verdicts in judged.items():
             digest, needed = getattr(record.provenance, name), checked and bool(verdicts)
-            if (digest is not None) != needed:
-                which = f"the track has {'a' if checked else 'no'} checked base" if verdicts else "it was never judged"
-                yield f"provenance.{name}: {'missing' if needed else 'given'}, and {which}"
+            if digest is None and needed:
+                yield f"provenance.{name}: missing, and the track has a checked base"
+            elif digest is not None and not needed and name == "base_sha256":
+                which = "it was never judged" if checked else "the track has no checked base"
+                yield f"provenance.{name}: given, and {which}"
             elif digest is not None and not SHA256.fullmatch(digest):
                 yield f"provenance.{name}: {digest[:40]!r} is no SHA-256"
         if checked and record.verdicts and (base := self._base_of(track, checked_base.SHIPPED)) is not None:
@@ -180,6 +182,8 @@ class Checker:
             if not stage.verdicts or stage.provenance.scores_sha256 is None or not file.is_file():
                 continue
             track = track_of(record)
+            if track.evaluation.base_images_per_prompt is None:
+                return
             problem = next(self._contradicted(file, stage, track, self._base_of(track, path.parent.parent)), None)
             if problem is not None:
                 raise UsageError(plain(_at(stage, record) + problem))

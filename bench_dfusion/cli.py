@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +25,7 @@ from bench_dfusion.registry import PluginError, UsageError
 if TYPE_CHECKING:
     from bench_dfusion.launch import Launcher
     from bench_dfusion.leaderboard import Board
+    from bench_dfusion.loaded import Loaded
 
 app = typer.Typer(
     help="Which method aligns a text-to-image diffusion model best, at what cost, and the proof.",
@@ -51,6 +52,7 @@ Rung = Annotated[
 
 @app.command()
 def run(
+    context: typer.Context,
     algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")],
     reward: Annotated[
         str | None,
@@ -127,6 +129,7 @@ def run(
     from bench_dfusion import config as configs
     from bench_dfusion import display, parallel
     from bench_dfusion.leaderboard import Board
+    from bench_dfusion.loaded import Loaded
     from bench_dfusion.trainer import run_cell
 
     cells = [
@@ -157,9 +160,10 @@ def run(
     if processes > 1 and parallel.size() == 1:
         raise typer.Exit(parallel.launch(processes, sys.argv[1:]))
     records = []
+    loaded = context.obj or Loaded()
     for cell in cells:
         try:
-            records.append(run_cell(cell, folder, device, keep_pairs, rung))
+            records.append(run_cell(cell, folder, device, keep_pairs, loaded, rung))
         except KeyboardInterrupt:
             out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
             raise typer.Exit(130) from None
@@ -266,7 +270,7 @@ def sweep(
         cluster.check_bases(jobs)
         place = cluster.Cluster(folder, ray_address, cpus or 1, gpus, storage)
     else:
-        place = nullcontext(local.Local(local.devices_of(device), workers))
+        place = local.Local(local.devices_of(device), workers)
     try:
         with place as where:
             sweeps.register(jobs)
@@ -753,12 +757,15 @@ def _errno(error: Exception) -> int | None:
     return int(found[1]) if found else getattr(error, "errno", None)
 
 
-def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit status 2; SIGTERM ends it as Ctrl-C does."""
+def main(loaded: Loaded | None = None) -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2; SIGTERM ends it as Ctrl-C does.
+
+    `loaded`: what earlier runs in this process have loaded.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # typer.Exit comes back as its status
+        sys.exit(app(standalone_mode=False, obj=loaded) or 0)  # typer.Exit comes back as its status
     except UsageError as error:
         print(f"bench-dfusion: {registry.plain(error)}", file=sys.stderr)
         sys.exit(2)

@@ -92,13 +92,13 @@ def evaluate(
     return Evaluation(verdicts, found, first if base else first[::k], trained.images[::k], trained, scores)
 
 
-def load_judges(track: Track, device: torch.device) -> dict[str, Reward]:
-    """The track's judges by name. Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot
+def load_judges(track: Track, device: torch.device, make: Callable[..., Reward] = made) -> dict[str, Reward]:
+    """The track's judges by name, as `make` gives them. Raises UsageError or ValueError where one is unknown, cannot be loaded or cannot
     score a held-out prompt.
     """
     judges = {}
     for text, (cls, options) in judges_of(track).items():
-        loaded = judges[text] = made(cls, options, device, track.prompts.heldout)
+        loaded = judges[text] = make(cls, options, device, track.prompts.heldout)
         if track.memory.offload_rewards:
             loaded.rest()
     return judges

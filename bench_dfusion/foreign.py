@@ -74,6 +74,21 @@ def _generators() -> list[Setting]:
     return found
 
 
+def settings() -> Callable[[], None]:
+    """SETTINGS as they are now; what is returned puts them back."""
+    before = [read() for read, _ in SETTINGS]
+
+    def restore() -> None:
+        for (read, write), value in zip(SETTINGS, before, strict=True):
+            now: Any = None
+            with suppress(OSError):  # a working directory that is gone
+                now = read()
+            if now != value:
+                write(value)
+
+    return restore
+
+
 @contextmanager
 def contained(what: str) -> Iterator[None]:
     """Around a call of `what`, code of others: gradients, default dtype and device, deterministic and precision flags,
@@ -81,18 +96,13 @@ def contained(what: str) -> Iterator[None]:
 
     Raises PluginError, which names it, for what cannot be put back: inference mode left on.
     """
-    before = [read() for read, _ in SETTINGS]
+    restore = settings()
     generators = [(write, read()) for read, write in _generators()]
     inference = torch.is_inference_mode_enabled()
     try:
         yield
     finally:
-        for (read, write), value in zip(SETTINGS, before, strict=True):
-            now: Any = None
-            with suppress(OSError):  # a working directory that is gone
-                now = read()
-            if now != value:
-                write(value)
+        restore()
         for write, state in generators:
             write(state)
     if torch.is_inference_mode_enabled() != inference:

@@ -59,6 +59,16 @@ class Trajectory:
         )
 
 
+def remove_lora(network: nn.Module) -> None:
+    """Undo what a Policy has done to its network: the modules are those it had before."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(network, "peft_config"):
+        del network.peft_config
+
+
 @torch.no_grad()
 def in_batches(policy: Policy, function: Callable[..., Tensor], *columns: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """`function` of many rows of columns [R], a policy's batch at a time, without gradients: [R, *shape] on the CPU."""
@@ -118,7 +128,12 @@ class Policy:
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of prompts, each encoded once and alone; with guidance the unconditional half first."""
+        kind, known = self.device.type, self.adapter.encoded
+        casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        under = self.device, torch.get_autocast_dtype(kind) if casting else None
         new = [p for p in dict.fromkeys([*prompts, *[""] * (self.branches - 1)]) if p not in self._encoded]
+        self._encoded |= {p: known[p, *under] for p in new if (p, *under) in known}
+        new = [p for p in new if p not in self._encoded]
         if new:
             with self.adapter.encoding(self.device):
                 for prompt in new:  # each alone: in a batch its last bits depend on the others, and so on what resumed
@@ -128,7 +143,9 @@ class Policy:
                             encoder = getattr(self.adapter.pipe, "text_encoder", None) or self.adapter.network
                             what = f"the text encoder's {name} of {prompt!r} are"
                             finite(value, encoder, what, value.dtype, NETWORK_FIX)
-                    self._encoded[prompt] = {k: v[0].to(self.device) for k, v in encoded.items()}
+                    known[prompt, *under] = self._encoded[prompt] = {
+                        k: v[0].to(self.device) for k, v in encoded.items()
+                    }
         wanted = [""] * len(prompts) * (self.branches - 1) + list(prompts)
         conditioning = {k: torch.stack([self._encoded[p][k] for p in wanted]) for k in self._encoded[wanted[0]]}
         if self.adapter.distilled:

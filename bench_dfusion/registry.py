@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("algorithms", "rewards", "builders", "models", "tracks")
+OURS = "bench_dfusion."  # how the names of this package's own modules begin
+others: set[str] = set()  # the distributions and files of others whose code this process has imported
 
 
 class UsageError(ValueError):
@@ -41,6 +43,8 @@ class Plugin:
         """Import the plugin. Raises PluginError, caused by the plugin's own exception."""
         if self.entry is None:
             return self.value
+        if self.kind != "tracks" and not self.entry.value.startswith(OURS):
+            others.add(self.source)
         try:
             with _contained(f"{self.kind[:-1]} plugin {self.name!r}", self.kind):
                 return self.entry.load()
@@ -119,6 +123,7 @@ def load_file(path: Path) -> list[Plugin]:
         raise UsageError(f"{path} is no Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    others.add(str(path))
     try:
         with _contained(f"plugin file {path}", "file"):
             spec.loader.exec_module(module)

@@ -95,6 +95,12 @@ class Reward(ABC):
         self.resting = True
         self._move("cpu")
 
+    def wake(self) -> None:
+        """Undo `rest`: its networks stay on its device."""
+        if self.resting:
+            self.resting = False
+            self._move(self.device)
+
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Inside, its networks are on its device."""

@@ -1,7 +1,8 @@
 """Many cells, one command: every cell is registered before the first runs, none is lost, a failing one stops nothing.
 
-Each cell runs in a process of its own (`bench-dfusion run`), which a launcher starts here or on other machines
-(`bench_dfusion.launch`), so a crash takes one cell with it. What a cell says goes to `log.txt` in its directory; if it
+Each cell runs in a process that runs no other at the same time, which a launcher starts here or on other machines
+(`bench_dfusion.launch`), so a crash takes one cell with it. Here a process goes on to the next cell where the last one
+left a record and can have left nothing else (`launch.worker`). What a cell says goes to `log.txt` in its directory; if it
 ends without a record, `error.json` says why until a later sweep tries again. Cells that another process is running (a
 second sweep, or what a killed sweep left running) are waited for.
 """

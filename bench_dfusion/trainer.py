@@ -32,13 +32,14 @@ from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.baseline import Baseline
 from bench_dfusion.config import Cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
+from bench_dfusion.loaded import Loaded
 from bench_dfusion.models.base import Adapter, NotFinite
-from bench_dfusion.models.loading import dtype, load_adapter
+from bench_dfusion.models.loading import dtype
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round, Rung
 from bench_dfusion.registry import PluginError, UsageError
-from bench_dfusion.reward import dealt_out, fault, made
+from bench_dfusion.reward import dealt_out, fault
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track, check_rung
 from bench_dfusion.weighted_sum import WeightedSum
@@ -72,11 +73,17 @@ class Progress:
 
 
 def run_cell(
-    cell: Cell, out: Path, device: str | None = None, keep_pairs: pairs.Keep | None = None, rung: int = 1
+    cell: Cell,
+    out: Path,
+    device: str | None = None,
+    keep_pairs: pairs.Keep | None = None,
+    loaded: Loaded | None = None,
+    rung: int = 1,
 ) -> Record:
     """Train and evaluate one cell in `out / cell.folder`, or go on where it was stopped; returns its record.
 
     `keep_pairs`: of which rounds the pairs stay in `pairs/` (None: by the pictures' size); no number depends on it.
+    `loaded`: what earlier cells of this process have loaded, and this one leaves to the next; nor does any on that.
     `rung`: of the track's ladder of budgets the one to end at, from 1.
 
     Raises UsageError on anything that can be known before compute. A cell that has reached the rung, or failed, is only
@@ -95,7 +102,7 @@ def run_cell(
                 f"{folder} to start this cell over"
             )
     try:
-        run = Run(cell, folder, device, keep_pairs)
+        run = Run(cell, folder, device, keep_pairs, loaded)
     except PluginError:
         raise
     except ValueError as error:  # a model, builder, reward or prompt that does not fit
@@ -112,17 +119,26 @@ def run_cell(
 class Run:
     """One cell while it runs."""
 
-    def __init__(self, cell: Cell, folder: Path, device: str | None = None, keep_pairs: pairs.Keep | None = None):
+    def __init__(
+        self,
+        cell: Cell,
+        folder: Path,
+        device: str | None = None,
+        keep_pairs: pairs.Keep | None = None,
+        loaded: Loaded | None = None,
+    ):
         self.cell, self.folder, self.keep_pairs = cell, folder, keep_pairs
         self.device = parallel.join(device) or torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         track = cell.track
         prompts = [*track.prompts.train, *track.prompts.heldout]
-        self.reward = made(cell.reward, cell.reward_config, self.device, prompts if cell.builder.draws else ())
+        loaded = loaded or Loaded()
+        loaded.begin(cell, self.device)
+        self.reward = loaded.reward(cell.reward, cell.reward_config, self.device, prompts if cell.builder.draws else ())
         if track.memory.offload_rewards and not cell.algorithm.needs_gradient:
             self.reward.rest()
-        self.judges = evaluation.load_judges(track, self.device)
+        self.judges = evaluation.load_judges(track, self.device, loaded.reward)
         self.base: checked_base.CheckedBase | None = None
-        adapter, self.model_sha256 = load_adapter(track.model, self.device, track.memory)
+        adapter, self.model_sha256 = loaded.pipeline(track.model, self.device, track.memory)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
         self.builder: Builder = cell.builder(cell.builder_config)
         text_limits.check(adapter, self.builder.trained_on(track.prompts), track.prompts)

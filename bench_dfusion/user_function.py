@@ -131,6 +131,7 @@ def _module(path: Path, digest: str) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    registry.others.add(str(path))
     try:
         with foreign.contained(f"reward file {path}"):
             spec.loader.exec_module(module)

@@ -94,6 +94,7 @@ def record(
         if failed
         else [_verdict(j, reward, of, *s) for j, *s in zip(judges, base, trained, strict=True)],
         "drift": None if failed else DRIFT,
+        "agreement": None if failed else dict.fromkeys(judges, 0.5),
         "rounds": [_round(n, queries * (n + 1) // rounds) for n in range(rounds)],
         "cost": {
             "reward_queries": queries,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import signal
@@ -10,14 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from processes import TINY, command
 from test_sweep import jobs
 
-from bench_dfusion import __version__, records
-from bench_dfusion.launch import node, storage
+from bench_dfusion import __version__, records, sweeps
+from bench_dfusion.launch import local, node, storage
 from bench_dfusion.launch.local import Local
 from bench_dfusion.launch.storage import Life, Storage, begin
 from bench_dfusion.registry import UsageError
@@ -69,24 +71,174 @@ def test_a_cell_that_is_another_one_here_is_refused(refused, tmp_path: Path) -> 
     assert "and 01234567 where it was planned" in said
 
 
-def test_the_local_launcher_fills_its_devices_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Running:
-        returncode: int | None = None
+# --- the local launcher; the worker's own loop, around a few lines of Python in the place of `bench-dfusion run`
 
-        def __init__(self, command: list[str], **_: object):
-            self.device = command[command.index("--device") + 1]
+CELL = """
+import ctypes, os, signal, sys, time, types
+from pathlib import Path
+from bench_dfusion import registry
+from bench_dfusion.launch import worker
 
-        def poll(self) -> int | None:
-            return self.returncode
+class Loaded:
+    cells = 0
 
-    monkeypatch.setattr("subprocess.Popen", Running)
-    local, (a, b, *_) = Local(["cuda:0", "cuda:1"]), jobs(tmp_path)
-    assert local.places == 2
-    local.start(a)
-    local.start(b)
-    assert not local.ready() and [p.device for p, _ in local.running.values()] == ["cuda:0", "cuda:1"]
-    local.running[b.folder][0].returncode = -9
-    assert local.ended(a) is None and local.ended(b) == "signal SIGKILL" and local.free[0] == "cuda:1"
+def main(loaded):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    loaded.cells += 1
+    print("cell", loaded.cells, "of", os.getpid(), "on", sys.argv[sys.argv.index("--device") + 1])
+    ctypes.CDLL(None).printf(b"by a library in C\\n")
+    does = Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+    exec(does)
+    sys.exit(0)
+
+for name, content in {"cli": {"main": main}, "loaded": {"Loaded": Loaded}}.items():
+    module = sys.modules[f"bench_dfusion.{name}"] = types.ModuleType(name)
+    vars(module).update(content)
+    setattr(sys.modules["bench_dfusion"], name, module)
+worker.main(int(sys.argv[1]))
+"""
+WAIT = "print('waits', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('stopped'); sys.exit(130)"
+
+
+@pytest.fixture
+def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], sweeps.Job]:
+    """`cell("code")`: the job of a cell that runs this code."""
+    monkeypatch.setattr(local, "_command", lambda fd: [sys.executable, "-c", CELL, str(fd)])
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is still in a buffer at a cell's end is the cell's
+    (planned,), made = jobs(tmp_path, algorithms=["dpo"], seeds=1), itertools.count()
+
+    def of(code: str = "") -> sweeps.Job:
+        number = next(made)
+        (tmp_path / str(number)).write_text(code)
+        job = sweeps.Job(planned.cell, tmp_path / f"out{number}", ["--config", str(tmp_path / str(number))])
+        (job.folder / "error.json").parent.mkdir(parents=True)
+        (job.folder / "error.json").touch()
+        return job
+
+    return of
+
+
+def ends(where: Local, *own: sweeps.Job) -> list[str | None]:
+    """How the started cells end."""
+    until, found = time.monotonic() + 60, {}
+    while len(found) < len(own) and time.monotonic() < until:
+        found |= {j.folder: how for j in own if j.folder not in found and (how := where.ended(j)) is not None}
+        time.sleep(0.02)
+    return [found.get(j.folder) for j in own]
+
+
+def log(job: sweeps.Job) -> str:
+    return (job.folder / "log.txt").read_text()
+
+
+def begun(job: sweeps.Job, word: str = "waits") -> int:
+    """The process of a cell that waits."""
+    until = time.monotonic() + 60
+    while word not in log(job) and time.monotonic() < until:
+        time.sleep(0.02)
+    return int(log(job).split()[3])
+
+
+def test_the_local_launcher_fills_its_devices_and_no_more(cell) -> None:
+    a, b = cell(WAIT), cell("os.kill(os.getpid(), signal.SIGKILL)")
+    with Local(["cuda:0", "cuda:1"]) as where:
+        assert where.places == 2
+        where.start(a)
+        where.start(b)
+        assert not where.ready() and [p.device for p in where.running.values()] == ["cuda:0", "cuda:1"]
+        assert ends(where, b) == ["signal SIGKILL"] and where.ended(a) is None
+        assert where.ready() and where.free[0].device == "cuda:1"
+        begun(a)
+        where.stop([a])
+    assert "on cuda:0" in log(a) and "stopped" in log(a)
+
+
+def test_one_process_runs_cell_after_cell_and_each_log_is_its_cells_own(cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    own = [cell(), cell("print(os.environ['OMP_NUM_THREADS']); sys.exit(1)"), cell("os.write(2, b'raw ')"), cell()]
+    with Local(["cpu"], workers=2) as where:
+        for number, job in enumerate(own):
+            where.free.rotate(min(1, number))  # the same place again
+            where.start(job)
+            assert not (job.folder / "error.json").exists()
+            assert ends(where, job) == ["status 1" if number == 1 else "status 0"]
+        said = [log(job).removeprefix("raw ").split() for job in own]
+        assert [words[1] for words in said] == ["1", "2", "3", "4"]
+        assert len({words[3] for words in said}) == 1, "one process"
+        assert [log(job).count("by a library in C\n") for job in own] == [1] * 4
+        assert str(max(1, (os.cpu_count() or 1) // 2)) in said[1][6:] and log(own[2]).startswith("raw ")
+    assert not Path(f"/proc/{said[0][3]}").exists(), "it ends with the sweep"
+
+
+@pytest.mark.parametrize(
+    ("does", "how", "says"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "signal SIGKILL", ""),
+        ("os.abort()", "signal SIGABRT", ""),
+        ("raise MemoryError('of the device')", "status 1", "MemoryError: of the device"),
+        ("print('a mistake'); sys.exit(2)", "status 2", "a mistake"),
+        ("registry.others.add('mine.py')", "status 0", ""),
+        ("os._exit(0)", "status 0", ""),
+        ("os.kill(os.getpid(), signal.SIGINT)", "status 130", "stopped; the same command goes on"),
+    ],
+)
+def test_after_a_cell_that_may_have_left_something_the_next_has_a_new_process(
+    cell, does: str, how: str, says: str
+) -> None:
+    before, bad, after = cell(), cell(does), cell()
+    with Local(["cpu"]) as where:
+        for job, expected in ((before, "status 0"), (bad, how), (after, "status 0")):
+            where.start(job)
+            assert ends(where, job) == [expected]
+    assert says in log(bad) and "Traceback" not in log(after)
+    assert log(after).split()[1] == "1" and begun(after, "of") != begun(before, "of")
+
+
+def test_a_sweep_goes_on_after_a_process_that_died(cell) -> None:
+    planned = [
+        cell("ctypes.CDLL(None).printf(b'first')"),
+        cell("os.kill(os.getpid(), signal.SIGKILL)"),
+        cell("ctypes.CDLL(None).printf(b'last')"),
+    ]
+    with Local(["cpu"]) as where:
+        assert not sweeps.Sweep(planned, where).run(), "these leave no records"
+    assert [job.error for job in planned] == ["first (status 0)", "it said nothing (signal SIGKILL)", "last (status 0)"]
+    assert not any(job.locked() for job in planned)
+
+
+def test_a_process_killed_between_cells_costs_no_cell(cell) -> None:
+    first, second = cell(), cell()
+    with Local(["cpu"]) as where:
+        where.start(first)
+        assert ends(where, first) == ["status 0"]
+        os.kill(begun(first, "of"), signal.SIGKILL)
+        time.sleep(0.2)
+        where.start(second)
+        assert ends(where, second) == ["status 0"]
+
+
+def test_a_process_whose_sweep_was_killed_ends_after_its_cell(cell, tmp_path: Path) -> None:
+    job = cell(f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.02)\nprint('done')")
+    sweep = f"""
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from bench_dfusion.launch import local
+local._command = lambda fd: {[sys.executable, "-c", CELL]!r} + [str(fd)]
+job = SimpleNamespace(folder=Path({str(job.folder)!r}), words={job.words!r}, out=Path({str(job.out)!r}))
+local.Local(["cpu"]).start(job)
+print(flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", sweep], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # type: ignore[union-attr]
+        process.kill()
+    (tmp_path / "go").touch()
+    number = begun(job, "done")
+    until = time.monotonic() + 20
+    while Path(f"/proc/{number}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{number}").exists()
 
 
 def test_a_file_is_whole_or_as_it_was(shared: Storage, tmp_path: Path) -> None:

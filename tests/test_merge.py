@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from boards import changed, digest, leave, place, record, track
 
-from bench_dfusion import companions, files, leaderboard, merge, records
+from bench_dfusion import checked_base, companions, files, leaderboard, merge, records
 from bench_dfusion.registry import UsageError
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
@@ -67,11 +67,11 @@ def test_scores_go_with_their_record_and_must_not_be_missing(tmp_path: Path) -> 
     scored = changed(record(), "provenance.scores_sha256", digest("scores"))
     theirs = leave(tmp_path / "theirs", scored)
     assert "scores.parquet is missing" in only_refusal(merge.merge([theirs], tmp_path / "into"))
-    place(theirs, scored).with_name(companions.SCORES).write_bytes(b"scores")
+    place(theirs, scored).with_name(checked_base.SCORES).write_bytes(b"scores")
     done = merge.merge([theirs], tmp_path / "into")
     assert done.written and done.loras == 0
-    assert place(tmp_path / "into", scored).with_name(companions.SCORES).read_bytes() == b"scores"
-    place(theirs, scored).with_name(companions.SCORES).write_bytes(b"another")
+    assert place(tmp_path / "into", scored).with_name(checked_base.SCORES).read_bytes() == b"scores"
+    place(theirs, scored).with_name(checked_base.SCORES).write_bytes(b"another")
     done = merge.merge([theirs], tmp_path / "elsewhere")
     assert "provenance.scores_sha256: " in only_refusal(done) and "is another file" in only_refusal(done)
 

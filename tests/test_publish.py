@@ -22,7 +22,7 @@ from hub_server import TOKEN, Handler, Hub
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from bench_dfusion import companions, dataset, leaderboard, publish, records, rescore, verify
+from bench_dfusion import checked_base, companions, dataset, leaderboard, publish, records, rescore, verify
 from bench_dfusion.leaderboard import Board
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
@@ -86,7 +86,7 @@ def leave_files(folder: Path, *found: Record) -> Path:
         run = boards.place(folder, each).parent
         (run / companions.LORA).write_text(f"LoRA {each.cell_hash} {each.verdicts}")
         if each.provenance.scores_sha256:
-            (run / companions.SCORES).write_text(each.cell_hash)
+            (run / checked_base.SCORES).write_text(each.cell_hash)
     return folder
 
 
@@ -259,7 +259,7 @@ def test_an_unfinished_cell_counts_as_missing_until_it_has_a_record(place, tmp_p
 
 def test_what_lies_beside_records_is_carried_and_stays(place, tmp_path: Path) -> None:
     theirs, ours = [with_files(r) for r in THEIRS], [with_files(r, scores=False) for r in OURS]
-    names = {companions.LORA, companions.SCORES}
+    names = {companions.LORA, checked_base.SCORES}
     before = place(leaderboard.boards(leave_files(tmp_path / "theirs", *theirs)))
     kept = {r.cell_hash: beside(r, before) for r in theirs}
     assert all(k.keys() == names for k in kept.values()) and len({k[companions.LORA] for k in kept.values()}) == 3
@@ -283,12 +283,12 @@ def test_a_record_is_replaced_with_what_lies_beside_it(place, tmp_path: Path) ->
     with pytest.raises(UsageError, match="--replace"):
         place(changed)
     after = place(changed, replace=True)
-    assert beside(old, before).keys() == {companions.LORA, companions.SCORES}
+    assert beside(old, before).keys() == {companions.LORA, checked_base.SCORES}
     assert beside(new, after) == {companions.LORA: f"LoRA {new.cell_hash} {new.verdicts}"}
     assert beside(OURS[1], after) == beside(OURS[1], before) and hashes(after) == cells(*OURS[:2])
 
 
-@pytest.mark.parametrize("name", [companions.LORA, companions.SCORES])
+@pytest.mark.parametrize("name", [companions.LORA, checked_base.SCORES])
 def test_a_companion_that_is_not_the_records_is_refused_before_anything_is_written(
     name: str, hub: Hub, tmp_path: Path, refused
 ) -> None:
@@ -296,7 +296,7 @@ def test_a_companion_that_is_not_the_records_is_refused_before_anything_is_writt
     found = boards.place(leave_files(tmp_path / "runs", ours), ours).with_name(name)
     found.write_text("another")
     message = refused("publish", "--to", "out", "--from", "runs", cwd=tmp_path)
-    field = {companions.LORA: "lora_sha256", companions.SCORES: "scores_sha256"}[name]
+    field = {companions.LORA: "lora_sha256", checked_base.SCORES: "scores_sha256"}[name]
     assert f"provenance.{field}: " in message and f"{name} is another file" in message
     with pytest.raises(UsageError, match=f"{name} is another file"):
         publish.to_hub(leaderboard.boards(tmp_path / "runs"), REPO, endpoint=hub.url)
@@ -305,7 +305,7 @@ def test_a_companion_that_is_not_the_records_is_refused_before_anything_is_writt
 
 def test_scores_that_a_record_names_must_lie_beside_it(tmp_path: Path) -> None:
     ours = with_files(OURS[0])
-    boards.place(leave_files(tmp_path / "runs", ours), ours).with_name(companions.SCORES).unlink()
+    boards.place(leave_files(tmp_path / "runs", ours), ours).with_name(checked_base.SCORES).unlink()
     for found in (leaderboard.boards(tmp_path / "runs"), [board(ours)]):
         with pytest.raises(UsageError, match="provenance.scores_sha256: scores.parquet is missing"):
             publish.to_directory(found, tmp_path / "out")

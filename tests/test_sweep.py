@@ -29,6 +29,12 @@ class Failing(Oracle):
     def score(self, images, prompts):
         raise RuntimeError("no [bold]score[/bold] today")
 
+class Dying(Oracle):
+    name = "dying"
+    summary = "an oracle that ends its process"
+    def score(self, images, prompts):
+        os.kill(os.getpid(), signal.SIGKILL)
+
 class Killing(Oracle):
     """Kills the sweep and itself at the numbers of calls in DIE_AT."""
     name = "killing"
@@ -166,19 +172,34 @@ def test_a_killed_sweep_ends_with_the_same_records(tmp_path: Path, monkeypatch) 
 
 
 def test_ctrl_c_stops_the_running_cell_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
-    words = ["sweep", "micro", "--algo", "ddpo", "--builder", "vanilla", "--reward", "oracle", "--seeds", "1", *TINY]
+    words = ["sweep", "micro", "--algo", "ddpo", "--builder", "vanilla", "--reward", "oracle", "--seeds", "2", *TINY]
     process = subprocess.Popen(
         [sys.executable, "-m", "bench_dfusion.cli", *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )
-    until = time.monotonic() + 120
-    while not list(tmp_path.rglob("checkpoint.safetensors")) and process.poll() is None and time.monotonic() < until:
+    until = time.monotonic() + 240
+    while (
+        len(list(tmp_path.rglob("checkpoint.safetensors"))) < 2 and process.poll() is None and time.monotonic() < until
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped; the same command goes on" in output
-    (cell,) = jobs(tmp_path / "runs", algorithms=["ddpo"], seeds=1)
-    assert not cell.locked(), "the cell's own process has ended too"
-    assert "stopped; the same command goes on" in (cell.folder / "log.txt").read_text(), "and not by a kill"
+    whole, stopped = jobs(tmp_path / "runs", algorithms=["ddpo"], seeds=2)
+    assert whole.take_record() and not stopped.record.exists()
+    assert not stopped.locked(), "the cell's own process has ended too"
+    said = [(cell.folder / "log.txt").read_text() for cell in (whole, stopped)]
+    assert "seed 0: 3 held-out prompts" in said[0] and "stopped" not in said[0]
+    assert "stopped; the same command goes on" in said[1] and "seed 0" not in said[1], "and not by a kill"
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_one_cell_with_it(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    words = ("sweep", "micro", "--algo", "ddpo", "--builder", "vanilla", "--reward", "oracle,dying", "--seeds", "2")
+    done = command(*words, "--plugin", "failing.py", *TINY, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("dying, seed") == 2, done.stderr
+    assert "ddpo/vanilla/dying, seed 0: error: it said nothing (signal SIGKILL)" in done.stderr
+    assert [r.reward for _, r in records.find(tmp_path)] == ["oracle", "oracle"]
 
 
 @pytest.mark.slow

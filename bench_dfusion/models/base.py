@@ -77,6 +77,9 @@ class Adapter(ABC):
         # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
         self.offload_text = self.offload_vae = self.text_dropped = self.offload_network = self.shard = False
+        self.encoded: dict[
+            tuple[Any, ...], Conditioning
+        ] = {}  # every policy's prompts, by what they were encoded under
         self._latent_side: int | None = None
         self._token_limit = token_limit(self.tokenizer, getattr(pipe, "text_encoder", None))
         vae = getattr(pipe, "vae", None)
