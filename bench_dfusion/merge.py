@@ -210,7 +210,7 @@ def _write(
                     for number, (_, record, beside) in enumerate(accepted):
                         records.write(staging / f"{number}.json", record)
                         for name, source in beside.items():
-                            shutil.copyfile(source, staging / f"{number}.{name}")
+                            shutil.copyfile(source, staging / _staged(number, name))
                         progress.advance()
                     for place, *_ in accepted:
                         if place.exists() and place not in replaced:
@@ -222,10 +222,15 @@ def _write(
                         for name in companions.HASHES if place in replaced else ():  # they are of the earlier rung
                             place.with_name(name).unlink(missing_ok=True)
                         for name in beside:
-                            os.replace(staging / f"{number}.{name}", place.with_name(name))
+                            (place.parent / name).parent.mkdir(parents=True, exist_ok=True)
+                            os.replace(staging / _staged(number, name), place.parent / name)
                         os.replace(staging / f"{number}.json", place)
                         progress.advance()
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise UsageError(f"cannot write below {into} ({error}); what is written is whole, merge again") from None
+
+
+def _staged(number: int, name: str) -> str:
+    return f"{number}.{name.replace('/', '.')}"

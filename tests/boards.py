@@ -130,7 +130,7 @@ def record(
 
 
 def _rung(passed: Record) -> dict[str, Any]:
-    own = passed.model_dump(mode="json", include={"rung", "verdicts", "drift", "cost"})
+    own = passed.model_dump(mode="json", include={"rung", "verdicts", "drift", "cost", "agreement"})
     return own | {"rounds": len(passed.rounds), "lora_sha256": passed.provenance.lora_sha256}
 
 

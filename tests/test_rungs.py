@@ -497,7 +497,7 @@ def test_records_of_different_rungs_are_compared_at_the_lower_one() -> None:
     other = boards.record(of=UP, gains=(0.3,) * 4, earlier=[(0.15,) * 4, (0.2,) * 4], queries=144)
     assert records.differences(first, other)[0] == "verdicts.0.trained is 0.6 there and 0.65 here"
     assert any(d.startswith("rungs.0.verdicts.0.trained is 0.6 there") for d in records.differences(third, other))
-    failed = boards.record(of=UP, gains=None, earlier=[(0.1,) * 4], rounds=1)
+    failed = boards.record(of=UP, gains=None, earlier=[(0.1,) * 4], rounds=1, queries=48)
     assert records.differences(boards.changed(first, "trained", None), boards.changed(failed, "trained", None)) == []
     assert records.further(first, failed)
     assert records.differences(second, failed)[0].startswith("status is 'finished' there and 'failed' here")
