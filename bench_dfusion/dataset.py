@@ -207,7 +207,8 @@ def boards_of(content: Content) -> list[Board]:
 
 def merge(published: Content, own: Content, replace: bool = False) -> Content:
     """Both together, one record a cell; of the same record the published one stays, unless one's own goes on to a further
-    rung; a record outlives an unfinished cell. Raises UsageError where records of one cell differ in more than timings, unless `replace` takes one's own."""
+    rung; a record outlives an unfinished cell. Raises UsageError where records of one cell differ in more than timings,
+    unless `replace` takes one's own."""
     together, differing = dict(published.records), []
     samples, beside = dict(published.samples), published.companions
     for key, record in own.records.items():

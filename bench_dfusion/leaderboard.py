@@ -408,8 +408,8 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
     `variants`: with the rows that `hidden` names.
 
     Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
-    (counts of records, collapsed runs, cells without a record); rung (of a track with rungs); of each judge base, trained, gain, low, high (means over
-    seeds and prompts, 95 %); interval (its kind); reward rise (training reward of the last round's drawn samples
+    (counts of records, collapsed runs, cells without a record); rung (of a track with rungs); of each judge base, trained,
+    gain, low, high (means over seeds and prompts, 95 %); interval (its kind); reward rise (training reward of the last round's drawn samples
     − the base's on the same prompts, or where records lack that − the first round's); diversity (trained / base); kl
     (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note; submitter; flags (why some of its
     records must not be published, empty where all may be).
