@@ -474,6 +474,9 @@ def test_the_page_draws_gain_against_queries(tmp_path: Path) -> None:
     assert rows["kto"]["climb"][1:] == [[96, None, None, None], [144, None, None, None]]
     lines = {line["algorithm"]: line["cells"] for line in of_page["rungs"]}
     assert lines["sft"][0][0].startswith("−0.0") and lines["sft"][1:] == [("–", "", "")] * 2
+    (early,) = of_page["data"]["early"]
+    assert early["name"] == ["sft", "dfusion", "clip"] and [p[0] for p in early["climb"]] == [48]
+    assert list(of_page["marks"]) == ["dfusion"]
     page = report.html([board])
     assert 'data-chart="climb"' in page and "rung 3 of 3, 144 reward queries" in page and "144 queries</th>" in page
     assert 'data-chart="climb"' not in report.html([Board((boards.record(),))])

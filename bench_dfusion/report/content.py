@@ -94,10 +94,12 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
     lines = leaderboard.table(board).to_dict("records")
     rungs = leaderboard.by_rung(board).to_dict("records")
     climbs = {tuple(line[k] for k in leaderboard.KEY): _climb(line, board) for line in rungs}
+    early = [line for line in rungs if tuple(line[k] for k in leaderboard.KEY) not in by_key]  # not run to this rung
     ordered = [by_key[tuple(line[k] for k in leaderboard.KEY)] for line in lines]
     root = _root(board)
     where = {r.cell_hash: p for r, p in zip(board.records, board.paths, strict=False)}
-    marks = marks_of(r.builder for r in found)
+    builders = {*(r.builder for r in found), *(line["builder"] for line in early)}
+    marks = marks_of(builders)
     fixed = board.cells[0].resolved.get("track", {})
     judges = _judges(board)
     return {
@@ -124,7 +126,7 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
             key: sorted({visible(getattr(r, key)) for r in found}) for key in ("algorithm", "builder", "reward")
         }
         | {"state": sorted({_state(line, row) for line, row in zip(lines, ordered, strict=True)})},
-        "marks": {visible(b): marks[b] for b in sorted({r.builder for r in found}, key=lambda b: (marks[b], b))},
+        "marks": {visible(b): marks[b] for b in sorted(builders, key=lambda b: (marks[b], b))},
         "effect": _effect(board),
         "pictures": _pictures(ordered, where, root, pictures, advance),
         "facts": [[visible(k), visible(v)] for k, v in _facts(fixed)],
@@ -140,6 +142,15 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
                         "climb": climbs.get(row.key, []),
                     }
                     for line, row in zip(lines, ordered, strict=True)
+                ],
+                "early": [
+                    {
+                        "name": [line[k] for k in ("algorithm", "builder", "reward")],
+                        "variant": leaderboard.label_of(line),
+                        "mark": marks[line["builder"]],
+                        "climb": _climb(line, board),
+                    }
+                    for line in early
                 ],
                 "fronts": fronts(lines, board.judges),
             }

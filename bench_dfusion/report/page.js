@@ -396,7 +396,7 @@
   // The gain at each rung of the ladder, a panel for each algorithm and reward.
   function drawClimb(section, plot) {
     const track = DATA.tracks[section.dataset.track];
-    const rows = track.rows.map((row, number) => ({ ...row, number })).filter((row) => row.climb.length);
+    const rows = [...track.rows.map((row, number) => ({ ...row, number })), ...track.early].filter((row) => row.climb.length);
     if (!rows.length) return empty(plot, "No row has been judged at a rung.");
     const panels = new Map();
     for (const row of rows) {
@@ -418,7 +418,7 @@
         const at = (p) => X(p[0]) + shift;
         const judged = row.climb.filter((p) => p[1] !== null), fallen = row.climb.find((p) => p[1] === null);
         const told = row.climb.map((p) => `${p[0]} queries ${p[1] === null ? "−∞" : `${signed(p[1])} [${signed(p[2])}, ${signed(p[3])}]`}`);
-        const group = s("g", { class: `k${row.mark} point${row.state === "ranked" ? "" : " hollow"}`, "data-row": row.number }, s("title", {}, `${rowName(row)}: ${told.join("; ")}`));
+        const group = s("g", { class: `k${row.mark} point${row.state === "ranked" ? "" : " hollow"}`, ...(row.number === undefined ? {} : { "data-row": row.number }) }, s("title", {}, `${rowName(row)}: ${told.join("; ")}`));
         if (judged.length) group.append(s("path", { class: "curve", d: `M${judged.map((p) => `${at(p)} ${Y(p[1])}`).join("L")}` }));
         for (const p of judged) {
           group.append(s("line", { class: "whisker", x1: at(p), x2: at(p), y1: Y(p[2]), y2: Y(p[3]) }),
