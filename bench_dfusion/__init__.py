@@ -24,6 +24,7 @@ def run(
     pairs: str | None = None,
     out: str | Path = "runs",
     keep_pairs: Keep | None = None,
+    rung: int = 1,
     **options: Any,
 ) -> Record:
     """Train and evaluate one cell, or go on where it was stopped; returns its record.
@@ -31,11 +32,10 @@ def run(
     `pairs`: train offline on a preference dataset, by path or Hub id, in the place of `reward` and `builder`.
     `options` are those of `bench_dfusion.config.resolve`: track_source, seed, model, prompts, settings
     (a list of "SECTION.OPTION=VALUE"), config. `keep_pairs`: of which rounds the pairs stay, "all", "last" or
-    "none". Raises UsageError on anything wrong, before any compute.
+    "none". `rung`: of a track with rungs the one to end at. Raises UsageError on anything wrong, before any compute.
     """
     from bench_dfusion.config import resolve
     from bench_dfusion.trainer import run_cell
 
-    return run_cell(
-        resolve(algo=algo, reward=reward, builder=builder, pairs=pairs, **options), Path(out), keep_pairs=keep_pairs
-    )
+    cell = resolve(algo=algo, reward=reward, builder=builder, pairs=pairs, **options)
+    return run_cell(cell, Path(out), keep_pairs=keep_pairs, rung=rung)

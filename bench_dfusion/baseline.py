@@ -23,9 +23,10 @@ CERTAIN = 1e-6  # one-sided p-value of a fall: a policy that has not changed is 
 
 def pictures_per_prompt(track: Track, rounds: int) -> int:
     """How many of the base's pictures are scored for each prompt of a run: `SHARE` of the budget over the prompts that it
-    sees, at least 1 and at most as many as a round has of a prompt."""
+    sees, at least 1 and at most as many as a round has of a prompt. Of a track with rungs the first one's budget counts,
+    wherever a run ends; `rounds` are its own (count)."""
     seen = min(len(track.prompts.train), rounds * track.budget.prompts_per_round)
-    return max(1, min(track.budget.samples_per_prompt, round(SHARE * track.budget.reward_queries / seen)))
+    return max(1, min(track.budget.samples_per_prompt, round(SHARE * track.budget.ladder[0] / seen)))
 
 
 @dataclass

@@ -64,9 +64,15 @@ class Checker:
         if contradictions:
             more = f" (and {len(contradictions) - 1} more)" if len(contradictions) > 1 else ""
             raise UsageError(f"it contradicts itself: {contradictions[0]}{more}")
-        problem = next(self._problems(record), None)
-        if problem is not None:
-            raise UsageError(plain(problem))
+        stages = record.stages
+        for stage in stages:
+            problem = next(self._problems(stage), None)
+            if (
+                problem is None and stage.verdicts
+            ):  # of its first rung; other machines may have drawn the base at later ones
+                problem = next(_other_base(stage, _base(stages[0]), "that of rung 1"), None)
+            if problem is not None:
+                raise UsageError(plain(_at(stage, record) + problem))
 
     def flags(self, record: Record) -> list[str]:
         """Why a record that may stand in its owner's own table must not be published, one line each, `FIELD: reason`."""
@@ -91,7 +97,8 @@ class Checker:
         elif record.seed >= seeds:
             yield f"seed: {record.seed} is none of the track's seeds, 0 to {seeds - 1}"
         builder = self._class("builder", record.builder)
-        if record.schema_revision and record.verdicts and record.agreement is None and builder and builder.draws:
+        unmeasured = any(stage.verdicts and stage.agreement is None for stage in record.stages)
+        if record.schema_revision and unmeasured and builder and builder.draws:
             yield "agreement: missing, and runs of this version measure how the training reward agrees with the judges"
         known_base = KNOWN.get(record.track, {}).get("base")
         if known_base and record.verdicts and _base(record) != known_base:
@@ -131,16 +138,18 @@ class Checker:
 
     def _stands_on(self, record: Record, track: Track) -> Iterator[str]:
         """Whether it names a checked base and its pictures' scores where its track has one, and the one that is shipped."""
-        checked = bool(record.verdicts) and track.evaluation.base_images_per_prompt is not None
-        for name in ("base_sha256", "scores_sha256"):
-            digest = getattr(record.provenance, name)
-            if digest is None and checked:
+        checked = track.evaluation.base_images_per_prompt is not None
+        judged = {"base_sha256": record.verdicts or record.rungs, "scores_sha256": record.verdicts}
+        for name, verdicts in judged.items():
+            digest, needed = getattr(record.provenance, name), checked and bool(verdicts)
+            if digest is None and needed:
                 yield f"provenance.{name}: missing, and the track has a checked base"
-            elif digest is not None and not checked and name == "base_sha256":
-                yield f"provenance.{name}: given, and the track has no checked base"
+            elif digest is not None and not needed and name == "base_sha256":
+                which = "it was never judged" if checked else "the track has no checked base"
+                yield f"provenance.{name}: given, and {which}"
             elif digest is not None and not SHA256.fullmatch(digest):
                 yield f"provenance.{name}: {digest[:40]!r} is no SHA-256"
-        if checked and (base := self._base_of(track, checked_base.SHIPPED)) is not None:
+        if checked and record.verdicts and (base := self._base_of(track, checked_base.SHIPPED)) is not None:
             yield from self._on(record, base)
 
     def _base_of(self, track: Track, folder: Path) -> CheckedBase | None:
@@ -164,17 +173,20 @@ class Checker:
                 yield f"verdict of {name}: per_prompt: its base is not what the checked base says"
 
     def beside(self, path: Path, record: Record) -> None:
-        """Hold a record against the files it came with: the scores of its pictures, and the checked base among the runs.
-        Raises UsageError, in one line, where they say otherwise."""
-        file = path.with_name(checked_base.SCORES)
-        if not record.verdicts or record.provenance.scores_sha256 is None or not file.is_file():
-            return
-        track = track_of(record)
-        if track.evaluation.base_images_per_prompt is None:
-            return
-        problem = next(self._contradicted(file, record, track, self._base_of(track, path.parent.parent)), None)
-        if problem is not None:
-            raise UsageError(plain(problem))
+        """Hold a record against the files it came with: the scores of its pictures, at each rung, and the checked base
+        among the runs. Raises UsageError, in one line, where they say otherwise."""
+        for stage in record.stages:
+            file = records.rung_folder(path.parent, stage.rung or 1) / checked_base.SCORES
+            if stage is record:
+                file = records.beside(path, record, checked_base.SCORES)
+            if not stage.verdicts or stage.provenance.scores_sha256 is None or not file.is_file():
+                continue
+            track = track_of(record)
+            if track.evaluation.base_images_per_prompt is None:
+                return
+            problem = next(self._contradicted(file, stage, track, self._base_of(track, path.parent.parent)), None)
+            if problem is not None:
+                raise UsageError(plain(_at(stage, record) + problem))
 
     def _contradicted(self, file: Path, record: Record, track: Track, base: CheckedBase | None) -> Iterator[str]:
         if files.sha256(file) != record.provenance.scores_sha256:
@@ -304,7 +316,8 @@ class Checker:
         sampled = [r for r in rounds if r.reward is not None]
         a_round = self._queries(record, configs, drawn)
         if a_round is not None:
-            expected = budget.reward_queries // (a_round or drawn)
+            queries = budget.ladder[(record.rung or 1) - 1]
+            expected = queries // (a_round or drawn)
             if len(rounds) > expected or (finished and len(rounds) != expected):
                 yield f"rounds: {len(rounds)}, but the budget has {expected} of {a_round or drawn} queries"
             wrong = next((r for r in rounds if r.queries != (r.round + 1) * a_round), None)
@@ -321,8 +334,8 @@ class Checker:
                 f"cost.reward_queries: {cost.reward_queries}, but {len(sampled)} rounds of {drawn} drawn samples were scored"
             )
         least = drawn * track.sampler.steps * len(sampled)
-        if finished:
-            least += len(track.prompts.heldout) * track.evaluation.images_per_prompt * track.sampler.steps
+        judged = len(record.rungs or ()) + finished
+        least += judged * len(track.prompts.heldout) * track.evaluation.images_per_prompt * track.sampler.steps
         if cost.network_evaluations < least:
             yield f"cost.network_evaluations: {cost.network_evaluations}, but drawing the samples alone takes {least}"
         algorithm = configs.get("algorithm")
@@ -362,7 +375,11 @@ class Checker:
 
         `where`: what messages call it.
         """
-        self._same_base(where, record)
+        self._same_base(where, next((s for s in reversed(record.stages) if s.verdicts), record))
+        for stage in record.stages:
+            self._take(where, stage)
+
+    def _take(self, where: str, record: Record) -> None:
         other, before = self._loras.setdefault(record.provenance.lora_sha256, (where, record))
         if before is not record and _another_training(before, record):
             raise UsageError(
@@ -482,6 +499,11 @@ def check(found: Sequence[tuple[Path | None, Record]], checker: Checker | None =
             checker.take(where, record)
         except UsageError as error:
             raise UsageError(plain(f"{where}: {error}")) from None
+
+
+def _at(stage: Record, record: Record) -> str:
+    """How messages begin that are about a record at an earlier rung."""
+    return "" if stage is record else f"rung {stage.rung}: "
 
 
 def track_of(record: Record) -> Track:

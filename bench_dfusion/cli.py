@@ -41,6 +41,14 @@ Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A Python file that defines a plugin, for a first try.")
 ]
 
+AtRung = Annotated[
+    int | None,
+    typer.Option("--rung", min=1, help="Of a track with rungs the one to compare at (default: where most rows end)."),
+]
+Rung = Annotated[
+    int, typer.Option(min=1, help="Of a track with rungs the one to end at; a run goes on from an earlier one.")
+]
+
 
 @app.command()
 def run(
@@ -101,6 +109,7 @@ def run(
         str | None,
         typer.Option(metavar="OWNER/NAME", help="With --push-to-hub: the dataset whose table the scores belong to."),
     ] = None,
+    rung: Rung = 1,
     expect: Annotated[
         str | None, typer.Option(metavar="HASH", help="Refuse to run a cell whose hash (in cell.json) is another.")
     ] = None,
@@ -154,7 +163,7 @@ def run(
     loaded = context.obj or Loaded()
     for cell in cells:
         try:
-            records.append(run_cell(cell, folder, device, keep_pairs, loaded))
+            records.append(run_cell(cell, folder, device, keep_pairs, loaded, rung))
         except KeyboardInterrupt:
             out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
             raise typer.Exit(130) from None
@@ -215,6 +224,7 @@ def sweep(
         Literal["all", "last", "none"] | None,
         typer.Option(help="Rounds whose pairs stay, for pairs export (default: all; over 128 px the last)."),
     ] = None,
+    rung: Rung = 1,
     plugin: Plugins = None,
 ) -> None:
     """Run every algorithm × builder × reward × seed, and print the leaderboard.
@@ -245,6 +255,7 @@ def sweep(
         seeds,
         folder,
         words,
+        rung,
         model=model,
         prompts=prompts,
         settings=settings,
@@ -270,7 +281,7 @@ def sweep(
     from bench_dfusion import display
 
     for board in _boards(str(folder / jobs[0].cell.track.id), folder):
-        display.board(board, out)
+        display.board(board if len(board.ladder) == 1 else board.at(rung), out)
     if not whole:
         raise typer.Exit(1)
 
@@ -466,6 +477,7 @@ def leaderboard(
     variants: Annotated[
         bool, typer.Option("--variants", help="Show the rows too whose options are not those the track's tuning chose.")
     ] = False,
+    rung: AtRung = None,
 ) -> None:
     """Print the table of the runs found, one table a track, and the effect of D-Fusion."""
     from bench_dfusion import display
@@ -474,7 +486,7 @@ def leaderboard(
 
     if csv + markdown + wins + (picture is not None) > 1:
         raise UsageError("--csv, --markdown, --wins and --picture exclude each other")
-    found = _boards(source, folder)
+    found = _boards(source, folder, rung)
     if picture is not None:
         from bench_dfusion.report import leaderboard_picture
 
@@ -504,13 +516,14 @@ def report(
     folder: Annotated[Path, typer.Option("--out", help="Where the run directories of a named track are.")] = Path(
         "runs"
     ),
+    rung: AtRung = None,
 ) -> None:
     """Write the runs found as one self-contained HTML page: tables, charts, pictures and every record."""
     from bench_dfusion import report as reports
 
-    found = _boards(source, folder)
+    found = _boards(source, folder, rung)
     reports.write(found, to)
-    runs = sum(len(board.records) for board in found)
+    runs = sum(len((board.whole or board).records) for board in found)
     tracks = ", ".join(board.track for board in found)
     size = to.stat().st_size / 1e6
     out.print(f"{escape(f'{to}: {runs} runs of {tracks}, {size:.1f} MB')}", soft_wrap=True, highlight=False)
@@ -706,8 +719,9 @@ def _suggestions(kind: str, name: str) -> None:
         out.print(escape(f"track{'s' * (len(names) > 1)} {', '.join(names)}{what}"), highlight=False)
 
 
-def _boards(source: str, folder: Path) -> list[Board]:
-    """The boards below a folder, or of a named track's runs below `folder`. Raises UsageError where there is none."""
+def _boards(source: str, folder: Path, rung: int | None = None) -> list[Board]:
+    """The boards below a folder, or of a named track's runs below `folder`, at a rung where one is given. Raises
+    UsageError where there is none."""
     from bench_dfusion import leaderboard, track
 
     where = Path(source)
@@ -726,7 +740,7 @@ def _boards(source: str, folder: Path) -> list[Board]:
         raise UsageError(str(error)) from None
     if not found:
         raise UsageError(f"no run below {where}")
-    return found
+    return found if rung is None else [board.at(rung) for board in found]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench_dfusion import checked_base, checks, files
+from bench_dfusion import checked_base, checks, files, records
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
@@ -20,10 +20,14 @@ HASHES = {
 MAY_BE_MISSING = {LORA}  # records of schema version 1 were published without
 
 
-def hash_of(record: Record, name: str) -> str | None:
-    """The SHA-256 that a record gives of its companion, None where it has none of that name."""
-    value: str | None = getattr(record.provenance, HASHES[name])
-    return value
+def hashes(record: Record) -> dict[str, str]:
+    """The SHA-256 that a record gives of each of its companions, by name: those of earlier rungs are `rungs/N/NAME`."""
+    found: dict[str, str] = {}
+    for stage in record.stages:
+        folder = "" if stage is record else f"{records.rung_folder(Path(), stage.rung or 1).as_posix()}/"
+        of = {name: getattr(stage.provenance, field) for name, field in HASHES.items()}
+        found |= {folder + name: digest for name, digest in of.items() if digest is not None}
+    return found
 
 
 def beside(path: Path | None, record: Record) -> dict[str, Path]:
@@ -34,17 +38,19 @@ def beside(path: Path | None, record: Record) -> dict[str, Path]:
     not in MAY_BE_MISSING.
     """
     found = {}
-    for name, field in HASHES.items():
-        expected = hash_of(record, name)
-        if expected is None:
+    for name, expected in hashes(record).items():
+        last = Path(name).name
+        where = f"provenance.{HASHES[last]}"
+        file = None
+        if path is not None and path.name == "record.json":
+            file = records.beside(path, record, name) if name == last else path.parent / name
+        if file is None or not file.is_file():
+            if last not in MAY_BE_MISSING:
+                raise UsageError(f"{where}: {name} is missing; leave it beside the record")
             continue
-        if path is None or path.name != "record.json" or not path.with_name(name).is_file():
-            if name not in MAY_BE_MISSING:
-                raise UsageError(f"provenance.{field}: {name} is missing; leave it beside the record")
-            continue
-        if files.sha256(path.with_name(name)) != expected:
-            raise UsageError(f"provenance.{field}: {path.with_name(name)} is another file than the record's")
-        found[name] = path.with_name(name)
+        if files.sha256(file) != expected:
+            raise UsageError(f"{where}: {file} is another file than the record's")
+        found[name] = file
     return found
 
 

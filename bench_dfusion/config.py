@@ -183,7 +183,7 @@ def _change_track(
     if changes:
         if "heldout" in changes.get("prompts", {}):  # the clusters were those of the prompts that go
             content["prompts"] = {k: v for k, v in content.get("prompts", {}).items() if k != "clusters"}
-        content = track.merge(content, changes)
+        content = track.merge(track.without_rungs(content, changes), changes)
     # A track whose fixed part is changed is another: its records never mix with the published one's.
     if custom:
         content["name"] = f"{content.get('name', 'track')}-custom"

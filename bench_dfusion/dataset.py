@@ -56,6 +56,7 @@ _CELL = {
     "cell_hash": ("string", "SHA-256 of the run's resolved configuration; the key into records"),
     **_NAMES,
 }
+_RUNG = {"rung": ("int64", "rung of the track's ladder of budgets, from 1; null where the track has none")}
 _SEED = {"seed": ("int64", "the training seed")}
 
 # Columns of each config: the type, in the names that pyarrow and datasets share, and the meaning.
@@ -72,6 +73,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         **_NAMES,
         **_VARIANT,
+        **_RUNG,
         "seeds": ("int64", "records (count)"),
         "failed": ("int64", "runs that collapsed or turned non-finite (count); one makes the row a miss"),
         "missing": ("int64", "registered cells without a record (count)"),
@@ -101,6 +103,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         **_CELL,
         **_VARIANT,
         **_SEED,
+        **_RUNG,
         "judge": ("string", "the reward plugin that judged"),
         "ranks": ("bool", "whether it is the track's first judge, the one that ranks"),
         "trained_on": ("bool", "whether it was the training reward, and so a ceiling; null for a failed run"),
@@ -203,16 +206,17 @@ def boards_of(content: Content) -> list[Board]:
 
 
 def merge(published: Content, own: Content, replace: bool = False) -> Content:
-    """Both together, one record a cell; of the same record the published one stays, a record outlives an unfinished
-    cell. Raises UsageError where records of one cell differ in more than timings, unless `replace` takes one's own."""
+    """Both together, one record a cell; of the same record the published one stays, unless one's own goes on to a further
+    rung; a record outlives an unfinished cell. Raises UsageError where records of one cell differ in more than timings,
+    unless `replace` takes one's own."""
     together, differing = dict(published.records), []
     samples, beside = dict(published.samples), published.companions
     for key, record in own.records.items():
         old = together.get(key)
-        if old is None:
-            together[key] = record
-        elif records.differences(old, record):
+        differs = old is not None and bool(records.differences(old, record))
+        if old is not None and differs:
             differing.append((old, record))
+        if old is None or differs or records.further(old, record):
             together[key] = record
             samples.pop(key[:16], None)  # they show the record that is gone
             beside = frozenset(p for p in beside if not p.startswith(run_path(key, "")))
@@ -257,14 +261,19 @@ def tables(content: Content) -> dict[str, pa.Table]:
     """The tables of `TABLES`, in the schemas of `SCHEMAS`; the same content gives the same tables."""
     lines: dict[str, list[dict[str, Any]]] = {config: [] for config in TABLES}
     for board in boards_of(content):
-        found = leaderboard.rows(board)
-        lines["leaderboard"] += _leaderboard(board, found)
-        for row in found:
-            for record in row.records:
-                cell = {**_cell(record), "variant": row.variant}
-                lines["scores"] += _scores(record, cell)
-                lines["curves"] += _curves(record, cell)
-            lines["records"] += [*map(_stored, row.records), *map(_stored, row.unfinished)]
+        whole = {r.cell_hash: r for r in board.records}
+        for level in board.levels:
+            found = leaderboard.rows(level)
+            rung = {"rung": level.rung if len(board.ladder) > 1 else None}
+            lines["leaderboard"] += [line | rung for line in _leaderboard(level, found)]
+            for row in found:
+                for record in row.records:
+                    lines["scores"] += _scores(record, {**_cell(record), "variant": row.variant, **rung})
+        for row in leaderboard.rows(board.at(1)):  # every cell is there
+            own = [whole[r.cell_hash] for r in row.records]
+            for record in own:
+                lines["curves"] += _curves(record, {**_cell(record), "variant": row.variant})
+            lines["records"] += [*map(_stored, own), *map(_stored, row.unfinished)]
     return {config: pa.Table.from_pylist(lines[config], SCHEMAS[config]) for config in TABLES}
 
 
@@ -494,7 +503,7 @@ def card(content: Content, digests: Mapping[str, str]) -> str:
     """The dataset's README. `digests`: a hash of each config that has rows; the others cannot be loaded, and are said
     to be absent. Texts of records are shown as text, whatever they hold."""
     boards = boards_of(content)
-    rows = sum(len(leaderboard.rows(b)) for b in boards)
+    rows = sum(len(leaderboard.rows(b.at(1))) for b in boards)
     absent = [config for config in COLUMNS if config not in digests]
     missing = f"\nWithout rows yet, and so not declared: {', '.join(f'`{c}`' for c in absent)}.\n" if absent else ""
     return f"""---
@@ -530,7 +539,7 @@ load_dataset("OWNER/NAME", "leaderboard", split="train")  # this dataset's id, o
 - Base and trained are drawn on the same held-out noise, which depends on (prompt, image index) alone; the gain is paired. From three seeds on its 95 % interval is the two-way t over seeds and prompts; below, it covers the prompts only and there is no rank.
 - A rank is a range: all pairs of rows with exactly the track's seeds are compared together, at 5 % for the whole table; rows that are not separated share it.
 - A run that collapsed or turned non-finite makes its row a miss: gain −inf, last place. Registered cells without a record make it incomplete. Neither is dropped.
-- The evaluated checkpoint is the last one of the budget. Options are fixed for a method, or tuned on validation prompts under the budget that the track states.
+- The evaluated checkpoint is the last one of the budget, at each rung where the track has rungs. Options are fixed for a method, or tuned on validation prompts under the budget that the track states.
 - Records of different tracks (the hash decides) are never compared.
 
 ## Configs
@@ -601,8 +610,8 @@ def _yaml_features(digests: Mapping[str, str]) -> str:
 
 def _columns(digests: Mapping[str, str]) -> str:
     about = {
-        "leaderboard": "one row for each algorithm × builder × reward × variant of a track, best first",
-        "scores": "what every judge said of every run: of all held-out prompts, of each template, of each prompt",
+        "leaderboard": "one row for each algorithm × builder × reward × variant of a track, best first, at each of its rungs",
+        "scores": "what every judge said of every run at each of its rungs: of all held-out prompts, of each template, of each prompt",
         "curves": "the training curve of every run, one row for each round and metric",
         "samples": "pictures that runs left",
         "records": "one row a run: the record that everything else is made from",
@@ -634,7 +643,8 @@ def _track_section(board: Board) -> str:
         "arithmetic": _text(track.model.dtype + (f", autocast {track.model.autocast}" if track.model.autocast else "")),
         "sampler": f"{s.steps} steps, {noise}, guidance {s.guidance:g}",
         "LoRA": lora,
-        "budget of a run": f"{b.reward_queries} reward queries; {b.prompts_per_round} prompts × {b.samples_per_prompt} samples a round",
+        "budget of a run": f"{b.reward_queries} reward queries; {b.prompts_per_round} prompts × {b.samples_per_prompt} samples a round"
+        + (f"; ranked at {', '.join(map(str, b.rungs))}" if b.rungs else ""),
         "prompts": f"{len(p.train)} train, {len(p.validation)} validation, {len(p.heldout)} held-out × "
         f"{track.evaluation.images_per_prompt} images; the first held out: {'; '.join(map(_text, p.heldout[:3]))}",
         "judges": f"{'; '.join(judges)}; the first ranks",

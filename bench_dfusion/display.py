@@ -36,6 +36,10 @@ def record(record: Record, folder: Path, out: Console) -> None:
     queries = f"{c.reward_queries} reward queries" if c.reward_queries else "offline, no reward query"
     drift = f"{_drift(record.drift)}; " if record.drift else ""
     out.print(f"{drift}{queries}, {sum(c.seconds.values()):.0f} s, {c.peak_memory_mb:.0f} MB")
+    ladder = record.resolved["track"]["budget"].get("rungs") or ()
+    if record.rung is not None and record.rung < len(ladder):
+        further = f"--rung {record.rung + 1} goes on to {ladder[record.rung]:,} reward queries"
+        out.print(f"rung {record.rung} of {len(ladder)}: {further}", highlight=False)
     if record.untrained:
         out.print(f"[yellow]nothing was trained: {_text(record.untrained)}[/yellow]", soft_wrap=True)
     out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
@@ -223,7 +227,8 @@ def wins(board: Board, out: Console) -> None:
 def board(board: Board, out: Console, variants: bool = False) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
     frame, judges = leaderboard.table(board, variants), board.judges
-    out.print(f"[italic]{_text(board.track)}  ({board.track_hash[:12]})", highlight=False)
+    place = f", {board.place}" if board.place else ""
+    out.print(f"[italic]{_text(board.track)}  ({board.track_hash[:12]}){place}", highlight=False, soft_wrap=True)
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("rank", no_wrap=True)
     grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
@@ -249,6 +254,7 @@ def board(board: Board, out: Console, variants: bool = False) -> None:
         for cell in row.unfinished:
             if cell.error:
                 out.print(f"{_text(row.name)}, seed {cell.seed}: {_text(cell.error)}", style="red")
+    _by_rung(board, out, variants)
     effect = leaderboard.contrasts(board)
     if len(effect):
         out.print()
@@ -262,6 +268,25 @@ def board(board: Board, out: Console, variants: bool = False) -> None:
             words = (e["algorithm"], e["reward"], e["seeds"], difference, f"{e['holm']:.3f}")
             grid.add_row(*(_text(w) for w in words))
         out.print(grid)
+
+
+def _by_rung(board: Board, out: Console, variants: bool) -> None:
+    lines = leaderboard.by_rung(board, variants).to_dict("records")
+    if not lines:
+        return
+    out.print(f"\n[italic]{_text(board.judges[0])} gain at each rung, by its reward queries", highlight=False)
+    grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
+    for budget in board.ladder:
+        grid.add_column(f"{budget:,}\nrank", justify="right", no_wrap=True)
+    for line in lines:
+        name = [line["algorithm"], f"{line['builder']}, {line['reward']}", leaderboard.label_of(line)]
+        cells = []
+        for n in range(1, len(board.ladder) + 1):
+            gain, _, interval = leaderboard.rung_text(line, n).partition(" ")
+            cells.append("\n".join(t for t in (gain, interval, line[f"{n} rank"]) if t))
+        grid.add_row("\n".join(_text(t) for t in name if t), *map(escape, cells))
+    out.print(grid)
 
 
 def merged(done: Merged, into: Path, out: Console) -> None:

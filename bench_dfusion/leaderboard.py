@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import pandas as pd
 from bench_dfusion import checks, files, records, statistics
 from bench_dfusion.records import Record, Unfinished
 from bench_dfusion.registry import UsageError, plain
+from bench_dfusion.track import check_rung
 
 REVIEWED = "reviewed.json"  # in a leaderboard's folder: the rewards that a person has looked at, by fingerprint
 # Rank correlation of the training reward and the judge that ranks, on the same pictures, from which a row is a ceiling
@@ -34,12 +35,17 @@ AGREEMENT = 0.9
 @dataclass(frozen=True)
 class Board:
     """The records of one track, and the cells that were registered and have none. Raises ValueError where two
-    records are of one cell, where judges are not the same everywhere, or where tracks are mixed."""
+    records are of one cell, where judges are not the same everywhere, or where tracks are mixed.
+
+    Of a track with rungs, records are compared at one rung alone (`at`); a board of them as they are is so at `common`.
+    """
 
     records: tuple[Record, ...]
     unfinished: tuple[Unfinished, ...] = ()
     paths: tuple[Path, ...] = ()  # of the records, where they were read from files
     reviewed: frozenset[str] = frozenset()  # fingerprints of rewards that a person found to be none of the judges
+    rung: int | None = None  # None: the records as they are
+    whole: Board | None = None  # what `at` was asked of
 
     def __post_init__(self) -> None:
         tracks = {c.track_hash: c.track for c in self.cells}
@@ -74,7 +80,59 @@ class Board:
 
     @cached_property
     def checker(self) -> checks.Checker:
-        return checks.Checker()
+        return self.whole.checker if self.whole else checks.Checker()
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The budgets at which runs of the track are ranked, rising (reward queries)."""
+        budget = self.cells[0].resolved.get("track", {}).get("budget", {})
+        return tuple(budget.get("rungs") or (budget.get("reward_queries"),))
+
+    def at(self, rung: int) -> Board:
+        """The board of what was found at a rung: without the runs that end before it, unless they failed. Raises
+        UsageError where the track has no such rung or no run has reached it."""
+        whole = self.whole or self
+        check_rung(rung, self.ladder, self.track)
+        found = [r.at(rung) for r in whole.records]
+        paths = [p for r, p in zip(found, whole.paths, strict=False) if r is not None]
+        there = tuple(r for r in found if r is not None)
+        if not there and not whole.unfinished:
+            raise UsageError(f"--rung {rung}: no run of {self.track} has reached it")
+        return replace(whole, records=there, paths=tuple(paths), rung=rung, whole=whole)
+
+    @property
+    def common(self) -> int:
+        """The rung that most rows end at, the later one of equals; a row ends where the first of its runs does."""
+        ends: dict[str, int] = {}
+        for record in (self.whole or self).records:
+            if record.status == "finished":
+                row = json.dumps([*_names(record), options_of(record)], sort_keys=True)
+                ends[row] = min(ends.get(row, record.rung or 1), record.rung or 1)
+        counts = Counter(ends.values())
+        return max(counts, key=lambda rung: (counts[rung], rung), default=1)
+
+    @cached_property
+    def ranked(self) -> Board:
+        """This board at a rung, `common` where none was asked for; itself of a track without rungs."""
+        return self if self.rung is not None or len(self.ladder) == 1 else self.at(self.common)
+
+    @cached_property
+    def levels(self) -> list[Board]:
+        """The board at every rung that a run has reached, from the first; of a track without rungs one."""
+        furthest = max(
+            (len(self.ladder) if r.status == "failed" else r.rung or 1 for r in (self.whole or self).records), default=1
+        )
+        return [self.at(rung) for rung in range(1, furthest + 1)]
+
+    @property
+    def place(self) -> str:
+        """The rung that is compared, as headings say it; empty of a track without rungs."""
+        rung = self.ranked.rung
+        if rung is None or len(self.ladder) == 1:
+            return ""
+        left = sum(not r.reached(rung) for r in (self.whole or self).records)
+        before = f"; {left} run{'s' * (left != 1)} that end{'s' * (left == 1)} before it not shown" if left else ""
+        return f"rung {rung} of {len(self.ladder)}, {self.ladder[rung - 1]:,} reward queries{before}"
 
     @cached_property
     def grouped(self) -> tuple[Row, ...]:
@@ -243,6 +301,10 @@ class Row:
         return "; ".join(n for n in (notes[self.state], untrained, offline) if n)
 
 
+def _names(cell: Record | Unfinished) -> tuple[str, str, str, str]:
+    return cell.algorithm, cell.builder, cell.reward, cell.submitter if isinstance(cell, Record) else ""
+
+
 def options_of(cell: Record | Unfinished) -> dict[str, Any]:
     """What the runs of a row share: every option but the seed and the batch, on which no number depends."""
     track = {k: v for k, v in cell.resolved.get("track", {}).items() if k != "batch"}
@@ -256,15 +318,15 @@ def identity(cell: Record | Unfinished) -> str:
 
 
 def rows(board: Board) -> list[Row]:
-    """A board's cells, grouped by algorithm, builder, reward and options, in the order of their names."""
-    return list(board.grouped)
+    """A board's cells, grouped by algorithm, builder, reward and options, in the order of their names. A row has one name
+    and one standing at all rungs."""
+    return list(board.ranked.grouped)
 
 
 def _grouped(board: Board) -> list[Row]:
     groups: dict[tuple[str, str, str, str], dict[str, list[Record | Unfinished]]] = {}
-    for cell in sorted(board.cells, key=lambda c: (c.seed, c.cell_hash)):
-        submitter = cell.submitter if isinstance(cell, Record) else ""
-        same = groups.setdefault((cell.algorithm, cell.builder, cell.reward, submitter), {})
+    for cell in sorted((board.whole or board).cells, key=lambda c: (c.seed, c.cell_hash)):
+        same = groups.setdefault(_names(cell), {})
         same.setdefault(json.dumps(options_of(cell), sort_keys=True), []).append(cell)
     result = []
     for (algorithm, builder, reward, submitter), configurations in sorted(groups.items()):
@@ -276,8 +338,11 @@ def _grouped(board: Board) -> list[Row]:
                 raise ValueError(
                     f"{algorithm}/{builder}/{reward} has seed {next(s for s in seeds if seeds.count(s) > 1)} twice"
                 )
-            own = tuple(c for c in cells if isinstance(c, Record))
+            at = [c.at(board.rung or 1) for c in cells if isinstance(c, Record)]
+            own = tuple(r for r in at if r is not None)
             unfinished = tuple(c for c in cells if isinstance(c, Unfinished))
+            if not own and not unfinished:
+                continue
             variant_only = cells is not standing
             result.append(
                 Row(algorithm, builder, reward, label, own, unfinished, submitter, variant_only, board.reviewed)
@@ -343,8 +408,8 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
     `variants`: with the rows that `hidden` names.
 
     Columns: rank (as a range where ties are not separated), algorithm, builder, reward, variant; seeds, failed, missing
-    (counts of records, collapsed runs, cells without a record); of each judge base, trained, gain, low, high (means over
-    seeds and prompts, 95 %); interval (its kind); reward rise (training reward of the last round's drawn samples
+    (counts of records, collapsed runs, cells without a record); rung (of a track with rungs); of each judge base, trained,
+    gain, low, high (means over seeds and prompts, 95 %); interval (its kind); reward rise (training reward of the last round's drawn samples
     − the base's on the same prompts, or where records lack that − the first round's); diversity (trained / base); kl
     (nats); queries, evaluations (counts a run); seconds, memory (MB) a run; note; submitter; flags (why some of its
     records must not be published, empty where all may be).
@@ -366,7 +431,7 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
             "seeds": len(row.records),
             "failed": len(row.failed),
             "missing": len(row.unfinished),
-        }
+        } | ({"rung": board.ranked.rung} if len(board.ladder) > 1 else {})
         for number, judge in enumerate(board.judges):
             line |= dict.fromkeys((f"{judge} {c}" for c in ("base", "trained", "gain", "low", "high")), np.nan)
             if done:
@@ -398,6 +463,27 @@ def table(board: Board, variants: bool = True) -> pd.DataFrame:
     if not board.judges:
         return frame
     return frame.sort_values(f"{board.judges[0]} gain", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def by_rung(board: Board, variants: bool = True) -> pd.DataFrame:
+    """The gain of each row before the judge that ranks, at each rung of the track's ladder; rows as in `table`, then those
+    that end before the board's rung. No line where the track has no rungs.
+
+    Columns: algorithm, builder, reward, variant, submitter; of each rung N of the ladder `N rank` (as in `table`), `N gain`,
+    `N low`, `N high` (nan where the row was not run to it; the gain minus infinity where a run had collapsed).
+    """
+    found: dict[tuple[str, ...], dict[str, object]] = {}
+    levels = board.levels if len(board.ladder) > 1 and board.judges else []
+    tables = {level.rung: table(level, variants).to_dict("records") for level in levels}
+    columns = [f"{n} {c}" for n in range(1, len(board.ladder) + 1) for c in ("rank", "gain", "low", "high")]
+    nothing: dict[str, object] = {c: "" if c.endswith(" rank") else np.nan for c in columns}
+    for rung in sorted(tables, key=lambda n: (n != board.ranked.rung, -(n or 1))):
+        for line in tables[rung]:
+            key = tuple(line[name] for name in KEY)
+            row = found.setdefault(key, dict(zip(KEY, key, strict=True)) | nothing)
+            row[f"{rung} rank"] = line["rank"]
+            row |= {f"{rung} {c}": line.get(f"{board.judges[0]} {c}", np.nan) for c in ("gain", "low", "high")}
+    return pd.DataFrame(list(found.values()), columns=[*KEY, *columns])
 
 
 def flags_of(board: Board, row: Row) -> str:
@@ -542,8 +628,31 @@ def markdown(board: Board, variants: bool = False) -> str:
         ],
         left=4,
     )
+    if board.place:
+        lines = [f"At {escaped(board.place)}:", "", *lines]
     for text in remarks(board, found, variants):
         lines += ["", escaped(text)]
+    rungs = by_rung(board, variants).to_dict("records")
+    if rungs:
+        lines += ["", f"The gain at each rung ({escaped(board.judges[0])}), by its reward queries:", ""]
+        heads = [head for budget in board.ladder for head in ("rank", f"{budget:,}")]
+        lines += _grid(
+            ["algorithm", "builder", "reward", *heads],
+            [
+                [
+                    line["algorithm"],
+                    line["builder"],
+                    line["reward"] + (f" ({label})" if (label := label_of(line)) else ""),
+                    *(
+                        t
+                        for n in range(1, len(board.ladder) + 1)
+                        for t in (line[f"{n} rank"] or "–", rung_text(line, n))
+                    ),
+                ]
+                for line in rungs
+            ],
+            left=3,
+        )
     effect = contrasts(board)
     if len(effect):
         lines += [
@@ -594,6 +703,11 @@ def gain_text(line: dict[Any, Any], judge: str) -> str:
     if not np.isfinite(gain):
         return signed(gain)
     return f"{signed(gain)} [{signed(line[f'{judge} low'])}, {signed(line[f'{judge} high'])}]"
+
+
+def rung_text(line: dict[Any, Any], rung: int) -> str:
+    """The gain with its interval at a rung of a line of `by_rung`; a dash where the row was not run to it."""
+    return gain_text({f" {c}": line[f"{rung} {c}"] for c in ("gain", "low", "high")}, "")
 
 
 def queries_text(line: dict[Any, Any]) -> str:

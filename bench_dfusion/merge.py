@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,10 +75,11 @@ def merge(
                 accepted.append((path, place, record, beside))
                 if base is not None:
                     bases[place.parent.parent / base.name] = base
+    accepted = list({place: found for found in accepted for place in found[1:2]}.values())  # the one that goes further
     done.added = [(path, place) for path, place, _, _ in accepted]
     done.loras = sum(companions.LORA in beside for *_, beside in accepted)
     if accepted and not dry_run and (skip_refused or not done.refused):
-        _write([(place, record, beside) for _, place, record, beside in accepted], bases, into)
+        _write([(place, record, beside) for _, place, record, beside in accepted], bases, into, known.replaced)
         done.written = True
     return done
 
@@ -105,18 +106,25 @@ class _Known:
         self.tracks: dict[str, tuple[Path, Record]] = {}  # the first record of each track
         self.judges: dict[tuple[str, str], tuple[Path, str]] = {}  # (track, judge) to its fingerprint
         self.places: dict[Path, Path] = {}
+        self.at: dict[str, Path] = {}  # the place of each cell's record
+        self.replaced: set[Path] = set()  # places of records of the leaderboard whose run has gone on
         self.checker = checks.Checker()
-        for path, record in records.find(into):
+        self.known = dict(records.find(into))
+        for path, record in self.known.items():
             try:
-                if self.take(path, record) is None:
-                    raise UsageError(f"{self.cells[leaderboard.identity(record)][0]} is the same result")
+                cell = leaderboard.identity(record)
+                if cell in self.cells and not records.differences(self.cells[cell][1], record):
+                    raise UsageError(f"{self.cells[cell][0]} is the same result")
+                self.at[cell] = path
+                self.take(path, record)
             except UsageError as error:
                 raise UsageError(
                     plain(f"{path}, in the leaderboard already: {error}; remove it, or merge elsewhere")
                 ) from None
 
     def take(self, path: Path, record: Record) -> Path | None:
-        """The place of a record that is new and sound, None where this very result is known.
+        """The place of a record that is new and sound, or goes further than the known one of its cell, whose place it then
+        takes; None where all it says is known.
 
         Raises UsageError where it contradicts itself or cannot stand beside those before it.
         """
@@ -131,7 +139,12 @@ class _Known:
             found = records.differences(known, record)
             if found:
                 raise UsageError(f"another result of the same cell is {other}: {found[0]}")
-            return None
+            if not records.further(known, record):
+                return None
+            self.checker.take(str(path), record)
+            self.cells[cell] = path, record
+            self.replaced |= {self.at[cell]} & self.known.keys()
+            return self.at[cell]
         other, known = self.tracks.get(record.track, (path, record))
         if record.track_hash != known.track_hash:
             raise UsageError(
@@ -154,7 +167,7 @@ class _Known:
         self.tracks.setdefault(record.track, (path, record))
         self.judges = judges | self.judges
         self.places[place] = path
-        return place
+        return self.at.setdefault(cell, place)
 
     def _place(self, record: Record) -> Path:
         """Where a record belongs. Raises UsageError for names that are no plain file names, and for a link there."""
@@ -176,9 +189,15 @@ class _Known:
         return place
 
 
-def _write(accepted: Sequence[tuple[Path, Record, dict[str, Path]]], bases: Mapping[Path, Path], into: Path) -> None:
-    """Stage every record and its companions, copy the checked bases to their places, then move each into its place, a record after its companions: a full disk
-    stops it before, a kill between two moves leaves whole records only, and the same merge adds the rest."""
+def _write(
+    accepted: Sequence[tuple[Path, Record, dict[str, Path]]],
+    bases: Mapping[Path, Path],
+    into: Path,
+    replaced: Collection[Path] = (),
+) -> None:
+    """Stage every record and its companions, copy the checked bases to their places, then move each into its place, a
+    record after its companions: a full disk stops it before, a kill between two moves leaves whole records only, and the
+    same merge adds the rest. `replaced`: the places where a record is."""
     try:
         into.mkdir(parents=True, exist_ok=True)
         with files.locked(into, f"another merge is writing to {into}"):
@@ -191,20 +210,27 @@ def _write(accepted: Sequence[tuple[Path, Record, dict[str, Path]]], bases: Mapp
                     for number, (_, record, beside) in enumerate(accepted):
                         records.write(staging / f"{number}.json", record)
                         for name, source in beside.items():
-                            shutil.copyfile(source, staging / f"{number}.{name}")
+                            shutil.copyfile(source, staging / _staged(number, name))
                         progress.advance()
                     for place, *_ in accepted:
-                        if place.exists():
+                        if place.exists() and place not in replaced:
                             raise UsageError(f"{place} was written meanwhile: merge again")
                     for place, source in bases.items():  # before the records that stand on them
                         files.write_atomic(place, source.read_bytes())
                     for number, (place, _, beside) in enumerate(accepted):
                         place.parent.mkdir(parents=True, exist_ok=True)
+                        for name in companions.HASHES if place in replaced else ():  # they are of the earlier rung
+                            place.with_name(name).unlink(missing_ok=True)
                         for name in beside:
-                            os.replace(staging / f"{number}.{name}", place.with_name(name))
+                            (place.parent / name).parent.mkdir(parents=True, exist_ok=True)
+                            os.replace(staging / _staged(number, name), place.parent / name)
                         os.replace(staging / f"{number}.json", place)
                         progress.advance()
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise UsageError(f"cannot write below {into} ({error}); what is written is whole, merge again") from None
+
+
+def _staged(number: int, name: str) -> str:
+    return f"{number}.{name.replace('/', '.')}"

@@ -67,6 +67,8 @@ def card(folder: Path, record: Record) -> str:
     )
     cost, source = record.cost, record.provenance
     queries = f"{cost.reward_queries} reward queries" if cost.reward_queries else "offline, no reward query"
+    if record.rung is not None:
+        queries += f" (rung {record.rung} of {len(track['budget']['rungs'])})"
     return f"""---
 {data.to_yaml()}
 ---

@@ -465,7 +465,7 @@ def _tree(
         dataset.run_path(cell_hash, name): source
         for cell_hash, own_files in beside.items()
         for name, source in own_files.items()
-        if companions.hash_of(merged.records[cell_hash], name) == companions.hash_of(own.records[cell_hash], name)
+        if companions.hashes(merged.records[cell_hash]).get(name) == companions.hashes(own.records[cell_hash]).get(name)
     }
     new = {path: source for path, source in new.items() if path not in merged.companions}
     written |= {path: source for path, source in bases.items() if path not in paths}

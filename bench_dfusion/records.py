@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 # Raised with every optional field that is added to this version. A record of a later revision is refused where it has a
 # field that is not known here: what is not understood (that a run is a ceiling, say) must not be left out of a table.
-REVISION = 1
+REVISION = 2
 # From a schema version the function that turns its content into the next version's; `read` applies them in order.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     # Version 2 only adds fields, which a record of version 1 lacks: they are absent.
@@ -174,6 +175,19 @@ class Provenance(Part):
         return {self.reward_fingerprint, *self.reward_components.values()}
 
 
+class Rung(Part):
+    """What was found at a rung of the track's ladder of budgets, beyond which the run went on."""
+
+    rung: int = Field(ge=1, description="number of the rung, from 1")
+    rounds: int = Field(ge=1, description="rounds up to it: the first of the record's (count)")
+    verdicts: list[Verdict] = Field(description="what every judge said there")
+    drift: Drift = Field(description="how far the policy was from the base")
+    cost: Cost = Field(description="what the run had cost, the evaluations up to and with this one included")
+    agreement: dict[str, float] | None = later("as of the record, of the pictures judged there")
+    lora_sha256: str = Field(description="hash of the LoRA there")
+    scores_sha256: str | None = later("as of the record, of the pictures judged there")
+
+
 class Record(Part):
     """One cell's result."""
 
@@ -207,6 +221,11 @@ class Record(Part):
         "rank correlation (Spearman) of the training reward and each judge on the same held-out pictures of the trained "
         "policy, by judge, in [−1, 1]"
     )
+    rung: int | None = later(
+        "number of the rung, from 1, that the record's figures are of, or on the way to which the run failed, of a track "
+        "with rungs"
+    )
+    rungs: list[Rung] | None = later("what was found at the rungs before it, from the first, of a track with rungs")
 
     @property
     def name(self) -> str:
@@ -222,13 +241,55 @@ class Record(Part):
         rewards = [(r.queries, r.reward) for r in drawn if r.reward is not None]
         return [(queries, reward - rewards[0][1]) for queries, reward in rewards]
 
+    def reached(self, rung: int) -> bool:
+        """Whether it has what there is to a rung of its track: figures, or that the run failed before it."""
+        return self.status == "failed" or (self.rung or 1) >= rung
+
+    def at(self, rung: int) -> Record | None:
+        """The record as it was at a rung; of a run that failed on the way to it, the failed one. None where it was not
+        reached."""
+        if not self.reached(rung):
+            return None
+        found = next((r for r in self.rungs or [] if r.rung == rung), None)
+        if found is None:
+            return self
+        rounds = self.rounds[: found.rounds]
+        trained, untrained = training(rounds, found.cost.updates)
+        own = {"lora_sha256": found.lora_sha256, "scores_sha256": found.scores_sha256}
+        return self.model_copy(
+            update={
+                "status": "finished",
+                "evidence": None,
+                "verdicts": found.verdicts,
+                "drift": found.drift,
+                "rounds": rounds,
+                "cost": found.cost,
+                "agreement": found.agreement,
+                "trained": trained,
+                "untrained": untrained,
+                "provenance": self.provenance.model_copy(update=own),
+                "rung": rung,
+                "rungs": [r for r in self.rungs or [] if r.rung < rung],
+            }
+        )
+
+    @property
+    def stages(self) -> list[Record]:
+        """The record as it was at every rung, from the first; itself is the last."""
+        earlier = [self.at(r.rung) for r in self.rungs or []]
+        return [*(r for r in earlier if r is not None), self]
+
     def comparable(self) -> dict[str, Any]:
         """The record without what differs from run to run: timings, memory, hardware, code state, the encoding of a file."""
         content = self.model_dump(mode="json")
-        for key in ("seconds", "peak_memory_mb", "device"):
-            del content["cost"][key]
-        for key in ("code", "dirty", "hardware", "versions", "scores_sha256"):  # another pyarrow writes another file
-            content["provenance"].pop(key, None)
+        rungs = content.get("rungs", [])
+        for cost in (content["cost"], *(r["cost"] for r in rungs)):
+            for key in ("seconds", "peak_memory_mb", "device"):
+                del cost[key]
+        for key in ("code", "dirty", "hardware", "versions"):
+            del content["provenance"][key]
+        for each in (content["provenance"], *rungs):
+            each.pop("scores_sha256", None)  # another pyarrow writes another file
         return content
 
 
@@ -306,7 +367,7 @@ def check(record: Record) -> list[str]:
 
 
 def _problems(record: Record) -> Iterator[str]:
-    resolved, cost = record.resolved, record.cost
+    resolved = record.resolved
     try:
         json.dumps(record.model_dump(mode="json"), allow_nan=False)
     except ValueError:
@@ -340,6 +401,49 @@ def _problems(record: Record) -> Iterator[str]:
     if track.model.sha256 not in (None, record.provenance.model_sha256):
         yield "provenance.model_sha256 is not the hash of the track's model"
 
+    problem = _ladder_problem(record, track)
+    if problem:
+        yield problem
+        return
+    for stage in record.stages:
+        where = "" if stage is record else f"rung {stage.rung}: "
+        yield from (where + problem for problem in _stage_problems(stage, track))
+
+
+def _ladder_problem(record: Record, track: Track) -> str | None:
+    """Why the rungs of a record are not a way up its track's ladder; None where they are."""
+    ladder = track.budget.rungs
+    if (record.rung is None, record.rungs is None) != (ladder is None, ladder is None):
+        missing = ladder is not None
+        return f"rung and rungs are {'missing, but' if missing else 'there, and'} the track has {'' if missing else 'no '}rungs"
+    if ladder is None or record.rung is None or record.rungs is None:
+        return None
+    if not 1 <= record.rung <= len(ladder):
+        return f"rung {record.rung}, but the track has {len(ladder)}"
+    numbers = [r.rung for r in record.rungs]
+    if numbers != list(range(1, record.rung)):
+        return f"rungs {numbers}, but a run to rung {record.rung} passes {list(range(1, record.rung))}"
+    before = 0
+    for each in record.rungs:
+        if not before < each.rounds <= len(record.rounds):
+            return f"rung {each.rung}: {each.rounds} rounds, after {before} of {len(record.rounds)}"
+        before = each.rounds
+    for earlier, later in pairwise([*(r.cost for r in record.rungs), record.cost]):
+        for name, value in _counts(earlier).items():
+            if _counts(later).get(name, value) < value:
+                return f"cost.{name}: {value} at a rung, and less at a later one"
+    return None
+
+
+def _counts(cost: Cost) -> dict[str, float]:
+    """What a run's cost adds up, by field."""
+    content = cost.model_dump(mode="json", exclude={"seconds", "device"})
+    return content | {f"seconds.{name}": value for name, value in cost.seconds.items()}
+
+
+def _stage_problems(record: Record, track: Track) -> Iterator[str]:
+    """What is wrong with a record as it was at a rung."""
+    cost = record.cost
     counts = {
         "reward_queries": cost.reward_queries,
         "network_evaluations": cost.network_evaluations,
@@ -349,8 +453,9 @@ def _problems(record: Record) -> Iterator[str]:
     for name, value in {**counts, **{f"seconds.{k}": v for k, v in cost.seconds.items()}}.items():
         if value < 0:
             yield f"cost.{name} is negative"
-    if cost.reward_queries > track.budget.reward_queries:
-        yield f"cost.reward_queries {cost.reward_queries} is more than the budget of {track.budget.reward_queries}"
+    budget = track.budget.ladder[(record.rung or 1) - 1]
+    if cost.reward_queries > budget:
+        yield f"cost.reward_queries {cost.reward_queries} is more than the budget of {budget}"
     if [r.round for r in record.rounds] != list(range(len(record.rounds))):
         yield "rounds are not numbered from 0 on"
     spent = [r.queries for r in record.rounds]
@@ -421,8 +526,11 @@ def differences(known: Record, new: Record) -> list[str]:
     """Every place where two records of one cell give another result, with both values; none where they agree.
 
     What does not count is what differs from run to run (see `Record.comparable`), how the options were written, which
-    release ran them, who submitted them, and a later field that one of the two has not.
+    release ran them, who submitted them, and a later field that one of the two has not. Of two that reached different
+    rungs what they say of the earlier one is compared: see `further`.
     """
+    rung = min(known.rung or 1, new.rung or 1)
+    known, new = known.at(rung) or known, new.at(rung) or new
 
     def result(record: Record) -> dict[str, Any]:
         content = record.comparable()
@@ -436,10 +544,18 @@ def differences(known: Record, new: Record) -> list[str]:
     _without_absent(Record, a, b)
     _without_absent(Provenance, a["provenance"], b["provenance"])
     _without_absent(Cost, a["cost"], b["cost"])
-    for model, key in ((Round, "rounds"), (Verdict, "verdicts")):
-        for one, other in zip(a[key], b[key], strict=False):
+    for model, key in ((Round, "rounds"), (Verdict, "verdicts"), (Rung, "rungs")):
+        for one, other in zip(a.get(key, []), b.get(key, []), strict=False):
             _without_absent(model, one, other)
+    for one, other in zip(a.get("rungs", []), b.get("rungs", []), strict=False):
+        _without_absent(Cost, one["cost"], other["cost"])
     return [plain(found) for found in _unequal(a, b)]
+
+
+def further(known: Record, new: Record) -> bool:
+    """Whether a record of the same cell says what the known one does, if `differences` finds none, and more: it takes the
+    known one's place."""
+    return (new.rung or 1) > (known.rung or 1)
 
 
 def _without_absent(model: type[Part], a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -502,6 +618,18 @@ def training(rounds: Sequence[Round], updates: int) -> tuple[bool, str | None]:
 
 def write(path: Path, record: Record) -> None:
     files.write_json(path, record.model_dump(mode="json"))
+
+
+def rung_folder(folder: Path, rung: int) -> Path:
+    """Where the run in `folder` keeps LoRA, scores and pictures of a rung, unless it is the ladder's last."""
+    return folder / "rungs" / str(rung)
+
+
+def beside(path: Path, record: Record, name: str) -> Path:
+    """A file of the run that left `record` at `path`: of a rung below the last the copy that a run that goes on leaves
+    alone, if it is there."""
+    copy = rung_folder(path.parent, record.rung or 0) / name
+    return copy if record.status == "finished" and copy.is_file() else path.with_name(name)
 
 
 def folder_name(algorithm: str, builder: str, reward: str, seed: int, cell_hash: str) -> str:

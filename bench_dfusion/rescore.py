@@ -96,7 +96,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     record = records.read(folder / "record.json")
     if record.status == "failed":
         raise UsageError(f"{folder} failed ({record.evidence}): it was never judged, so there is nothing to compare")
-    file = folder / loras.FILE
+    file = records.beside(folder / "record.json", record, loras.FILE)
     if not file.is_file():
         raise UsageError(
             f"no file {file}: the record alone cannot be scored again; run its cell again, or get its LoRA"

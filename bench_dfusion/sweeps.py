@@ -33,6 +33,7 @@ from bench_dfusion.launch import Launcher, Lost
 from bench_dfusion.leaderboard import signed
 from bench_dfusion.progress import duration
 from bench_dfusion.registry import UsageError
+from bench_dfusion.track import check_rung
 
 POLL = 0.2  # s between looks at the running cells
 
@@ -45,7 +46,8 @@ class Job:
 
     cell: Cell
     out: Path
-    options: list[str]  # arguments of `bench-dfusion run` beside algorithm, builder, reward, seed, device and out
+    options: list[str]  # arguments of `bench-dfusion run` beside algorithm, builder, reward, seed, device, out and rung
+    rung: int = 1  # to which it is to run
     state: State = "waiting"
     started: float = 0.0  # s, time.monotonic
     seconds: float | None = None  # wall time of the try that ended with a record
@@ -61,7 +63,7 @@ class Job:
         algorithm, builder, _ = self.row
         reward = self.cell.given["reward"]  # a sum or a function as the user wrote it
         names = ["--algo", algorithm, "--builder", builder, "--reward", reward, "--seed", str(self.cell.seed)]
-        return names + self.options
+        return names + self.options + (["--rung", str(self.rung)] if self.rung > 1 else [])
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -75,11 +77,15 @@ class Job:
     def record(self) -> Path:
         return self.folder / "record.json"
 
+    def done(self) -> records.Record | None:
+        """The cell's record at its rung, if there is one that has reached it."""
+        return records.read(self.record).at(self.rung) if self.record.exists() else None
+
     def take_record(self) -> bool:
-        """Note the cell's record, if there is one."""
-        if not self.record.exists():
+        """Note what `done` gives."""
+        self.result = self.done()
+        if self.result is None:
             return False
-        self.result = records.read(self.record)
         self.state = "miss" if self.result.status == "failed" else "finished"
         return True
 
@@ -126,11 +132,13 @@ def plan(
     seeds: int | None,
     out: Path,
     words: Sequence[str] = (),
+    rung: int = 1,
     **options: Any,
 ) -> tuple[list[Job], list[str]]:
     """Every cell of algorithms × builders × rewards × seeds, seed by seed, and why combinations were left out.
 
     seeds     0 to this minus 1; None: as many as the track has
+    rung      of the track's ladder of budgets the one that each cell runs to
     words     the command's arguments that `options` (those of `config.resolve`) were read from
     Raises UsageError on any mistake, and where no combination fits.
     """
@@ -145,9 +153,10 @@ def plan(
                 except Misfit as misfit:
                     left_out.append(f"{algorithm}/{builder}/{reward}: {misfit}")
                     continue
+                check_rung(rung, first.track.budget.ladder, first.track.id)
                 count = first.track.seeds if seeds is None else seeds
                 cells = [first, *(resolve(seed=n, **given) for n in range(1, count))]
-                jobs.append([Job(cell, out, list(words)) for cell in cells])
+                jobs.append([Job(cell, out, list(words), rung) for cell in cells])
     if not jobs:
         raise UsageError(left_out[0] if left_out else "nothing to run: name at least one algorithm")
     by_seed = [own[n] for n in range(max(map(len, jobs))) for own in jobs if n < len(own)]
@@ -194,7 +203,7 @@ class Sweep:
             if not self.launcher.ready():
                 return
             job = self.queue.popleft()
-            if job.record.exists():  # a sweep beside this one was faster
+            if job.take_record():  # a sweep beside this one was faster
                 self._ended(job)
             elif self.launcher.taken(job):
                 job.state = "elsewhere"
@@ -205,7 +214,7 @@ class Sweep:
         """Take note of what ended."""
         for job in self.jobs:
             if job.state == "elsewhere" and not self.launcher.taken(job):
-                if job.record.exists():
+                if job.take_record():
                     self._ended(job)
                 else:
                     job.state = "waiting"

@@ -130,6 +130,28 @@ class BudgetSection(Section):
     samples_per_prompt: int = Field(
         16, ge=4, multiple_of=4, description="samples of a prompt in a round (D-Fusion: 16)"
     )
+    rungs: tuple[int, ...] | None = Field(
+        None,
+        min_length=2,
+        exclude_if=lambda value: value is None,
+        description="budgets at which a run is judged and ranked on its way, rising; the last is reward_queries (reward "
+        "queries); None: at the end alone",
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> BudgetSection:
+        if self.rungs is None:
+            return self
+        if list(self.rungs) != sorted({*self.rungs}) or self.rungs[0] < 1:
+            raise ValueError(f"rungs: budgets that rise, each 1 or more, not {list(self.rungs)}")
+        if self.rungs[-1] != self.reward_queries:
+            raise ValueError(f"rungs: the last is reward_queries, {self.reward_queries}, not {self.rungs[-1]}")
+        return self
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The budgets at which a run is judged, rising; of a track without rungs its one budget (reward queries)."""
+        return self.rungs or (self.reward_queries,)
 
 
 class EvaluationSection(Section):
@@ -233,6 +255,13 @@ class Track(Section):
         return hash_of(self.fixed)
 
 
+def check_rung(rung: int, ladder: Sequence[int], track: str) -> None:
+    """Raise UsageError where a track's ladder of budgets has no rung of this number, counted from 1."""
+    if not 1 <= rung <= len(ladder):
+        has = f"{len(ladder)} rungs" if len(ladder) > 1 else "no rungs (budget.rungs), only its budget"
+        raise UsageError(f"--rung {rung}: {track} has {has}")
+
+
 SETS = ("train", "validation", "heldout")
 
 
@@ -325,7 +354,15 @@ def _without_replaced(under: dict[str, Any], over: dict[str, Any]) -> dict[str, 
         elif "heldout" in prompts:
             old = {k: v for k, v in old.items() if k not in ("templates", "clusters")}
         under["prompts"] = old
-    return under
+    return without_rungs(under, over)
+
+
+def without_rungs(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A track's content without its rungs where `changes` give another budget: they led to the one that goes."""
+    own, new = content.get("budget"), changes.get("budget")
+    if not isinstance(own, dict) or not isinstance(new, dict) or "reward_queries" not in new:
+        return content
+    return {**content, "budget": {k: v for k, v in own.items() if k != "rungs"}}
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

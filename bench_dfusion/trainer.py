@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bench_dfusion import (
     checked_base,
     evaluation,
     files,
+    lora,
     model_card,
     pairs,
     parallel,
@@ -35,12 +37,14 @@ from bench_dfusion.models.base import Adapter, NotFinite
 from bench_dfusion.models.loading import dtype
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
-from bench_dfusion.records import Record, Round
+from bench_dfusion.records import Record, Round, Rung
 from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import dealt_out, fault
 from bench_dfusion.seeds import passes, seed_of
-from bench_dfusion.track import Track
+from bench_dfusion.track import Track, check_rung
 from bench_dfusion.weighted_sum import WeightedSum
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 class Collapse(RuntimeError):
@@ -57,6 +61,7 @@ class Progress:
     network_evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    rungs: list[dict[str, Any]] = field(default_factory=list)  # what was found at each rung, from the first
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -73,18 +78,29 @@ def run_cell(
     device: str | None = None,
     keep_pairs: pairs.Keep | None = None,
     loaded: Loaded | None = None,
+    rung: int = 1,
 ) -> Record:
     """Train and evaluate one cell in `out / cell.folder`, or go on where it was stopped; returns its record.
 
     `keep_pairs`: of which rounds the pairs stay in `pairs/` (None: by the pictures' size); no number depends on it.
     `loaded`: what earlier cells of this process have loaded, and this one leaves to the next; nor does any on that.
+    `rung`: of the track's ladder of budgets the one to end at, from 1.
 
-    Raises UsageError on anything that can be known before compute. A finished cell is only read.
+    Raises UsageError on anything that can be known before compute. A cell that has reached the rung, or failed, is only
+    read.
     """
+    check_rung(rung, cell.track.budget.ladder, cell.track.id)
     folder = out / cell.folder
     record_path = folder / "record.json"
     if record_path.exists():
-        return records.read(record_path)
+        record = records.read(record_path)
+        if record.reached(rung):
+            return record
+        if not (folder / CHECKPOINT).exists():
+            raise UsageError(
+                f"{folder / CHECKPOINT} is missing, from which the run would go on to rung {rung}: copy it there, or remove "
+                f"{folder} to start this cell over"
+            )
     try:
         run = Run(cell, folder, device, keep_pairs, loaded)
     except PluginError:
@@ -97,8 +113,7 @@ def run_cell(
             files.write_json(folder / "cell.json", cell.description)
         run.restore()
         run.base = checked_base.ensure(cell.track, folder.parent, run.policy, run.judges, run.model_sha256)
-        run.train()
-        return run.finish()
+        return run.climb(rung)
 
 
 class Run:
@@ -143,21 +158,28 @@ class Run:
         drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
         # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
         a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
-        self.rounds = track.budget.reward_queries // a_round
-        if not self.rounds:
-            raise UsageError(
-                f"the budget of {track.budget.reward_queries} reward queries is less than one round of {a_round}: raise track.budget.reward_queries or lower prompts_per_round"
-            )
+        self.ends = rounds_of(track, a_round)
         self.progress = Progress()
         self.baseline = Baseline()
         self.failure: str | None = None
-        self.checkpoint = folder / "checkpoint.safetensors"
+        self.checkpoint = folder / CHECKPOINT
 
-    def train(self) -> None:
-        """Rounds up to the budget, a checkpoint after each."""
+    def climb(self, rung: int) -> Record:
+        """Train up to a rung of the ladder, and at each on the way evaluate and leave a record."""
+        record: Record | None = None
+        for number in range(len(self.progress.rungs) + 1, rung + 1):
+            self.train(self.ends[number - 1])
+            self.evaluate(number)
+            record = parallel.once(self._record)
+            if record.status == "failed":
+                break
+        return record or parallel.once(self._record)
+
+    def train(self, end: int) -> None:
+        """Rounds up to `end` of them, a checkpoint after each."""
         label = f"{self.cell.algorithm.name}/{self.cell.builder.name}/{self.cell.reward.name}"
-        with bar(f"train {label}", self.rounds, self.progress.round) as progress:
-            while self.progress.round < self.rounds:
+        with bar(f"train {label}", end, self.progress.round) as progress:
+            while self.progress.round < end:
                 number = self.progress.round
                 before = self.policy.network_evaluations
                 try:
@@ -198,7 +220,7 @@ class Run:
 
     def _measure_base(self, prompts: Sequence[str]) -> None:
         """Draw and score the base on the prompts of a round that are new: see `baseline`."""
-        k = baseline.pictures_per_prompt(self.cell.track, self.rounds)
+        k = baseline.pictures_per_prompt(self.cell.track, self.ends[0])
         new = [p for p in self.baseline.missing(prompts) for _ in range(k)]
         if not new:
             return
@@ -287,7 +309,7 @@ class Run:
         """Write what a finished round leaves."""
         with self.progress.phase("pairs"):
             pairs.keep(self.folder / "pairs", samples, self.cell.reward.name, number, self.keep_pairs)
-        if self.progress.round == self.rounds:
+        if self.progress.round in self.ends:
             pictures.triples(self.folder / "triples.png", samples)
         self._save()
 
@@ -319,25 +341,27 @@ class Run:
         self.progress = Progress(**meta["progress"])
         self.baseline = Baseline(**meta.get("base", {}))
 
-    def finish(self) -> Record:
-        """Evaluate (unless the run failed); the first process writes LoRA, pictures and record."""
-        track, policy = self.cell.track, self.policy
+    def evaluate(self, rung: int) -> None:
+        """Judge what a rung's rounds have led to (unless the run failed); the first process writes what is beside a record."""
+        if self.failure is not None:
+            return
+        before = self.policy.network_evaluations
         done: evaluation.Evaluation | None = None
         rewards: Tensor | None = None
-        if self.failure is None:
-            before = policy.network_evaluations
-            try:
-                with self.progress.phase("evaluate"):
-                    done = evaluation.evaluate(policy, track, self.judges, self.reward.fingerprints(), self.base)
-                    rewards = self._rewards_of(done)
-                if parallel.first():
-                    pictures.base_and_trained(
-                        self.folder / "base_trained.png", done.base, done.trained, track.prompts.heldout
-                    )
-            except NotFinite as error:
-                self.failure = f"evaluation: {error}"
-            self.progress.network_evaluations += parallel.total(policy.network_evaluations - before)
-        return parallel.once(lambda: self._record(done, rewards))
+        try:
+            with self.progress.phase("evaluate"):
+                done = evaluation.evaluate(
+                    self.policy, self.cell.track, self.judges, self.reward.fingerprints(), self.base
+                )
+                rewards = self._rewards_of(done)
+        except NotFinite as error:
+            self.failure = f"evaluation: {error}"
+        self.progress.network_evaluations += parallel.total(self.policy.network_evaluations - before)
+        if done is not None:
+            found = parallel.once(lambda: self._found(rung, done, rewards))
+            self.progress.rungs.append(found)
+            if parallel.first():
+                self._save()
 
     def _rewards_of(self, done: evaluation.Evaluation) -> Tensor | None:
         """The training reward's scores [P, K] of the pictures judged; None for offline pairs, whose reward scores none."""
@@ -350,14 +374,52 @@ class Run:
         k = self.cell.track.evaluation.images_per_prompt
         return evaluation.judged(self.reward, self.reward.name, done.drawn, k, "reward")
 
-    def _record(self, done: evaluation.Evaluation | None, rewards: Tensor | None) -> Record:
-        """Write LoRA, scores, card and record. `rewards`: the training reward's scores [P, K] of the pictures judged."""
-        track, policy, cell = self.cell.track, self.policy, self.cell
-        policy.save_lora(self.folder)
+    def _found(self, rung: int, done: evaluation.Evaluation, rewards: Tensor | None) -> dict[str, Any]:
+        """Write LoRA, pictures and scores, of a rung that is not the last also into a directory that later ones leave
+        alone; returns its `Rung`, dumped. `rewards`: the training reward's scores [P, K] of the pictures judged."""
+        track, picture = self.cell.track, self.folder / "base_trained.png"
+        self.policy.save_lora(self.folder)
+        pictures.base_and_trained(picture, done.base, done.trained, track.prompts.heldout)
         scores = self.folder / checked_base.SCORES
-        if done is not None and self.base is not None:
+        if self.base is not None:
             own = done.scores | ({} if rewards is None else {checked_base.REWARD: rewards})
             checked_base.write_scores(scores, track.prompts.heldout, {name: s.numpy() for name, s in own.items()})
+        if rung < len(self.ends):
+            for path in (self.folder / lora.FILE, picture, *([scores] if self.base is not None else [])):
+                files.write_atomic(records.rung_folder(self.folder, rung) / path.name, path.read_bytes())
+        return Rung(
+            rung=rung,
+            rounds=len(self.progress.rounds),
+            verdicts=done.verdicts,
+            drift=done.drift,
+            cost=self._cost(),
+            agreement=None if rewards is None else evaluation.agreement(rewards, done.scores),
+            lora_sha256=files.sha256(self.folder / lora.FILE),
+            scores_sha256=None if self.base is None else files.sha256(scores),
+        ).model_dump(mode="json")
+
+    def _cost(self) -> records.Cost:
+        progress, draws = self.progress, self.cell.builder.draws
+        peak = max([records.peak_memory_mb(self.device), *(r["cost"]["peak_memory_mb"] for r in progress.rungs)])
+        return records.Cost(
+            reward_queries=progress.queries,
+            network_evaluations=progress.network_evaluations,
+            updates=progress.updates,
+            seconds={k: round(v, 2) for k, v in progress.seconds.items()},
+            peak_memory_mb=round(peak, 1),
+            device=(f"{parallel.size()} × " if parallel.size() > 1 else "")
+            + (torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"),
+            base_queries=self.baseline.queries if draws else None,
+            base_network_evaluations=self.baseline.network_evaluations if draws else None,
+        )
+
+    def _record(self) -> Record:
+        """Write the record of the rung reached and its card, or of the run that failed and its LoRA."""
+        track, cell = self.cell.track, self.cell
+        rungs = [Rung(**r) for r in self.progress.rungs]
+        last = rungs.pop() if self.failure is None else None
+        if last is None:
+            self.policy.save_lora(self.folder)
         code, dirty = records.code_state()
         rounds = [Round(**r) for r in self.progress.rounds]
         trained, untrained = records.training(rounds, self.progress.updates)
@@ -374,23 +436,13 @@ class Run:
             given=cell.given,
             resolved=cell.resolved,
             tuning=track.tuning,
-            verdicts=done.verdicts if done else [],
-            drift=done.drift if done else None,
+            verdicts=last.verdicts if last else [],
+            drift=last.drift if last else None,
             rounds=rounds,
             trained=trained,
             untrained=untrained,
-            agreement=evaluation.agreement(rewards, done.scores) if done and rewards is not None else None,
-            cost=records.Cost(
-                reward_queries=self.progress.queries,
-                network_evaluations=self.progress.network_evaluations,
-                updates=self.progress.updates,
-                seconds={k: round(v, 2) for k, v in self.progress.seconds.items()},
-                peak_memory_mb=round(records.peak_memory_mb(self.device), 1),
-                device=(f"{parallel.size()} × " if parallel.size() > 1 else "")
-                + (torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"),
-                base_queries=self.baseline.queries if cell.builder.draws else None,
-                base_network_evaluations=self.baseline.network_evaluations if cell.builder.draws else None,
-            ),
+            agreement=last.agreement if last else None,
+            cost=last.cost if last else self._cost(),
             provenance=records.Provenance(
                 code=code,
                 dirty=dirty,
@@ -400,16 +452,37 @@ class Run:
                 model_sha256=self.model_sha256,
                 reward_fingerprint=self.reward.fingerprint(),
                 reward_components=self.reward.fingerprints() if isinstance(self.reward, WeightedSum) else {},
-                lora_sha256=files.sha256(self.folder / "pytorch_lora_weights.safetensors"),
-                scores_sha256=files.sha256(scores) if done and self.base else None,
-                base_sha256=self.base.sha256 if done and self.base else None,
+                lora_sha256=last.lora_sha256 if last else files.sha256(self.folder / lora.FILE),
+                scores_sha256=last.scores_sha256 if last else None,
+                base_sha256=self.base.sha256 if self.base and (last or rungs) else None,
                 prompts_seen=records.prompts_seen(track),
             ),
+            rung=len(rungs) + 1 if track.budget.rungs else None,
+            rungs=rungs if track.budget.rungs else None,
         )
         if record.status == "finished":
             model_card.write(self.folder, record)
         records.write(self.folder / "record.json", record)
         return record
+
+
+def rounds_of(track: Track, a_round: int) -> list[int]:
+    """The rounds of `a_round` reward queries after which each rung of a track's ladder ends (count). Raises UsageError
+    where one rung has no round beyond the one before it."""
+    ladder = track.budget.ladder
+    ends = [budget // a_round for budget in ladder]
+    if not ends[0]:
+        name = "the first rung of track.budget.rungs" if len(ladder) > 1 else "track.budget.reward_queries"
+        raise UsageError(
+            f"the budget of {ladder[0]} reward queries is less than one round of {a_round}: raise {name} or lower prompts_per_round"
+        )
+    for n, (a, b) in enumerate(pairwise(ends), 1):
+        if a == b:
+            raise UsageError(
+                f"rungs {n} and {n + 1} of {track.id}, {ladder[n - 1]} and {ladder[n]} reward queries, are less than one round "
+                f"of {a_round} apart: change track.budget.rungs or lower prompts_per_round"
+            )
+    return ends
 
 
 def make_policy(

@@ -125,7 +125,7 @@ def _run_again(path: Path, record: Record, device: str | None) -> Verified:
         return said("cannot be verified", str(error))
     with tempfile.TemporaryDirectory(prefix="bench-dfusion-verify-") as work:
         try:
-            again = trainer.run_cell(cell, Path(work), device, "none")
+            again = trainer.run_cell(cell, Path(work), device, "none", rung=record.rung or 1)
         except UsageError as error:
             return said("cannot be verified", str(error))
     differing = records.differences(record, again)

@@ -48,13 +48,14 @@ def record(
     options: dict[str, Any] | None = None,
     queries: int = 96,
     rounds: int | None = None,
+    earlier: Sequence[Sequence[float] | float] = (),
     **changes: Any,
 ) -> Record:
     """One cell's record.
 
     `gains`: of each held-out prompt before the first judge, on a base of 0.5; a number: about that much of every prompt,
     bases being drawn for the track and noise for the cell; None: the run failed. The second judge sees half of it.
-    `rounds`: None: as many as the budget has. `options` are the algorithm's; `changes` replace fields, nothing else is
+    `rounds`: None: as many as the budget has. `earlier`: of a track with rungs the gains at those before the record's. `options` are the algorithm's; `changes` replace fields, nothing else is
     made to fit.
     """
     of = of or track()
@@ -67,7 +68,7 @@ def record(
     if rounds is None:
         drawn = of.budget.prompts_per_round * of.budget.samples_per_prompt
         a_round = {"vanilla": drawn, "same-noise": 2 * drawn}.get(builder, drawn * 3 // 2) if queries else drawn
-        rounds = of.budget.reward_queries // a_round
+        rounds = of.budget.ladder[len(earlier)] // a_round
         queries = min(queries, a_round * rounds)
     shape = (len(judges), len(of.prompts.heldout))
     if isinstance(gains, float):
@@ -97,7 +98,7 @@ def record(
         "rounds": [_round(n, queries * (n + 1) // rounds) for n in range(rounds)],
         "cost": {
             "reward_queries": queries,
-            "network_evaluations": 1000,
+            "network_evaluations": 1000 * (1 + len(earlier)),
             "updates": 2 * rounds,
             "seconds": {"sample": 1.5, "train": 2.5},
             "peak_memory_mb": 100.0,
@@ -114,7 +115,23 @@ def record(
             "lora_sha256": digest(f"{cell_hash} {gains}"),
         },
     }
+    if of.budget.rungs:
+        names = {
+            "algorithm": algorithm,
+            "builder": builder,
+            "reward": reward,
+            "seed": seed,
+            "of": of,
+            "options": options,
+        }
+        passed = [record(**names, gains=gains, queries=queries, earlier=earlier[:n]) for n, gains in enumerate(earlier)]
+        content |= {"rung": len(earlier) + 1, "rungs": [_rung(r) for r in passed]}
     return Record.model_validate(content | changes)
+
+
+def _rung(passed: Record) -> dict[str, Any]:
+    own = passed.model_dump(mode="json", include={"rung", "verdicts", "drift", "cost", "agreement"})
+    return own | {"rounds": len(passed.rounds), "lora_sha256": passed.provenance.lora_sha256}
 
 
 DRIFT = {"pixels": 2.0, "kl": 0.01, "diversity_base": 2.0, "diversity_trained": 1.5, "diversity_space": "pixels"}

@@ -184,13 +184,13 @@ def test_a_network_that_breaks_in_the_evaluation_fails_the_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = PixArtAdapter.predict
-    finish = trainer.Run.finish
+    evaluate = trainer.Run.evaluate
 
-    def broken(self: trainer.Run) -> Record:
+    def broken(self: trainer.Run, rung: int) -> None:
         monkeypatch.setattr(PixArtAdapter, "predict", lambda *inputs: plain(*inputs) * float("inf"))
-        return finish(self)
+        evaluate(self, rung)
 
-    monkeypatch.setattr(trainer.Run, "finish", broken)
+    monkeypatch.setattr(trainer.Run, "evaluate", broken)
     record = run(tmp_path)
     assert record.status == "failed"
     assert str(record.evidence).startswith("evaluation: the network's predictions are not finite (PixArt")

@@ -262,7 +262,10 @@ class _Doctor:
         builder, algorithm = cell.builder(cell.builder_config), cell.algorithm(cell.algorithm_config)
         self.made = builder.queries(self.drawn) - self.drawn
         a_round = builder.queries(self.drawn) + algorithm.queries(self.drawn)
-        self.rounds = settings.budget.reward_queries // a_round
+        ladder = settings.budget.ladder
+        self.rounds = ladder[0] // a_round
+        if len(ladder) > 1:
+            self.notes.append(f"the time is that to the first of {len(ladder)} rungs, {ladder[0]:,} reward queries")
         prompts = settings.prompts
         cut = text_limits.cut(self.policy(settings).adapter, [*prompts.train, *prompts.heldout])
         self.notes += [cut] if cut else []

@@ -145,7 +145,7 @@ class Cluster:
         when, answer = self.looked.get(job.folder, (-BEAT, False))
         if time.monotonic() - when >= BEAT or not answer:
             held = lease(self.storage, job.cell.folder)
-            answer = self.life.other(held.get("sweep")) and not self._has_record(job.cell.folder, held)
+            answer = self.life.other(held.get("sweep")) and not self._has_record(job, held)
             self.looked[job.folder] = time.monotonic(), answer
         return answer
 
@@ -161,7 +161,7 @@ class Cluster:
             return
         self.tries[job.folder] = own
         job.state = "queued"
-        if self._has_record(cell, held):  # of a sweep that ended before it could take it
+        if self._has_record(job, held):  # of a sweep that ended before it could take it
             return
         (job.folder / "error.json").unlink(missing_ok=True)
         (job.folder / "log.txt").unlink(missing_ok=True)
@@ -225,8 +225,10 @@ class Cluster:
                 self.storage.pull(f"{own.cell}/{own.name}", folder)
             own.lock.close()
 
-    def _has_record(self, cell: str, held: dict[str, Any]) -> bool:
-        return f"{held.get('try')}/{LAST[1]}" in self.storage.names(cell)
+    def _has_record(self, job: Job, held: dict[str, Any]) -> bool:
+        """Whether the try that counts has left a record that has reached the job's rung."""
+        found = self.storage.read(f"{job.cell.folder}/{held.get('try')}/{LAST[1]}")
+        return found.get("status") == "failed" or found.get("rung", 1 if found else 0) >= job.rung
 
     def _lost(self, job: Job, why: str) -> str:
         """Raise Lost, or return how the cell ended where it was lost too often."""
@@ -244,7 +246,7 @@ class Cluster:
                 self.storage.pull(f"{own.cell}/{own.name}", job.folder)
             del self.tries[job.folder]
         own.lock.close()
-        if job.record.exists():
+        if job.done() is not None:
             useless = ["nodes", *tries_of(self.storage.names(own.cell))] if self.keep else [""]
             for name in useless:
                 if name != own.name:

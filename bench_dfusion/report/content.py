@@ -88,22 +88,30 @@ def _encode(path: Path) -> tuple[str, int, int]:
 def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Everything the page shows of one track, with text made visible (`marks.visible`) and no nan; `advance` is called
     after each row's pictures."""
+    board = board.ranked
     found = leaderboard.rows(board)
     by_key = {r.key: r for r in found}
     lines = leaderboard.table(board).to_dict("records")
+    rungs = leaderboard.by_rung(board).to_dict("records")
+    climbs = {tuple(line[k] for k in leaderboard.KEY): _climb(line, board) for line in rungs}
+    early = [line for line in rungs if tuple(line[k] for k in leaderboard.KEY) not in by_key]  # not run to this rung
     ordered = [by_key[tuple(line[k] for k in leaderboard.KEY)] for line in lines]
     root = _root(board)
     where = {r.cell_hash: p for r, p in zip(board.records, board.paths, strict=False)}
-    marks = marks_of(r.builder for r in found)
+    builders = {*(r.builder for r in found), *(line["builder"] for line in early)}
+    marks = marks_of(builders)
     fixed = board.cells[0].resolved.get("track", {})
     judges = _judges(board)
     return {
         "track": visible(board.track),
         "hash": board.track_hash[:12],
         "judges": judges,
+        "place": board.place,
+        "ladder": [f"{budget:,}" for budget in board.ladder],
+        "rungs": _rungs(rungs, board),
         "counts": {
             "rows": len(found),
-            "runs": len(board.records),
+            "runs": len((board.whole or board).records),
             "missing": len(board.unfinished),
             "seeds": len({c.seed for c in board.cells}),
         },
@@ -118,7 +126,7 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
             key: sorted({visible(getattr(r, key)) for r in found}) for key in ("algorithm", "builder", "reward")
         }
         | {"state": sorted({_state(line, row) for line, row in zip(lines, ordered, strict=True)})},
-        "marks": {visible(b): marks[b] for b in sorted({r.builder for r in found}, key=lambda b: (marks[b], b))},
+        "marks": {visible(b): marks[b] for b in sorted(builders, key=lambda b: (marks[b], b))},
         "effect": _effect(board),
         "pictures": _pictures(ordered, where, root, pictures, advance),
         "facts": [[visible(k), visible(v)] for k, v in _facts(fixed)],
@@ -129,13 +137,56 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
                 "prompts": list(fixed.get("prompts", {}).get("heldout", [])),
                 "templates": fixed.get("prompts", {}).get("templates") or {},
                 "rows": [
-                    _details(line, row, board.judges, marks, where, root)
+                    {
+                        **_details(line, row, board.judges, marks, where, root),
+                        "climb": climbs.get(row.key, []),
+                    }
                     for line, row in zip(lines, ordered, strict=True)
+                ],
+                "early": [
+                    {
+                        "name": [line[k] for k in ("algorithm", "builder", "reward")],
+                        "variant": leaderboard.label_of(line),
+                        "mark": marks[line["builder"]],
+                        "climb": _climb(line, board),
+                    }
+                    for line in early
                 ],
                 "fronts": fronts(lines, board.judges),
             }
         ),
     }
+
+
+def _rungs(lines: Sequence[dict[Any, Any]], board: Board) -> list[dict[str, Any]]:
+    """The lines of the table by rung: names, and of each rung (gain, interval, rank) as text; none without rungs."""
+    return [
+        {
+            **{k: visible(str(line[k])) for k in ("algorithm", "builder", "reward")},
+            "label": visible(leaderboard.label_of(line)),
+            "cells": [
+                (
+                    signed(line[f"{n} gain"]),
+                    leaderboard.rung_text(line, n).partition(" ")[2],
+                    line[f"{n} rank"],
+                )
+                for n in range(1, len(board.ladder) + 1)
+            ],
+        }
+        for line in lines
+    ]
+
+
+def _climb(line: dict[Any, Any], board: Board) -> list[list[float | None]]:
+    """(reward queries, gain, low, high) at each rung that a row was run to, None for the gain where a run had collapsed."""
+    points: list[list[float | None]] = []
+    for n, budget in enumerate(board.ladder, 1):
+        gain = line[f"{n} gain"]
+        if not math.isnan(gain):
+            points.append(
+                [budget, *(_short(line[f"{n} {c}"]) if math.isfinite(gain) else None for c in ("gain", "low", "high"))]
+            )
+    return points
 
 
 def clean(value: Any) -> Any:

@@ -393,7 +393,50 @@
     }));
   }
 
-  const DRAW = { cost: drawCost, curves: drawCurves, rise: drawRise };
+  // The gain at each rung of the ladder, a panel for each algorithm and reward.
+  function drawClimb(section, plot) {
+    const track = DATA.tracks[section.dataset.track];
+    const rows = [...track.rows.map((row, number) => ({ ...row, number })), ...track.early].filter((row) => row.climb.length);
+    if (!rows.length) return empty(plot, "No row has been judged at a rung.");
+    const panels = new Map();
+    for (const row of rows) {
+      const key = JSON.stringify([row.name[2], row.name[0]]);
+      panels.set(key, [...(panels.get(key) || []), row]);
+    }
+    const points = rows.flatMap((row) => row.climb);
+    const x = [0, Math.max(...points.map((p) => p[0])) * 1.06];
+    const y = span(points.flatMap((p) => p.slice(1)).filter((v) => v !== null), true);
+    const width = panelWidth(plot, 300, panels.size);
+    const pictures = [...panels].sort(([a], [b]) => text.compare(a, b)).map(([key, own]) => {
+      const [reward, algorithm] = JSON.parse(key);
+      const { picture, box, X, Y } = frame({
+        width, height: 200, x, y, xName: "reward queries", heading: `${algorithm}, ${reward}`,
+        label: `Gain before ${track.judges[0].name} at each rung, ${algorithm} with ${reward}: ${own.map((row) => row.name[1]).join(", ")}`,
+      });
+      own.forEach((row, i) => {
+        const shift = (i - (own.length - 1) / 2) * 5; // intervals of one budget stand side by side
+        const at = (p) => X(p[0]) + shift;
+        const judged = row.climb.filter((p) => p[1] !== null), fallen = row.climb.find((p) => p[1] === null);
+        const told = row.climb.map((p) => `${p[0]} queries ${p[1] === null ? "−∞" : `${signed(p[1])} [${signed(p[2])}, ${signed(p[3])}]`}`);
+        const group = s("g", { class: `k${row.mark} point${row.state === "ranked" ? "" : " hollow"}`, ...(row.number === undefined ? {} : { "data-row": row.number }) }, s("title", {}, `${rowName(row)}: ${told.join("; ")}`));
+        if (judged.length) group.append(s("path", { class: "curve", d: `M${judged.map((p) => `${at(p)} ${Y(p[1])}`).join("L")}` }));
+        for (const p of judged) {
+          group.append(s("line", { class: "whisker", x1: at(p), x2: at(p), y1: Y(p[2]), y2: Y(p[3]) }),
+            s("use", { href: `#m${row.mark}`, x: at(p) - 7, y: Y(p[1]) - 7, width: 14, height: 14 }));
+        }
+        if (fallen) {
+          const last = judged.at(-1), foot = box.bottom - 5;
+          if (last) group.append(s("path", { class: "collapsed", d: `M${at(last)} ${Y(last[1])}L${at(fallen)} ${foot}` }));
+          group.append(s("path", { class: "curve", d: `M${at(fallen) - 4} ${foot - 4}l8 8m-8 0l8-8` }));
+        }
+        picture.append(group);
+      });
+      return picture;
+    });
+    plot.replaceChildren(...pictures);
+  }
+
+  const DRAW = { cost: drawCost, climb: drawClimb, curves: drawCurves, rise: drawRise };
   for (const section of document.querySelectorAll("section.track")) {
     const board = section.querySelector(".board");
     sortable(board);

@@ -50,7 +50,7 @@ def _svg(board: Board) -> str:
     height = TOP + LINE * len(lines) + BOTTOM
     bottom = TOP + LINE * len(lines)
     seeds = max((line["seeds"] for line in lines), default=0)
-    title = f"{board.track}: gain before {judge}"
+    title = f"{board.track}: gain before {judge}" + (f", {board.place}" if board.place else "")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         f'role="img" aria-label="{escape(visible(title))}" '
