@@ -216,7 +216,9 @@ def merge(published: Content, own: Content, replace: bool = False) -> Content:
         differs = old is not None and bool(records.differences(old, record))
         if old is not None and differs:
             differing.append((old, record))
-        if old is None or differs or records.further(old, record):
+        if old is None:
+            together[key] = record
+        elif differs or records.further(old, record):
             together[key] = record
             samples.pop(key[:16], None)  # they show the record that is gone
             beside = frozenset(p for p in beside if not p.startswith(run_path(key, "")))
