@@ -13,8 +13,3 @@ def micro() -> Path:
 def micro_fast() -> Path:
     """The embedded world in a minute, for CI and demonstrations."""
     return HERE / "micro-fast-v1.toml"
-
-
-def micro_v2() -> Path:
-    """The second embedded world: composed pictures, a base that draws sharply and listens badly."""
-    return HERE / "micro-v2.toml"
