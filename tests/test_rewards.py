@@ -765,13 +765,22 @@ def test_a_sweep_gives_its_processes_the_reward_as_it_was_written(
     mine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from bench_dfusion import sweeps
-    from bench_dfusion.launch.local import Local
+    from bench_dfusion.launch import local
+
+    started: list[list[str]] = []
+
+    class Worker:
+        alive = True
+
+        def __init__(self, *about: object): ...
+
+        def begin(self, words: list[str], log: Path) -> None:
+            started.append(words)
 
     reward = f"clip:0.5+{mine}:redness:2"
     jobs, _ = sweeps.plan("micro-fast", ["dpo"], ["vanilla"], [reward], 1, tmp_path)
-    started: list[list[str]] = []
-    monkeypatch.setattr("subprocess.Popen", lambda command, **options: started.append(command))
-    Local(["cpu"]).start(jobs[0])
+    monkeypatch.setattr(local, "Worker", Worker)
+    local.Local(["cpu"]).start(jobs[0])
     assert started[0][started[0].index("--reward") + 1] == reward
     assert jobs[0].folder.name.startswith("dpo-vanilla-redness-2+clip-0.5-s0-")
 
