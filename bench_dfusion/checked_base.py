@@ -140,18 +140,19 @@ def ensure(
         return None
     base = parallel.once(lambda: load(track, folder))
     if base is None:
+        path, parts = folder / file_name(track), folder / f".{file_name(track)}"
         with parallel.writing(_alone(folder, track)):
             base = parallel.once(lambda: load(track, folder))  # another run may have drawn it meanwhile
             if base is None:
                 try:
-                    base = draw(track, policy, judges, model_sha256, folder / f".{file_name(track)}")
+                    base = draw(track, policy, judges, model_sha256, parts)
                 except NotFinite as error:
                     raise UsageError(f"the base of {track.id} cannot be drawn: {error}") from None
                 if parallel.first():
-                    write(folder / file_name(track), base)
-                    for part in _parts(folder / f".{file_name(track)}"):
+                    write(path, base)
+                    for part in _parts(parts):
                         part.unlink()
-                    (folder / f".{file_name(track)}").rmdir()
+                    parts.rmdir()
     where = find(track, folder) or folder / file_name(track)
     here = {name: judge.fingerprint() for name, judge in judges.items()}
     if base.model_sha256 != model_sha256:
@@ -213,12 +214,11 @@ def draw(
             "versions": records.versions(judges.values()),
         },
     )
-    embed = next((j for j in judges.values() if hasattr(j, "embed")), None)
-    done = parallel.once(lambda: _done(parts, base)) or base
-    step = max(1, AT_ONCE // k)
-    with bar(f"base of {track.id}, once", k * len(prompts), k * len(done.prompts)) as progress, policy.reference():
-        while len(done.prompts) < len(prompts):
-            start = len(done.prompts)
+    embed = evaluation.embedder(judges)
+    done = parallel.once(lambda: _done(parts, base))
+    begun, step = sum(len(part.prompts) for part in done), max(1, AT_ONCE // k)
+    with bar(f"base of {track.id}, once", k * len(prompts), k * begun) as progress, policy.reference():
+        for start in range(begun, len(prompts), step):
             some = prompts[start : start + step]
             drawn = evaluation.draw(policy, some, k, progress.advance)
             scores = {name: evaluation.judged(judge, name, drawn, k).numpy() for name, judge in judges.items()}
@@ -229,17 +229,17 @@ def draw(
             )
             if parts is not None and parallel.first():
                 write(parts / f"{start:06d}.parquet", new)
-            done = _joined([done, new]) if start else new
+            done.append(new)
     policy.network_evaluations = before  # the track's, not a run's
-    return done
+    return _joined(done)
 
 
 def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.parquet"))
 
 
-def _done(parts: Path | None, base: CheckedBase) -> CheckedBase | None:
-    """What an earlier try has drawn of this very base, as far as it is whole."""
+def _done(parts: Path | None, base: CheckedBase) -> list[CheckedBase]:
+    """The parts that an earlier try has drawn of this very base, as far as they are whole."""
     found: list[CheckedBase] = []
     for path in _parts(parts) if parts is not None else ():
         try:
@@ -255,7 +255,7 @@ def _done(parts: Path | None, base: CheckedBase) -> CheckedBase | None:
             path.unlink()
             continue
         found.append(part)
-    return _joined(found) if found else None
+    return found
 
 
 def _joined(parts: Sequence[CheckedBase]) -> CheckedBase:

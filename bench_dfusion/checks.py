@@ -67,9 +67,8 @@ class Checker:
         stages = record.stages
         for stage in stages:
             problem = next(self._problems(stage), None)
-            if (
-                problem is None and stage.verdicts
-            ):  # of its first rung; other machines may have drawn the base at later ones
+            # Another machine may have drawn the base at a later rung.
+            if problem is None and stage.verdicts:
                 problem = next(_other_base(stage, _base(stages[0]), "that of rung 1"), None)
             if problem is not None:
                 raise UsageError(plain(_at(stage, record) + problem))

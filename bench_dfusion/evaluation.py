@@ -64,7 +64,7 @@ def evaluate(
     components; empty where that is not known. `base`: what `checked_base.ensure` gave for the track.
     """
     prompts, k = track.prompts.heldout, track.evaluation.images_per_prompt
-    embed = next((j for j in judges.values() if hasattr(j, "embed")), None)
+    embed = embedder(judges)
     with bar("evaluate", (1 if base else 2) * k * len(prompts)) as progress:
         trained = draw(policy, prompts, k, progress.advance)
         if base is None:
@@ -182,6 +182,11 @@ def kl(policy: Policy, trajectory: Trajectory, per_prompt: int) -> float:
 
     rows = torch.arange(0, len(trajectory), per_prompt)
     return float(policy.finite(torch.cat(parallel.each(kl_of, rows.split(policy.batch)))).mean())
+
+
+def embedder(judges: Mapping[str, Reward]) -> Reward | None:
+    """The judge in whose image embedding diversity is measured; None where none has one."""
+    return next((judge for judge in judges.values() if hasattr(judge, "embed")), None)
 
 
 def diversity(images: Tensor, per_prompt: int, embed: Reward | None) -> tuple[np.ndarray, str]:

@@ -23,7 +23,7 @@ import pandas as pd
 from bench_dfusion import checks, files, records, statistics
 from bench_dfusion.records import Record, Unfinished
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import check_rung
+from bench_dfusion.track import check_rung, labels_of
 
 REVIEWED = "reviewed.json"  # in a leaderboard's folder: the rewards that a person has looked at, by fingerprint
 # Rank correlation of the training reward and the judge that ranks, on the same pictures, from which a row is a ceiling
@@ -263,8 +263,7 @@ class Row:
     def clusters(self) -> tuple[str, ...] | None:
         """The cluster of each held-out prompt, where the track has any."""
         prompts = self.records[0].resolved["track"].get("prompts", {}) if self.records else {}
-        clusters = prompts.get("clusters")
-        return tuple(clusters.get(p, p) for p in prompts["heldout"]) if clusters else None
+        return labels_of(prompts.get("heldout", ()), prompts.get("clusters"))
 
     @property
     def state(self) -> str:

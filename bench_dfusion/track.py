@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class LoraSection(Section):
     targets: tuple[str, ...] | None = Field(None, description="module name endings; None: attention projections")
 
 
+def labels_of(heldout: Sequence[str], clusters: Mapping[str, str] | None) -> tuple[str, ...] | None:
+    """See `PromptsSection.labels`."""
+    return tuple(clusters.get(p, p) for p in heldout) if clusters else None
+
+
 class PromptsSection(Section):
     train: tuple[str, ...] = Field(min_length=1, description="prompts trained on")
     validation: tuple[str, ...] = Field((), description="prompts for tuning and choosing designs")
@@ -121,7 +126,7 @@ class PromptsSection(Section):
     @property
     def labels(self) -> tuple[str, ...] | None:
         """The cluster of each held-out prompt, a prompt without one its own; None where the track has none."""
-        return tuple(self.clusters.get(p, p) for p in self.heldout) if self.clusters else None
+        return labels_of(self.heldout, self.clusters)
 
 
 class BudgetSection(Section):
