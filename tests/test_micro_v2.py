@@ -169,6 +169,16 @@ def test_places_follow_the_caption_not_the_picture() -> None:
     assert missing > 0
 
 
+@pytest.mark.slow
+def test_many_renders_by_processes_are_those_of_one() -> None:
+    jobs = [(i, 0) for i in range(4 * first.CHUNK + 1)]
+    threads = torch.rand(512, 512) @ torch.rand(512, 512)  # torch's threads run by now
+    assert threads.isfinite().all()
+    for (image, places), job in zip(first.rendered(pretrain._draw, jobs), jobs, strict=True):
+        alone, here = pretrain._draw(job)
+        assert (image == alone).all() and (places == here).all()
+
+
 def test_steps_and_work_directories_are_checked(tmp_path: Path) -> None:
     assert pretrain.parse_steps(["denoiser=7"]) == pretrain.STEPS | {"denoiser": 7}
     for word in ("denoiser", "denoiser=0", "painter=3", "decoder=x"):

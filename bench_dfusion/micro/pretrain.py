@@ -14,7 +14,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,6 +52,7 @@ GRID = 8  # latent positions a side
 CHANNELS = 16
 CONTEXT = 16  # text tokens
 CHECKPOINT_EVERY = 120.0  # s
+CHUNK = 250  # pictures that a process renders at a time
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 MIX = {"single": 0.13, "count": 0.27, "attributes": 0.3, "relation": 0.3}
 
@@ -96,13 +99,21 @@ def make_world(n: int, seed: int, everything: bool = False) -> World:
 
 
 def rendered(draw: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
-    """`draw` of every job, by a process for each core."""
-    parts = []
-    with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool, bar("render", len(jobs)) as progress:
-        for part in pool.imap(draw, jobs, chunksize=250):
-            parts.append(part)
+    """`draw` of every job in order; of many, by a process for each core, which starts anew: torch's threads may hold
+    locks that a forked process would wait for without end. Raises BrokenProcessPool where such a process dies."""
+    with ExitStack() as stack:
+        parts: Iterable[Result] = map(draw, jobs)
+        if len(jobs) > 4 * CHUNK:  # a process takes seconds to start
+            cores = len(os.sched_getaffinity(0))
+            pool = ProcessPoolExecutor(cores, mp_context=get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            parts = pool.map(draw, jobs, chunksize=CHUNK)
+        progress = stack.enter_context(bar("render", len(jobs)))
+        result: list[Result] = []
+        for part in parts:
+            result.append(part)
             progress.advance()
-    return parts
+    return result
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
