@@ -40,8 +40,8 @@ class DPOConfig(PreferenceConfig, StepwiseConfig):
     beta: float = Field(
         0.1,
         gt=0,
-        description="strength of the implicit KL, in units of log-probs averaged over the latent (D3PO and D-Fusion: "
-        "0.1); TRL's betas are for log-probs summed over a text: no loss type's published value carries over",
+        description="strength of the implicit KL, in units of log-probs averaged over the latent (D3PO: 0.1; D-Fusion "
+        "publishes none); TRL's betas are for log-probs summed over a text: no loss type's published value carries over",
     )
     ratio_clamp: float | None = Field(
         None,

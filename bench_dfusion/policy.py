@@ -81,7 +81,8 @@ class Policy:
 
     adapter    how the pipeline's family answers (see `models/base.py`)
     steps, eta, guidance   the sampler: T, its noise in (0, 1] (None: the family's own), the guidance scale (1: one branch)
-    rank, alpha   the LoRA's; targets are the family's attention projections unless given; `config` goes before all three
+    rank, alpha, init   the LoRA's, see `track.LoraSection`; targets are the family's attention projections unless given;
+               `config` goes before all four
     batch      samples in one call of the network; a fixed shape where bit-equality is promised
     autocast   dtype of the network's arithmetic, None for its own; log-probs are float32 in any case
     """
@@ -96,6 +97,7 @@ class Policy:
         rank: int = 4,
         alpha: float | None = None,
         targets: Sequence[str] | None = None,
+        init: str = "peft",
         config: LoraConfig | None = None,
         batch: int = 64,
         autocast: torch.dtype | None = None,
@@ -110,7 +112,11 @@ class Policy:
         self.network_evaluations = 0  # forwards of one sample through one branch
         self._encoded: dict[str, Conditioning] = {}
         config = config or LoraConfig(
-            r=rank, lora_alpha=alpha or rank, target_modules=list(targets or adapter.lora_targets), lora_dropout=0.0
+            r=rank,
+            lora_alpha=alpha or rank,
+            target_modules=list(targets or adapter.lora_targets),
+            lora_dropout=0.0,
+            init_lora_weights="gaussian" if init == "gaussian" else True,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

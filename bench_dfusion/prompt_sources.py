@@ -6,7 +6,7 @@ directory that datasets.load_dataset reads).
 
 The split depends on the prompts alone, not on their order: within each category prompts are ranked by a hash of
 their text, and categories are interleaved in proportion to their sizes. The held-out set is taken first, then
-validation, then train. Where upstream has a split of its own (T2I-CompBench), held-out prompts come from its
+validation, then train. Where upstream has a split of its own (T2I-CompBench, D-Fusion), held-out prompts come from its
 validation files, the others from its training files.
 """
 
@@ -35,12 +35,12 @@ class SourceSection(Section):
     """`[prompts]` of a track whose prompts come from the user's copy. A size is a count, or a share in (0, 1)."""
 
     source: str = Field(
-        description="prompt set: geneval, t2i-compbench, partiprompts, dsg or lines (a prompts file of your own)"
+        description="prompt set: geneval, t2i-compbench, partiprompts, dsg, d-fusion or lines (a prompts file of your own)"
     )
     sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
-        description="SHA-256 of the source's file (of t2i-compbench: of lines `NAME SHA256`, one a file); None: not fixed",
+        description="SHA-256 of the source's file (of several files: of lines `NAME SHA256`, one a file); None: not fixed",
     )
     heldout: int | float = Field(description="size of the held-out set (count, or share of the prompts)")
     validation: int | float = Field(0, description="size of the validation set (count or share)")
@@ -307,6 +307,18 @@ def _table(
         yield Row(row[of_prompts] or "", category(row))
 
 
+def _dfusion(path: Path) -> Iterator[Row]:
+    """A JSON list of prompts; the file's name is templateN_train.json or templateN_test.json."""
+    category, _, part = path.stem.rpartition("_")
+    try:
+        prompts = json.loads(texts.read(path))
+    except (ValueError, RecursionError):
+        prompts = None
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise UsageError(f"{path} is no JSON list of prompts: give D-Fusion's config/prompt")
+    yield from (Row(prompt, category, "train" if part == "train" else "heldout") for prompt in prompts)
+
+
 def _lines(path: Path) -> Iterator[Row]:
     prompts, templates = read_prompts(path)
     yield from (Row(prompt, templates.get(prompt, "")) for prompt in prompts)
@@ -317,8 +329,8 @@ CATEGORY_COLUMNS = ("category", "template", "tag", "item_id")
 
 def _from_dataset(repo: str, source: str) -> list[Row]:
     """The prompts of every split of a dataset that datasets.load_dataset reads."""
-    if source == "t2i-compbench":
-        raise UsageError("t2i-compbench has files for each category: give --prompts DIRECTORY, not hf:REPO")
+    if any("*" in pattern for place in SOURCES[source].places for pattern in place):
+        raise UsageError(f"{source} has files for each category: give --prompts DIRECTORY, not hf:REPO")
     hub.look(repo)
     import datasets
 
@@ -360,5 +372,14 @@ SOURCES = {
         "PartiPrompts", "https://github.com/google-research/parti", (("PartiPrompts.tsv",),), _partiprompts
     ),
     "dsg": Source("DSG-1k", "https://github.com/j-min/DSG", (("dsg-1k-anns.csv",),), _dsg),
+    "d-fusion": Source(
+        "D-Fusion",
+        "https://github.com/hu-zijing/D-Fusion",
+        (
+            ("config/prompt/template*_train.json", "config/prompt/template*_test.json"),
+            ("template*_train.json", "template*_test.json"),
+        ),
+        _dfusion,
+    ),
     "lines": Source("a file of your own", "", (), _lines),
 }

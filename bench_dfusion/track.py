@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -64,6 +64,14 @@ class LoraSection(Section):
     rank: int = Field(4, ge=1, description="rank of the LoRA matrices (count)")
     alpha: float | None = Field(None, gt=0, description="LoRA scale numerator; None: the rank, so that the scale is 1")
     targets: tuple[str, ...] | None = Field(None, description="module name endings; None: attention projections")
+    init: Literal["peft", "gaussian"] = Field(
+        "peft",
+        exclude_if=lambda value: value == "peft",
+        description="how the matrices A begin, B being 0: peft's uniform numbers (standard deviation 1/√(3 n), n the "
+        "layer's inputs), or gaussian, of standard deviation 1/rank (ddpo-pytorch, D3PO, D-Fusion, Flow-GRPO). Adam's "
+        "first steps change the network in proportion to it: at rank 4 a learning rate published for gaussian is 8 to 15 "
+        "times weaker with peft's",
+    )
 
 
 def labels_of(heldout: Sequence[str], clusters: Mapping[str, str] | None) -> tuple[str, ...] | None:

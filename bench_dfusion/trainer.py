@@ -503,6 +503,7 @@ def make_policy(
         rank=lora.rank,
         alpha=lora.alpha,
         targets=lora.targets,
+        init=lora.init,
         config=config,
         batch=track.batch,
         autocast=dtype(track.model.autocast) if track.model.autocast else None,

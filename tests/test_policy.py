@@ -68,6 +68,19 @@ def test_the_reference_is_the_base_and_leaves_no_trace(policy: Policy) -> None:
     assert all(p.grad is not None for p in policy.parameters.values())
 
 
+def test_a_gaussian_lora_begins_as_ddpo_pytorch_draws_it(sd_dir) -> None:
+    drawn = {}
+    for init in ("peft", "gaussian"):
+        policy = policy_of(sd_dir, lora=0, steps=2, rank=4, init=init)
+        a = torch.cat([p.detach().flatten() for n, p in policy.parameters.items() if "lora_A" in n])
+        assert not any(p.any() for n, p in policy.parameters.items() if "lora_B" in n)
+        drawn[init] = a
+    assert abs(drawn["gaussian"].std() * 4 - 1) < 0.05  # 1/rank
+    kurtosis = ((drawn["gaussian"] / drawn["gaussian"].std()) ** 4).mean()
+    assert abs(kurtosis - 3) < 0.3  # a normal distribution's; a uniform one's is 1.8
+    assert drawn["peft"].std() < drawn["gaussian"].std()
+
+
 def test_only_the_lora_trains(policy: Policy) -> None:
     trainable = {n for n, p in policy.adapter.network.named_parameters() if p.requires_grad}
     assert trainable == set(policy.parameters) and all("lora_" in n for n in trainable)

@@ -29,14 +29,17 @@ PROMPTS = Path(words.__file__).parent / "prompts"
 HASHES = {
     "micro": "9312766d56f12554d1624c0f52f4967b1c039b215853b13a5a93960bd6f25408",
     "micro-fast": "0331e6385ecc84b76e6870ac2e083ed4119755d8f9e1faa16e56732e035f55d9",
-    "sd21-animals": "2bf4e3956714f55f6684d2f80f7a459b5e5aec46631f796cca0cc5d2a4763348",
-    "sd21-materials": "5c154ffd2490f3a2ff592725de861bed5f87ffef522afcb5c5f6419888fedec9",
-    "sd21-relations": "d36fc90a9f757eb57938f2fc63ec99426151e9d77c45b581e84b3ea56fed824e",
-    "sd15-animals": "4eb7e1cfbecce863b3eb61df1d3873c0ae123254e11a40e1afef0eae10582fe5",
-    "sd15-materials": "ce2b726de0d5ff8202b6a9f4011fecee8407c31415e519f120460e024446f100",
-    "sd15-relations": "c59cca123fba0933ab0c6272d8f3a51cbd656f30124582480cdffdce33086955",
+    "sd21-animals": "35d7e05eedd9ba84525e445cceadb439dce51f6867815be563a699856ac2a35b",
+    "sd21-materials": "ff8374f7ec11625665bbed5a5cfb5644ab8854b5aeed7255de1cd3857357fdf6",
+    "sd21-relations": "943aecd40b47182992eeec772ee64654330faa6228b0e055f7813995b3b421ee",
+    "sd15-animals": "ea12c0ca32b8217a057fe3beba5108d114cd6224c5095e4b4164490c05188de2",
+    "sd15-materials": "1d666d89a5d84f279956557bacd7ebe375955923c38be0e53606e216ce8e9f6d",
+    "sd15-relations": "cc4efbb41cd17a5e656cfebbb3c73476509bb228c3dd07d4d5a5e4ce7b795f79",
 }
-FROM_A_COPY = ("geneval", "t2i-compbench", "partiprompts", "dsg")
+FROM_A_COPY = (
+    *("geneval", "t2i-compbench", "partiprompts", "dsg"),
+    *("dfusion-animals", "dfusion-materials", "dfusion-relations"),
+)
 
 
 def load(source: str | Path) -> Track:
@@ -251,6 +254,36 @@ def test_compbench_keeps_its_own_split(tmp_path: Path) -> None:
     assert Counter(found["templates"].values()) == {"color": 2, "non_spatial": 2}
 
 
+def test_the_official_prompts_of_a_template_keep_their_split(tmp_path: Path) -> None:
+    folder = tmp_path / "config" / "prompt"
+    for n, start in ((1, 0), (2, 10)):
+        write(folder, f"template{n}_train.json", json.dumps(SCENES[start : start + 6]))
+        write(folder, f"template{n}_test.json", json.dumps(SCENES[start + 6 : start + 10]))
+        write(folder, f"template{n}_item.json", json.dumps({p: [2] for p in SCENES[start : start + 10]}))
+    write(folder, "template1_3prompt.json", json.dumps(["another list"]))
+    section = {**track.read("dfusion-materials")["prompts"], "heldout": 4}
+    found = prompt_sources.resolve(section, tmp_path, "mine")
+    assert set(found["train"]) == {*SCENES[10:16]} and set(found["heldout"]) == {*SCENES[16:]}
+    assert found["validation"] == [] and found == prompt_sources.resolve(section, folder, "mine")
+    with pytest.raises(UsageError, match="asks for 40 prompts and 4 are left"):
+        prompt_sources.resolve(track.read("dfusion-animals")["prompts"], tmp_path, "mine")
+    write(folder, "template3_test.json", '{"a": 1}')
+    with pytest.raises(UsageError, match="template3_test.json is no JSON list of prompts"):
+        prompt_sources.resolve(section, tmp_path, "mine")
+    with pytest.raises(UsageError, match="d-fusion has files for each category"):
+        prompt_sources.resolve(section, "hf:someone/prompts", "mine")
+
+
+def test_the_papers_tracks_train_as_the_official_code_does() -> None:
+    for name in (n for n in HASHES if not n.startswith("micro")):
+        found = resolve(track_source=name, algo="dpo", reward="clip")
+        options: Any = found.algorithm_config
+        assert (found.track.lora.rank, found.track.lora.alpha, found.track.lora.init) == (4, None, "gaussian")
+        assert (options.learning_rate, options.weight_decay, options.grad_norm) == (1e-4, 1e-4, 1.0)
+        assert options.updates * options.inner_epochs == 2  # optimiser steps a round
+        assert (found.track.sampler.steps, found.track.sampler.eta, found.track.sampler.guidance) == (20, 1.0, 5.0)
+
+
 def test_prompts_are_left_out_by_category_length_and_items(tmp_path: Path) -> None:
     path = partiprompts(tmp_path, [*ROWS, ("42", "colour"), ("red", "few_things"), ("a dog " * 9, "few_things")])
     whole = {"source": "partiprompts", "heldout": 4}
@@ -307,7 +340,11 @@ def test_a_track_of_a_published_set_says_where_the_copy_comes_from(name: str) ->
     with pytest.raises(UsageError) as refused:
         resolve(track_source=name, algo="dpo", reward="clip")
     message = str(refused.value)
-    assert SOURCES[name].home in message and "--prompts COPY" in message and len(message.splitlines()) == 1
+    assert (
+        SOURCES[track.read(name)["prompts"]["source"]].home in message
+        and "--prompts COPY" in message
+        and len(message.splitlines()) == 1
+    )
 
 
 def test_the_prompts_found_are_in_the_hash_and_changes_make_another_track(tmp_path: Path) -> None:
@@ -316,7 +353,7 @@ def test_the_prompts_found_are_in_the_hash_and_changes_make_another_track(tmp_pa
         return resolve(track_source="geneval", algo="dpo", reward="clip", prompts=path, settings=list(settings)).track
 
     plain = cell()
-    assert plain.id == "geneval-v1" and [len(getattr(plain.prompts, k)) for k in track.SETS] == [12, 2, 6]
+    assert plain.id == "geneval-v2" and [len(getattr(plain.prompts, k)) for k in track.SETS] == [12, 2, 6]
     assert cell(rows=ROWS[:-1]).hash != plain.hash == cell(rows=ROWS).hash
     smaller = cell("track.prompts.train=5")
     assert smaller.name == "geneval-custom" and smaller.prompts.train == plain.prompts.train[:5]
