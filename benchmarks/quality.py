@@ -1,6 +1,6 @@
 """How well does a base of the second micro world draw what prompts ask for, and how sharply?
 
-    python benchmarks/quality.py --work DIR | --model DIR [--split validation] [--images 8] [--steps 8] [--guidance 1]
+    python benchmarks/quality.py --work DIR | --model DIR [--split validation] [--images 8] [--steps 8] [--eta 1] [--guidance 1]
 
 `--work` is the directory of a pre-training, which may still be running; `--model` a pipeline directory. Two figures of
 each set of pictures: the oracle's verdicts (full, graded; by template), and sharpness, the share of the regions it sees
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--split", choices=grammar.SPLITS, default="validation")
     parser.add_argument("--images", type=int, default=8, help="images a prompt")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--sheet", type=Path, help="also write the first image of each prompt as one PNG")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.json")
@@ -89,13 +90,13 @@ def main() -> None:
             vae, text, net, trained = pretrain.checkpointed(args.work)
             first.package(Path(made) / "pipeline", first.make_tokenizer(), vae, text, net)
         adapter, digest = load_adapter(ModelSection(id=str(args.model or Path(made) / "pipeline")))
-    policy = Policy(adapter, steps=args.steps, eta=1.0, guidance=args.guidance)
+    policy = Policy(adapter, steps=args.steps, eta=args.eta, guidance=args.guidance)
     prompts = list(grammar.prompts(args.split))
     result: dict[str, object] = {"trained": trained, "model": digest, "split": args.split}
     result["reconstructions"] = [reconstructions(policy, prompts * 4, noise) for noise in (0.0, 0.2)]
     if args.model or "denoiser" in trained:
         drawn = draw(policy, prompts, args.images)
-        result |= {"images": args.images, "steps": args.steps, "guidance": args.guidance}
+        result |= {"images": args.images, "steps": args.steps, "eta": args.eta, "guidance": args.guidance}
         result |= verdicts(drawn, [p for p in prompts for _ in range(args.images)])
     known = files.read_json(args.out) if args.out.exists() else []
     files.write_json(args.out, [*known, result])
