@@ -46,6 +46,15 @@ class AlgorithmConfig(BaseModel):
     inner_epochs: int = Field(1, ge=1, description="passes over a round's rows (count; D-Fusion: 2)")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay (1; ddpo-pytorch: 1e-4)")
     grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm (1; ddpo-pytorch: 1)")
+    ema: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        exclude_if=lambda value: value is None,  # cells of before this option keep their hash
+        description="decay of an exponential average of the trained weights, which is then what is judged and saved; after "
+        "update n it is min((1 + n) / (10 + n), this) (1; flow_grpo and DiffusionNFT: 0.9, AWM: 0.99; under some 30 updates "
+        "an average lags); None: the weights themselves",
+    )
 
 
 class StepwiseConfig(AlgorithmConfig):

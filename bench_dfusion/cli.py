@@ -70,7 +70,7 @@ def run(
         ),
     ] = None,
     track: Annotated[
-        str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
+        str | None, typer.Option(help="Track name or TOML file (default: micro-v2; with --model: paper).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Training seed (default 0).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Run seeds 0 to this minus 1.")] = None,
@@ -300,7 +300,7 @@ def doctor(
         str | None, typer.Option(help="A diffusers pipeline directory or Hub id instead of the track's.")
     ] = None,
     track: Annotated[
-        str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
+        str | None, typer.Option(help="Track name or TOML file (default: micro-v2; with --model: paper).")
     ] = None,
     algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")] = "dpo",
     reward: Annotated[str | None, typer.Option(help="Training reward, as in run (default: clip).")] = None,
@@ -361,7 +361,7 @@ def evaluate(
         Path | None, typer.Option(help="A pipeline directory to score, trained as a whole from the track's model.")
     ] = None,
     track: Annotated[
-        str | None, typer.Option(help="Track name or TOML file (default: micro; with --model: paper).")
+        str | None, typer.Option(help="Track name or TOML file (default: micro-v2; with --model: paper).")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The base: a pipeline directory or Hub id instead of the track's, or the run's.")
@@ -396,7 +396,7 @@ def evaluate(
 @app.command()
 def base(
     track: Annotated[
-        str | None, typer.Argument(help="Track name or TOML file (default: micro; with --model: paper).")
+        str | None, typer.Argument(help="Track name or TOML file (default: micro-v2; with --model: paper).")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The base: a pipeline directory or Hub id instead of the track's.")

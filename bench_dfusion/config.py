@@ -81,7 +81,7 @@ def resolve(
     builder   None: dfusion, or offline where `pairs` (a dataset's directory, file or Hub id) are given
     reward    with `pairs` the one that scored them, None: as the dataset says
     """
-    track_source = track_source or ("micro" if model is None else "paper")
+    track_source = track_source or default_track(model)
     if pairs is not None:
         builder, reward = "offline", _scored_by(pairs, builder, reward)
     if reward is None:
@@ -146,11 +146,16 @@ def resolve(
     )
 
 
+def default_track(model: str | None) -> str:
+    """The track where none is named: the embedded world, or with a model the settings for any."""
+    return "micro-v2" if model is None else "paper"
+
+
 def resolve_track(
     source: str | None = None, model: str | None = None, prompts: Path | None = None, settings: list[str] | None = None
 ) -> Track:
     """The track that `resolve` would train on, for what trains nothing. Raises UsageError on anything wrong."""
-    source = source or ("micro" if model is None else "paper")
+    source = source or default_track(model)
     options = _settings(settings or [])
     for key in options.keys() - {"track"}:
         raise UsageError(f"--set {key}.…: nothing is trained here, only track.OPTION can be set")

@@ -66,6 +66,8 @@ def card(folder: Path, record: Record) -> str:
         if option != "name"
     )
     cost, source = record.cost, record.provenance
+    ema = record.resolved["algorithm"].get("ema")
+    averaged = "" if ema is None else f" The weights are an exponential average over the updates, of decay {ema}."
     queries = f"{cost.reward_queries} reward queries" if cost.reward_queries else "offline, no reward query"
     if record.rung is not None:
         queries += f" (rung {record.rung} of {len(track['budget']['rungs'])})"
@@ -75,7 +77,7 @@ def card(folder: Path, record: Record) -> str:
 
 # {escaped(name)}
 
-A LoRA for {escaped(base if on_hub or base in micro.PIPELINES else Path(base).name)} (weights `{record.provenance.model_sha256[:12]}`), trained and judged by bench-dfusion on the track {escaped(record.track)} (`{record.track_hash[:12]}`).
+A LoRA for {escaped(base if on_hub or base in micro.PIPELINES else Path(base).name)} (weights `{record.provenance.model_sha256[:12]}`), trained and judged by bench-dfusion on the track {escaped(record.track)} (`{record.track_hash[:12]}`).{averaged}
 
 | judge | base | trained | gain, 95 % over prompts | |
 |---|---:|---:|---:|---|

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -116,6 +116,38 @@ def run_cell(
         return run.climb(rung)
 
 
+class Average:
+    """An exponential average of weights, counted in updates; A and B of a LoRA each on its own.
+
+    After update n: average ← d · average + (1 − d) · weights with d = min((1 + n) / (10 + n), decay).
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float):
+        self.parameters, self.decay = parameters, decay
+        self.weights = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def take(self, n: int) -> None:
+        decay = min((1 + n) / (10 + n), self.decay)
+        for name, parameter in self.parameters.items():
+            self.weights[name].lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the network has the averaged weights."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._set(self.weights)
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+
 class Run:
     """One cell while it runs."""
 
@@ -155,6 +187,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
+        self.average = Average(self.policy.parameters, config.ema) if config.ema is not None else None
         drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
         # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
         a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
@@ -278,6 +311,8 @@ class Run:
                     self.optimizer.step()
                     self.algorithm.stepped(self.policy)
                     self.progress.updates += 1
+                    if self.average is not None:
+                        self.average.take(self.progress.updates)
         self.progress.queries += self.algorithm.queries(samples.drawn)
         return {name: value / count for name, value in sums.items()}
 
@@ -317,6 +352,8 @@ class Run:
         tensors: dict[str, Tensor] = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
         tensors |= files.optimizer_tensors(self.optimizer)
         tensors |= {f"algorithm.{k}": v for k, v in self.algorithm.state().items()}
+        if self.average is not None:
+            tensors |= {f"average.{k}": v for k, v in self.average.weights.items()}
         state = {"cell": self.cell.hash, "progress": vars(self.progress), "base": vars(self.baseline)}
         files.save_tensors(self.checkpoint, tensors, state)
 
@@ -335,6 +372,8 @@ class Run:
         with torch.no_grad():
             for name, parameter in self.policy.parameters.items():
                 parameter.copy_(tensors[f"lora.{name}"])
+        if self.average is not None:
+            self.average.weights = {name: tensors[f"average.{name}"].to(self.device) for name in self.policy.parameters}
         files.restore_optimizer(self.optimizer, tensors)
         prefix = "algorithm."
         self.algorithm.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -342,9 +381,18 @@ class Run:
         self.baseline = Baseline(**meta.get("base", {}))
 
     def evaluate(self, rung: int) -> None:
-        """Judge what a rung's rounds have led to (unless the run failed); the first process writes what is beside a record."""
+        """Judge what a rung's rounds have led to (unless the run failed); the first process writes what is beside a record.
+
+        With `ema` that is the average of the weights; training goes on with the weights themselves.
+        """
         if self.failure is not None:
             return
+        with self.average.in_place() if self.average is not None else nullcontext():
+            self._judge(rung)
+        if self.failure is None and parallel.first():
+            self._save()
+
+    def _judge(self, rung: int) -> None:
         before = self.policy.network_evaluations
         done: evaluation.Evaluation | None = None
         rewards: Tensor | None = None
@@ -360,8 +408,6 @@ class Run:
         if done is not None:
             found = parallel.once(lambda: self._found(rung, done, rewards))
             self.progress.rungs.append(found)
-            if parallel.first():
-                self._save()
 
     def _rewards_of(self, done: evaluation.Evaluation) -> Tensor | None:
         """The training reward's scores [P, K] of the pictures judged; None for offline pairs, whose reward scores none."""

@@ -28,6 +28,7 @@ SETTINGS = [
     'track.prompts.train=["three green rings", "a cyan square", "a red square and a blue ring"]',
     "track.prompts.validation=[]",
     "track.prompts.templates=null",
+    "track.evaluation.base_images_per_prompt=null",
 ]
 TINY = [f"--set={setting}" for setting in SETTINGS]
 FRESH = (

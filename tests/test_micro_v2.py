@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench_dfusion import config, micro
+from bench_dfusion import config, files, micro
 from bench_dfusion.micro import oracle as first_oracle
 from bench_dfusion.micro import pretrain as first
 from bench_dfusion.micro.scenes import Thing
@@ -201,6 +201,8 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeyp
         for steps in stops:
             text, net = pretrain.networks(False, tokenizer, 0)
             first.train_denoiser(work, text, net, tokenizer, draw, steps, 0, rate=1e-3, schedule=pretrain.hold)
+        guided = first.Guided(text, net, 3.0, 8, torch.device("cpu"))  # in one process, right after its training
+        assert all(torch.equal(a, b) for a, b in zip(guided.net.parameters(), net.parameters(), strict=True))
         return [*text.state_dict().values(), *net.state_dict().values()]
 
     whole, resumed = trained(tmp_path / "whole", 4), trained(tmp_path / "parts", 2, 4)
@@ -249,14 +251,40 @@ def test_the_clip_of_the_world_is_trained_on_true_captions_of_every_split(tmp_pa
 
 
 def test_the_track_is_made_of_the_lists() -> None:
-    settings = config.resolve_track(str(Path(micro.HERE) / "micro-v2.toml"))
+    settings = config.resolve_track("micro-v2")
     lists = {split: getattr(settings.prompts, split) for split in grammar.SPLITS}
     assert lists == {split: grammar.prompts(split) for split in grammar.SPLITS}
     assert settings.prompts.templates == {p: grammar.parse(p).template for p in lists["heldout"]}
     assert settings.prompts.labels == tuple(grammar.parse(p).composition for p in lists["heldout"])
     assert len(lists["heldout"]) == 144 and len(set(settings.prompts.labels)) == 84
     assert (settings.evaluation.images_per_prompt, settings.evaluation.base_images_per_prompt) == (16, 64)
-    assert settings.budget.ladder == (4800, 9600, 19200)
+    assert settings.model.sha256 == files.tree_sha256(micro.PIPELINES["micro-v2"])
+
+
+def test_the_weights_are_small_and_name_no_machine() -> None:
+    folders = [micro.PIPELINE.parent, micro.PIPELINES["micro-v2"].parent]
+    assert sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file()) < 17e6
+    for path in folders[1].rglob("*.json"):
+        assert not any(word in path.read_text() for word in ("/work", "/root", "/home", "/tmp", "_name_or_path"))
+
+
+def test_the_base_draws_sharply_and_the_clip_knows_it() -> None:
+    """A few pictures: sharp, composed, about half of them what was asked for."""
+    from bench_dfusion.reward_models.clip import Clip, ClipConfig
+
+    from bench_dfusion.models.loading import load_adapter
+    from bench_dfusion.trainer import make_policy
+
+    settings = config.resolve_track("micro-v2")
+    adapter, _ = load_adapter(settings.model)
+    policy = make_policy(settings, adapter, 0, torch.device("cpu"))
+    prompts = list(grammar.prompts("validation"))
+    pictures = policy.decode(policy.sample(prompts, torch.arange(len(prompts))).final)
+    seen = [oracle.judge(image, p) for image, p in zip(pictures.numpy(), prompts, strict=True)]
+    assert 0.3 < np.mean([v.full for v in seen]) < 0.75
+    assert np.mean([region.iou >= 0.8 for v in seen for region in v.seen]) > 0.7
+    scores = Clip(ClipConfig(model="micro-v2")).score(pictures, prompts)
+    assert np.corrcoef(scores, [v.graded for v in seen])[0, 1] > 0.3
 
 
 def test_a_guided_prediction_is_taken_from_what_a_picture_shows() -> None:

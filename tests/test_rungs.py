@@ -12,6 +12,8 @@ from typing import Any
 import boards
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from processes import SETTINGS
 from rich.console import Console
 
@@ -150,8 +152,8 @@ def test_going_on_without_its_checkpoint_is_refused(tmp_path: Path, runs: dict[s
 @pytest.mark.parametrize(
     ("rung", "settings", "why"),
     [
-        (4, (), "--rung 4: micro-custom-v1 has 3 rungs"),
-        (2, ("track.budget.rungs=null",), r"--rung 2: micro-custom-v1 has no rungs \(budget.rungs\), only its budget"),
+        (4, (), "--rung 4: micro-custom-v2 has 3 rungs"),
+        (2, ("track.budget.rungs=null",), r"--rung 2: micro-custom-v2 has no rungs \(budget.rungs\), only its budget"),
         (
             1,
             ("track.budget.rungs=[7,24]",),
@@ -568,3 +570,45 @@ def test_a_publication_takes_the_record_that_goes_further() -> None:
     assert dataset.merge(published, dataset.Content(first)) == published
     merged = dataset.merge(published, dataset.Content(third))
     assert merged.records == third and not merged.samples, "the pictures were of the earlier rung"
+
+
+# --- the average of the weights
+
+
+def test_an_average_counts_updates() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    average = trainer.Average({"w": weight}, 0.3)
+    seen = []
+    for n, value in ((1, 1.0), (2, 3.0), (3, 5.0)):
+        weight.data.fill_(value)
+        average.take(n)
+        seen.append(float(average.weights["w"][0]))
+    # decays 2/11, 3/12 and min(4/13, .3)
+    first = 9 / 11
+    second = first / 4 + 3 * 3 / 4
+    assert seen == pytest.approx([first, second, 0.3 * second + 0.7 * 5])
+    with pytest.raises(ZeroDivisionError), average.in_place():
+        assert weight.tolist() == pytest.approx([seen[-1]] * 2)
+        raise ZeroDivisionError
+    assert weight.tolist() == [5, 5]
+
+
+def test_an_average_is_judged_and_saved_and_training_goes_on_without_it(runs: dict[str, Any], tmp_path: Path) -> None:
+    pieces, whole = tmp_path / "pieces", tmp_path / "whole"
+    first = run(pieces, 1, "algo.ema=0.9")
+    tensors, _ = files.load_tensors(folder_of(pieces) / trainer.CHECKPOINT)
+    saved = safetensors.torch.load_file(folder_of(pieces) / lora.FILE)
+    average = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
+    weights = {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}
+    assert average.keys() == weights.keys() and len(average) == len(saved)
+    assert sorted(v.double().sum().item() for v in saved.values()) == sorted(
+        v.double().sum().item() for v in average.values()
+    )
+    assert any((average[k] != weights[k]).any() for k in average)
+    # what is trained, and drawn in training, is as without it; what is judged is not
+    assert [r.reward for r in first.rounds] == [r.reward for r in runs["first"].rounds]
+    assert first.cell_hash != runs["first"].cell_hash and "ema" not in runs["first"].resolved["algorithm"]
+    assert first.provenance.lora_sha256 != runs["first"].provenance.lora_sha256
+    again, once = run(pieces, 2, "algo.ema=0.9"), run(whole, 2, "algo.ema=0.9")
+    assert again.provenance.lora_sha256 == once.provenance.lora_sha256
+    assert "exponential average over the updates, of decay 0.9" in (folder_of(whole) / "README.md").read_text()

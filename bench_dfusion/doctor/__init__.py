@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench_dfusion import text_limits, track
 from bench_dfusion.algorithm import Algorithm
-from bench_dfusion.config import Cell, judges_of
+from bench_dfusion.config import Cell, default_track, judges_of
 from bench_dfusion.config import resolve as resolve_cell
 from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
 from bench_dfusion.doctor import configs, device
@@ -169,7 +169,7 @@ def resolve(
     reward: str | None = None,
 ) -> tuple[Cell, list[str]]:
     """The cell as `run` would have it, and remarks; prompts stand in where the track leaves them to the user."""
-    source = track_source or ("micro" if model is None else "paper")
+    source = track_source or default_track(model)
     settings, notes = list(settings or []), []
     content = track.read(source)
     given = track.read_toml(config).get("track", {}) if config else {}
@@ -469,6 +469,8 @@ class _Doctor:
         memory, policy = settings.memory, self.policy(settings)
         weights = dict(self._lying[settings.model.dtype])
         trained = {name: weights.pop(name) for name in ("LoRA", "gradients", "AdamW")}
+        if self.cell.algorithm_config.ema is not None:
+            trained["average of the LoRA"] = trained["LoRA"]
         prompts = len(settings.prompts.train) + len(settings.prompts.heldout) + (settings.sampler.guidance != 1)
         trained[EMBEDDINGS] = prompts * weights.pop(EMBEDDINGS)
         moves = not self.cpu  # to the CPU and back is nothing on a CPU

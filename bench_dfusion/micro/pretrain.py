@@ -641,6 +641,7 @@ def train_denoiser(
     for name, module in (("text", text), ("net", net)):
         module.load_state_dict({k.removeprefix(name + "."): v for k, v in weights.items() if k.startswith(name + ".")})
         module.eval()
+    net.set_default_attn_processor()  # which keeps no maps
 
 
 # ---------------------------------------------------------------- package
