@@ -88,7 +88,9 @@ def test_a_file_of_words_and_rules(toy: Path) -> None:
 
 
 def test_a_cell_without_them_is_the_published_one() -> None:
-    published = Path(__file__).parent.parent / "leaderboards" / resolve(track_source="micro", algo="dpo", reward="clip").folder
+    published = (
+        Path(__file__).parent.parent / "leaderboards" / resolve(track_source="micro", algo="dpo", reward="clip").folder
+    )
     assert (published / "record.json").exists()
 
 
