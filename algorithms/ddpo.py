@@ -62,6 +62,7 @@ class DDPO(Algorithm):
     summary = "clipped policy gradient on the denoising steps of drawn samples (vanilla) or targets and bases (dfusion)"
     paper = "Black et al. 2023 (DDPO), §4.3 DDPO-IS and DDPO-SF"
     Config: ClassVar[type[AlgorithmConfig]] = DDPOConfig
+    needs_density = True
     config: DDPOConfig
 
     def __init__(self, config: DDPOConfig):

@@ -66,6 +66,7 @@ class DPO(Algorithm):
     summary = "step-wise DPO on the pairs' denoising steps, as D-Fusion trains"
     paper = "Yang et al. 2023 (D3PO), eq. 12; Hu et al. 2025 (D-Fusion)"
     Config: ClassVar[type[AlgorithmConfig]] = DPOConfig
+    needs_density = True
     needs_pairs = True
     config: DPOConfig
 

@@ -67,6 +67,7 @@ class GRPO(Algorithm):
     summary = "group-relative policy gradient on drawn samples (vanilla) or targets and bases (dfusion); GRPO-Guard as an option"
     paper = "Liu et al. 2025 (Flow-GRPO, 2505.05470); Xue et al. 2025 (DanceGRPO, 2505.07818); GRPO-Guard (2510.22319)"
     Config: ClassVar[type[AlgorithmConfig]] = GRPOConfig
+    needs_density = True
     config: GRPOConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

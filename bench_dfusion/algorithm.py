@@ -85,6 +85,7 @@ class Algorithm(ABC):
     paper: ClassVar[str]
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     needs_pairs: ClassVar[bool] = False
+    needs_density: ClassVar[bool] = False  # of denoising steps: only where the sampler has noise
     needs_gradient: ClassVar[bool] = False  # follows the reward's own gradient: only with a differentiable reward
     offline: ClassVar[bool] = False  # learns from finished pictures that the policy did not draw (`--pairs`)
     samples_per_row: int = 1  # samples that one row sends through the network together

@@ -126,7 +126,7 @@ def resolve(
             continue
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
-    _fit(classes["algo"], classes["builder"], classes["reward"])
+    _fit(classes["algo"], classes["builder"], classes["reward"], resolved_track)
     configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts)
     sources = {s: registry.plugins(SECTIONS[s])[names[s]].source for s in ("algo", "builder")}
     sources["reward"] = _source(reward)
@@ -258,11 +258,16 @@ def _scored_by(source: str, builder: str | None, reward: str | None) -> str:
 
 
 class Misfit(UsageError):
-    """An algorithm that cannot train on what the builder or the reward gives it."""
+    """An algorithm that cannot train on what the builder, the reward or the sampler gives it."""
 
 
-def _fit(algorithm: type[Algorithm], builder: type[Builder], reward: type[Reward]) -> None:
-    """Raise Misfit if the algorithm needs more than the builder or the reward has."""
+def _fit(algorithm: type[Algorithm], builder: type[Builder], reward: type[Reward], settings: Track) -> None:
+    """Raise Misfit if the algorithm needs more than the builder, the reward or the track's sampler has."""
+    if algorithm.needs_density and settings.sampler.eta == 0:
+        raise Misfit(
+            f"{algorithm.name} trains on the probability of denoising steps, and with track.sampler.eta 0 they have none: "
+            f"these do without: {', '.join(_able('algorithms', 'needs_density', False))}"
+        )
     if algorithm.needs_gradient and not reward.differentiable:
         raise Misfit(
             f"{algorithm.name} follows the reward's gradient, and {reward.name} has none; "
@@ -275,12 +280,12 @@ def _fit(algorithm: type[Algorithm], builder: type[Builder], reward: type[Reward
         )
 
 
-def _able(kind: str, ability: str) -> list[str]:
-    """The plugins that have an ability, those that cannot be imported left out."""
+def _able(kind: str, ability: str, wanted: bool = True) -> list[str]:
+    """The plugins that have an ability (or have it not), those that cannot be imported left out."""
     able = []
     for name, plugin in registry.plugins(kind).items():
         with suppress(PluginError):
-            able += [name] if getattr(plugin.load(), ability) else []
+            able += [name] if getattr(plugin.load(), ability) == wanted else []
     return able
 
 

@@ -166,18 +166,28 @@ def agreement(reward: Tensor, scores: Mapping[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def kl(policy: Policy, trajectory: Trajectory, per_prompt: int) -> float:
-    """Mean per-step KL of the policy from its reference along its own trajectories, one of each prompt (nats)."""
-    steps = policy.schedule.stochastic.nonzero()[:, 0].tolist()
+    """Mean per-step KL of the policy from its reference along its own trajectories, one of each prompt (nats).
+
+    Steps of the ODE have no density: there it is what it would be with the noise of the family's own sampler.
+    """
+    schedule = policy.schedule
+    if not schedule.stochastic.any():
+        schedule = policy.adapter.schedule(len(schedule), None).to(policy.device)
+    steps = schedule.stochastic.nonzero()[:, 0].tolist()
+
+    def mean_of(x_t: Tensor, step: Tensor, prompts: list[str]) -> Tensor:
+        output = policy.predict(x_t, schedule.timesteps[step], prompts)
+        return samplers.step_mean(schedule, step, x_t, output)
 
     def kl_of(rows: Tensor) -> Tensor:
         prompts, found = [trajectory.prompts[i] for i in rows.tolist()], []
         for i in steps:
             x_t = trajectory.latents[rows, i].to(policy.device)
             step = torch.full((len(rows),), i, device=policy.device)
-            mean = policy.mean(x_t, step, prompts)
+            mean = mean_of(x_t, step, prompts)
             with policy.reference():
-                other = policy.mean(x_t, step, prompts)
-            found.append(samplers.gaussian_kl(mean, other, policy.schedule.std[step]).cpu())
+                other = mean_of(x_t, step, prompts)
+            found.append(samplers.gaussian_kl(mean, other, schedule.std[step]).cpu())
         return torch.cat(found)
 
     rows = torch.arange(0, len(trajectory), per_prompt)

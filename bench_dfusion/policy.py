@@ -80,7 +80,8 @@ class Policy:
     """A pipeline's network as a policy.
 
     adapter    how the pipeline's family answers (see `models/base.py`)
-    steps, eta, guidance   the sampler: T, its noise in (0, 1] (None: the family's own), the guidance scale (1: one branch)
+    steps, kind, eta, guidance   the sampler's, see `track.SamplerSection`: T, where the noise comes from, how much (None: the
+               kind's own), the guidance scale (1: one branch)
     rank, alpha, init   the LoRA's, see `track.LoraSection`; targets are the family's attention projections unless given;
                `config` goes before all four
     batch      samples in one call of the network; a fixed shape where bit-equality is promised
@@ -93,6 +94,7 @@ class Policy:
         *,
         steps: int,
         eta: float | None = None,
+        kind: str = "native",
         guidance: float = 1.0,
         rank: int = 4,
         alpha: float | None = None,
@@ -106,7 +108,7 @@ class Policy:
     ):
         self.adapter, self.guidance, self.batch, self.autocast = adapter, guidance, batch, autocast
         self.device = torch.device(device)
-        self.schedule: Schedule = adapter.schedule(steps, eta).to(self.device)
+        self.schedule: Schedule = adapter.schedule(steps, eta, kind).to(self.device)
         self.levels: Levels = adapter.levels().to(self.device)
         self.branches = 1 if guidance == 1 or adapter.distilled else 2
         self.network_evaluations = 0  # forwards of one sample through one branch

@@ -2,7 +2,8 @@
 
 Every latent is x_t = signal · x_0 + noise · epsilon, and every step a Gaussian x_s ~ N(mu_theta(x_t), std^2 I) with
 mu = signal_s · x_0 + direction · epsilon, of what the network says of x_0 and epsilon. DDIM with eta > 0
-(Song et al. 2020, eqs. 12 and 16; as a policy Black et al. 2023, §4.2) and Flow-GRPO's SDE (Liu et al. 2025) differ in the coefficients alone.
+(Song et al. 2020, eqs. 12 and 16; as a policy Black et al. 2023, §4.2), Flow-GRPO's SDE (Liu et al. 2025) and
+coefficients-preserving sampling (2509.05952) differ in the coefficients alone. Without noise each is the ODE's step.
 """
 
 from __future__ import annotations
@@ -71,8 +72,23 @@ def ddpm_levels(scheduler: Any) -> Levels:
     return Levels(t, alpha.sqrt(), (1 - alpha).sqrt(), time, scheduler.config.get("prediction_type", "epsilon"))
 
 
-def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
-    """The schedule of a diffusers DDIM-compatible scheduler's configuration.
+def check_noise(kind: str, eta: float) -> None:
+    """Raises ValueError where a sampler cannot have this noise."""
+    if kind not in ("native", "cps"):
+        raise ValueError(f"sampler kind {kind!r} is neither native nor cps")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], not {eta}")
+
+
+def preserving(noise_s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """(std, direction) of coefficients-preserving steps to levels of noise `noise_s` [T] (2509.05952): of the noise of a
+    level sin(eta pi / 2) is new and cos(eta pi / 2) the old one's, so that direction² + std² = noise_s² exactly."""
+    angle = eta * math.pi / 2
+    return noise_s * math.sin(angle), noise_s * (math.cos(angle) if eta < 1 else 0.0)
+
+
+def ddim_schedule(scheduler: Any, steps: int, eta: float, kind: str = "native") -> Schedule:
+    """The schedule of a diffusers DDIM-compatible scheduler's configuration; `kind`: "native" (DDIM's noise) or "cps".
 
     The step after timestep t goes to the next timestep of the schedule, the last one to timestep 0
     (never `final_alpha_cumprod`). Raises ValueError on settings under which the steps are not the
@@ -88,8 +104,7 @@ def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {prediction!r} is not supported (epsilon, v_prediction)")
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta must be in (0, 1], not {eta}: at 0 the sampler is deterministic and no policy")
+    check_noise(kind, eta)
     total = len(scheduler.alphas_cumprod)
     if steps > total:
         raise ValueError(f"track.sampler.steps is {steps}, and the schedule has {total} steps: take at most as many")
@@ -122,6 +137,9 @@ def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
     a_t, a_s = cumulative[timesteps], cumulative[after]
     std = (eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).clamp(min=0).sqrt()).float()
     a_t, a_s = a_t.float(), a_s.float()
+    direction = (1 - a_s - std**2).clamp(min=0).sqrt()
+    if kind == "cps":
+        std, direction = preserving((1 - a_s).sqrt(), eta)
     return Schedule(
         timesteps,
         signal=a_t.sqrt(),
@@ -129,7 +147,7 @@ def ddim_schedule(scheduler: Any, steps: int, eta: float) -> Schedule:
         time=(timesteps + 1) / total,
         prediction_type=prediction,
         signal_s=a_s.sqrt(),
-        direction=(1 - a_s - std**2).clamp(min=0).sqrt(),
+        direction=direction,
         std=std,
         size=(timesteps - after) / total,
     )
@@ -141,25 +159,28 @@ def flow_levels(sigmas: Tensor, timesteps: Tensor) -> Levels:
     return Levels(timesteps.float(), 1 - sigmas, sigmas, sigmas, "velocity")
 
 
-def flow_schedule(sigmas: Tensor, timesteps: Tensor, noise_level: float) -> Schedule:
+def flow_schedule(sigmas: Tensor, timesteps: Tensor, noise_level: float, kind: str = "native") -> Schedule:
     """Flow-GRPO's SDE (Liu et al. 2025, 2505.05470) over `sigmas` [T + 1] from noise to pictures.
 
     With t = sigmas[i], dt = sigmas[i + 1] - t < 0 and s = a sqrt(t / (1 - t)), a the noise level (published: 0.7):
     mu = x_t (1 + s² dt / 2t) + v (1 + s² (1 - t) / 2t) dt and std = s sqrt(-dt). Since epsilon = x_t + (1 - t) v
     that is (1 - t - dt) x_0 + (t + dt - std² / 2t) epsilon. At t = 1 the next sigma stands in s, as in their code.
     The last step goes to x_0 itself and has no noise, which would stay in the picture (0.1 in FLUX's 20 steps).
-    Raises ValueError where the sigmas do not fall or the noise level is not in (0, 1].
+    With `kind` "cps" the noise is that of coefficients-preserving sampling, of eta `noise_level`.
+    Raises ValueError where the sigmas do not fall or the noise level is not in [0, 1].
     """
-    if not 0 < noise_level <= 1:
-        raise ValueError(f"eta must be in (0, 1], not {noise_level}: at 0 the sampler is deterministic and no policy")
+    check_noise(kind, noise_level)
     sigmas = sigmas.double().cpu()
     t, after = sigmas[:-1], sigmas[1:]
     if not ((t > after).all() and t[0] <= 1 and after[-1] == 0):
         raise ValueError(f"a flow's sigmas fall from at most 1 to 0, and these are {sigmas.tolist()}")
     size = t - after
     std = noise_level * (t / (1 - torch.where(t == 1, after, t)) * size).sqrt() * (after > 0)
+    direction = after - std**2 / (2 * t)
+    if kind == "cps":
+        std, direction = preserving(after, noise_level)
     levels = flow_levels(t, timesteps.cpu())
-    rest: dict[str, Any] = {"signal_s": 1 - after, "direction": after - std**2 / (2 * t), "std": std, "size": size}
+    rest: dict[str, Any] = {"signal_s": 1 - after, "direction": direction, "std": std, "size": size}
     return Schedule(**vars(levels), **{k: v.float() for k, v in rest.items()})
 
 

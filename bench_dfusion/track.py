@@ -45,12 +45,19 @@ class ModelSection(Section):
 
 class SamplerSection(Section):
     steps: int = Field(ge=1, description="denoising steps T (count)")
+    kind: Literal["native", "cps"] = Field(
+        "native",
+        exclude_if=lambda value: value == "native",
+        description="where the noise of a step comes from: native, the family's own (DDIM, or Flow-GRPO's SDE of a flow), or "
+        "cps, coefficients-preserving sampling (2509.05952), whose latents have exactly the noise of their level",
+    )
     eta: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
-        description="the sampler's noise, in (0, 1]: DDIM's eta, the share of the ancestral noise (None: 1), or the noise "
-        "level a of a flow's SDE (None: 0.7, Flow-GRPO's)",
+        description="the sampler's noise, in [0, 1]: DDIM's eta, the share of the ancestral noise (None: 1), the noise level "
+        "a of a flow's SDE (None: 0.7, Flow-GRPO's), or the share of a quarter turn by which cps makes a level's noise anew "
+        "(None: 0.8, FlowCPS's). 0: the ODE, without noise, for algorithms that need no density of a step",
     )
     guidance: float = Field(
         1.0,

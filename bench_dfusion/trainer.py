@@ -545,6 +545,7 @@ def make_policy(
         adapter,
         steps=track.sampler.steps,
         eta=track.sampler.eta,
+        kind=track.sampler.kind,
         guidance=track.sampler.guidance,
         rank=lora.rank,
         alpha=lora.alpha,

@@ -478,3 +478,17 @@ def test_a_count_that_is_never_reached_is_refused() -> None:
 
     with pytest.raises(ValidationError, match="never be reached"):
         DDPOConfig(buffer=4, min_count=16)
+
+
+# --- what goes together
+
+
+@pytest.mark.parametrize("name", ["dpo", "ddpo", "grpo", "dpok"])
+def test_an_algorithm_that_needs_a_steps_density_is_refused_where_there_is_none(toy: str, name: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        resolve(track_source=toy, algo=name, reward="oracle", settings=["track.sampler.eta=0"])
+    said = str(refused.value)
+    assert said.startswith(f"{name} trains on the probability of denoising steps") and "\n" not in said
+    for other in ("nft", "awm", "dgpo", "kto", "diffusion-dpo", "sft", "rwr"):
+        assert other in said.partition("do without: ")[2].split(", ")
+        resolve(track_source=toy, algo=other, reward="oracle", settings=["track.sampler.eta=0"])

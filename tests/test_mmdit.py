@@ -78,7 +78,7 @@ def test_a_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sigmas", "level", "said"), [([0.5, 0.7, 0], 0.7, "fall"), ([0.5, 0.2], 0.7, "to 0"), ([1, 0.5, 0], 0, "eta")]
+    ("sigmas", "level", "said"), [([0.5, 0.7, 0], 0.7, "fall"), ([0.5, 0.2], 0.7, "to 0"), ([1, 0.5, 0], 1.5, "eta")]
 )
 def test_what_is_no_flow_is_refused(sigmas: list[float], level: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):

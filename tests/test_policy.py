@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes import command
 from tiny import policy_of
 
-from bench_dfusion import records
-from bench_dfusion.policy import Policy
+from bench_dfusion import evaluation, records
+from bench_dfusion.policy import Policy, remove_lora
 
 PROMPTS = ["a red circle", "two blue rings", "a green cross", "a red ring above a blue cross", "a cyan square"]
 SEEDS = torch.tensor([1, 2, 3, 4, 5])
@@ -66,6 +67,27 @@ def test_the_reference_is_the_base_and_leaves_no_trace(policy: Policy) -> None:
     torch.testing.assert_close(out.detach(), trained)
     out.sum().backward()
     assert all(p.grad is not None for p in policy.parameters.values())
+
+
+@pytest.mark.parametrize("options", [{"kind": "cps"}, {"kind": "cps", "eta": 0.4}, {"eta": 0.0}])
+def test_every_family_samples_in_every_way(policy: Policy, options: dict[str, Any]) -> None:
+    """Log-probs are those of the steps; where none has a density the pictures follow from the start noise alone."""
+    of = policy.adapter
+    remove_lora(of.network)
+    policy = Policy(of, steps=3, batch=3, guidance=policy.guidance, **options)
+    drawn = policy.sample(PROMPTS[:2], SEEDS[:2])
+    assert drawn.latents.isfinite().all()
+    for i in range(3):
+        step = torch.full((2,), i)
+        again = policy.log_prob(drawn.latents[:, i], drawn.latents[:, i + 1], step, PROMPTS[:2])
+        torch.testing.assert_close(again.detach(), drawn.log_probs[:, i], atol=1e-4, rtol=1e-4)
+    noisy = bool(policy.schedule.stochastic.any())
+    assert noisy == (options.get("eta") != 0) == bool(drawn.log_probs.any())
+    start = drawn.latents[:, 0]
+    other, _ = policy.denoise(start, torch.randn(2, 3, *start.shape[1:]), PROMPTS[:2])
+    assert torch.allclose(other[:, -1].detach(), drawn.latents[:, -1], atol=1e-4) != noisy
+    stir(policy)
+    assert evaluation.kl(policy, drawn, 1) > 0
 
 
 def test_a_gaussian_lora_begins_as_ddpo_pytorch_draws_it(sd_dir) -> None:

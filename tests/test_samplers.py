@@ -28,7 +28,7 @@ def noise(*shape, seed=0):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 5, 20])
 def test_mean_and_std_are_those_of_diffusers(prediction, spacing, eta, steps):
     # At the last step diffusers takes `final_alpha_cumprod`, which without set_alpha_to_one is the alpha of timestep 0.
@@ -121,7 +121,6 @@ def test_zero_terminal_snr_works_with_v_prediction():
     [
         (ddim(clip_sample=True), 1.0, "clip_sample"),
         (ddim(thresholding=True), 1.0, "thresholding"),
-        (ddim(), 0.0, "deterministic"),
         (ddim(), -0.5, "eta must be in"),
         (ddim(), 1.5, "eta must be in"),
         (ddim(), float("nan"), "eta must be in"),
@@ -165,6 +164,67 @@ def test_a_schedule_as_long_as_the_levels(spacing, steps):
         return
     schedule = ddim_schedule(ddim(timestep_spacing=spacing), steps, 1.0)
     assert len(schedule.timesteps.unique()) == steps and schedule.std.isfinite().all() and schedule.stochastic.any()
+
+
+# --- coefficients-preserving sampling, and none of the noise
+
+
+def schedules(steps: int, eta: float, kind: str) -> list[samplers.Schedule]:
+    """Of a VP scheduler and of a flow."""
+    sigmas = torch.linspace(1, 0, steps + 1).double()
+    flow = samplers.flow_schedule(sigmas, sigmas[:-1] * 1000, eta, kind)
+    return [ddim_schedule(ddim(), steps, eta, kind), flow]
+
+
+@given(st.floats(0, 1), st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_cps_keeps_the_noise_of_a_level(eta, steps):
+    for schedule in schedules(steps, eta, "cps"):
+        noise_s = (
+            (1 - schedule.signal_s) if schedule.prediction_type == "velocity" else (1 - schedule.signal_s**2).sqrt()
+        )
+        torch.testing.assert_close((schedule.direction**2 + schedule.std**2).sqrt(), noise_s, rtol=1e-5, atol=1e-6)
+        assert (schedule.std >= 0).all() and (schedule.direction >= 0).all()
+
+
+def test_cps_by_hand():
+    sigmas = torch.tensor([0.8, 0.6, 0.0])
+    schedule = samplers.flow_schedule(sigmas, sigmas[:-1], 0.8, "cps")
+    x_t, v = torch.full((2, 1), 1.0), torch.full((2, 1), 0.5)
+    mean = samplers.step_mean(schedule, torch.arange(2), x_t, v)
+    assert mean[0, 0].item() == pytest.approx(0.44395, abs=1e-5)
+    assert schedule.std.tolist() == pytest.approx([0.57063, 0], abs=1e-5)
+    assert schedule.stochastic.tolist() == [True, False]  # the last step of a flow goes to x_0 itself
+    # all of the noise is new: the mean is x_0's share alone
+    fresh = samplers.flow_schedule(sigmas, sigmas[:-1], 1.0, "cps")
+    assert fresh.direction.tolist() == [0, 0] and fresh.std[0].item() == pytest.approx(0.6)
+
+
+def test_ddim_is_cps_at_another_eta_at_each_step():
+    # sin phi = sqrt((1 - a_t / a_s) / (1 - a_t)) at DDIM's eta 1
+    native, _ = schedules(20, 1.0, "native")
+    a_t, a_s = native.signal.double() ** 2, native.signal_s.double() ** 2
+    for i, phi in enumerate(((1 - a_t / a_s) / (1 - a_t)).sqrt().asin().tolist()):
+        cps, _ = schedules(20, phi / (torch.pi / 2), "cps")
+        torch.testing.assert_close(cps.std[i], native.std[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cps.direction[i], native.direction[i], rtol=1e-4, atol=1e-4)
+
+
+def test_without_noise_every_kind_is_the_ode():
+    for native, cps in zip(schedules(7, 0.0, "native"), schedules(7, 0.0, "cps"), strict=True):
+        assert not native.stochastic.any() and not cps.stochastic.any() and not native.std.any()
+        torch.testing.assert_close(native.direction, cps.direction, rtol=1e-6, atol=1e-7)
+    # Euler's step of a flow: x + (sigma_s - sigma_t) v
+    _, flow = schedules(7, 0.0, "native")
+    x_t, v = noise(7, 1, 2, 2), noise(7, 1, 2, 2, seed=1)
+    after = torch.cat([flow.noise[1:], torch.zeros(1)])
+    euler = x_t + (after - flow.noise).view(-1, 1, 1, 1) * v
+    torch.testing.assert_close(samplers.step_mean(flow, torch.arange(7), x_t, v), euler, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kind_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="sampler kind 'sde' is neither native nor cps"):
+        ddim_schedule(ddim(), 5, 1.0, "sde")
 
 
 # --- densities

@@ -21,6 +21,7 @@ from bench_dfusion.samplers import Levels, Schedule
 from bench_dfusion.track import MemorySection
 
 Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first
+CPS_NOISE = 0.8  # FlowCPS's eta
 NETWORK_FIX = "float16 overflows, set track.model.dtype=bfloat16 or float32"
 VAE_FIX = "float16 overflows, set force_upcast in the vae's config.json to true, or track.model.dtype=float32"
 
@@ -109,9 +110,16 @@ class Adapter(ABC):
         """The scheduler of a checkpoint in the class that the steps are read from. Raises UsageError."""
         return schedulers.ddim_like(scheduler)
 
-    def schedule(self, steps: int, eta: float | None) -> Schedule:
-        """The sampler's steps; `eta` None is the family's default (DDIM: 1). Raises ValueError."""
-        return samplers.ddim_schedule(self.scheduler, steps, 1.0 if eta is None else eta)
+    noise: ClassVar[float] = 1.0  # eta where none is given: DDIM's
+
+    def schedule(self, steps: int, eta: float | None, kind: str = "native") -> Schedule:
+        """The sampler's steps (see `track.SamplerSection`); `eta` None is the kind's default. Raises ValueError."""
+        return samplers.ddim_schedule(self.scheduler, steps, self.eta(eta, kind), kind)
+
+    def eta(self, eta: float | None, kind: str) -> float:
+        """What is given, or else the default of a kind of sampler."""
+        own = CPS_NOISE if kind == "cps" else self.noise
+        return own if eta is None else eta
 
     def levels(self) -> Levels:
         """The noise levels of training, the cleanest first."""

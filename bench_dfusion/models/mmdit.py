@@ -36,14 +36,15 @@ class MMDiTAdapter(Adapter):
     def read_scheduler(scheduler: Any) -> Any:
         return schedulers.flow_matching(scheduler)
 
-    def schedule(self, steps: int, eta: float | None) -> Schedule:
-        """Flow-GRPO's SDE over the sigmas that the family's pipeline takes; `eta` is its noise level a."""
+    noise = NOISE_LEVEL
+
+    def schedule(self, steps: int, eta: float | None, kind: str = "native") -> Schedule:
+        """Flow-GRPO's SDE, or cps, over the sigmas that the family's pipeline takes; `eta` is its noise level a."""
         try:
             self.scheduler.set_timesteps(**self.sigmas(steps))
         except (TypeError, ArithmeticError) as error:  # a setting that is null, or of another kind
             raise ValueError(f"the scheduler's settings make no {steps} steps: {error}") from None
-        noise_level = NOISE_LEVEL if eta is None else eta
-        return samplers.flow_schedule(self.scheduler.sigmas, self.scheduler.timesteps, noise_level)
+        return samplers.flow_schedule(self.scheduler.sigmas, self.scheduler.timesteps, self.eta(eta, kind), kind)
 
     def sigmas(self, steps: int) -> dict[str, Any]:
         """What the family's pipeline asks of its scheduler's `set_timesteps`."""
