@@ -222,7 +222,7 @@ def main() -> None:
         print(f"base, {t}: full {np.mean([v.full for v in own]):.3f}, graded {np.mean([v.graded for v in own]):.3f}")
     print(f"base: full {np.mean([v.full for v in verdicts]):.3f}, graded {np.mean([v.graded for v in verdicts]):.3f}")
     grid = (
-        [DFusionConfig(**json.loads(c)) for c in args.config]
+        [DFusionConfig(**{"layers": tuple(adapter.attentions("self")), **json.loads(c)}) for c in args.config]
         if args.config
         else designs(list(adapter.attentions("self")))
     )
