@@ -89,7 +89,7 @@ def key(track: Track) -> str:
     return content_sha256(
         {
             "model": fixed["model"],
-            "sampler": fixed["sampler"],
+            "sampler": fixed["evaluation"].get("sampler", fixed["sampler"]),
             "heldout": fixed["prompts"]["heldout"],
             "evaluation": fixed["evaluation"],
             "rewards": {name: options for name, options in fixed["rewards"].items() if name in names},
@@ -217,7 +217,12 @@ def draw(
     embed = evaluation.embedder(judges)
     done = parallel.once(lambda: _done(parts, base))
     begun, step = sum(len(part.prompts) for part in done), max(1, AT_ONCE // k)
-    with bar(f"base of {track.id}, once", k * len(prompts), k * begun) as progress, policy.reference():
+    label = f"base of {track.id}, once"
+    with (
+        bar(label, k * len(prompts), k * begun) as progress,
+        evaluation.sampling(policy, track),
+        policy.reference(),
+    ):
         for start in range(begun, len(prompts), step):
             some = prompts[start : start + step]
             drawn = evaluation.draw(policy, some, k, progress.advance)

@@ -334,7 +334,12 @@ class Checker:
             )
         least = drawn * track.sampler.steps * len(sampled)
         judged = len(record.rungs or ()) + finished
-        least += judged * len(track.prompts.heldout) * track.evaluation.images_per_prompt * track.sampler.steps
+        least += (
+            judged
+            * len(track.prompts.heldout)
+            * track.evaluation.images_per_prompt
+            * ((track.evaluation.sampler or track.sampler).steps)
+        )
         if cost.network_evaluations < least:
             yield f"cost.network_evaluations: {cost.network_evaluations}, but drawing the samples alone takes {least}"
         algorithm = configs.get("algorithm")

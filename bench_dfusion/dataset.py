@@ -26,7 +26,7 @@ from bench_dfusion.leaderboard import Board, Row
 from bench_dfusion.pictures import evenly
 from bench_dfusion.records import Record, Unfinished
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import Track
+from bench_dfusion.track import SamplerSection, Track
 
 MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
 README = "README.md"
@@ -627,6 +627,12 @@ def _columns(digests: Mapping[str, str]) -> str:
     )
 
 
+def _sampler(section: SamplerSection) -> str:
+    noise = "the family's eta" if section.eta is None else f"eta {section.eta:g}" if section.eta else "the ODE"
+    cps = "cps, " if section.kind == "cps" else ""
+    return f"{cps}{section.steps} steps, {noise}, guidance {section.guidance:g}"
+
+
 def _track_section(board: Board) -> str:
     cell = board.cells[0]
     track = _track(cell)
@@ -636,14 +642,14 @@ def _track_section(board: Board) -> str:
     p, s, b = track.prompts, track.sampler, track.budget
     lora = f"rank {track.lora.rank}" + (f", in {_text(', '.join(track.lora.targets))}" if track.lora.targets else "")
     tuning = next((r.tuning for r in board.records if r.tuning), "")
-    noise = "the family's eta" if s.eta is None else f"eta {s.eta:g}"
     facts = {
         "track hash": f"`{_text(board.track_hash)}`",
         "base model": _text(track.model.id)
         + (f", revision {_text(track.model.revision)}" if track.model.revision else ""),
         "its weights, SHA-256": ", ".join(f"`{_text(w)}`" for w in weights) or "–",
         "arithmetic": _text(track.model.dtype + (f", autocast {track.model.autocast}" if track.model.autocast else "")),
-        "sampler": f"{s.steps} steps, {noise}, guidance {s.guidance:g}",
+        "sampler": _sampler(s),
+        **({"sampler of what is judged": _sampler(other)} if (other := track.evaluation.sampler) else {}),
         "LoRA": lora,
         "budget of a run": f"{b.reward_queries} reward queries; {b.prompts_per_round} prompts × {b.samples_per_prompt} samples a round"
         + (f"; ranked at {', '.join(map(str, b.rungs))}" if b.rungs else ""),

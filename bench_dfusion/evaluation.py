@@ -6,6 +6,7 @@ The base is the track's checked base where it has one (`checked_base`), else dra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,11 +66,12 @@ def evaluate(
     """
     prompts, k = track.prompts.heldout, track.evaluation.images_per_prompt
     embed = embedder(judges)
-    with bar("evaluate", (1 if base else 2) * k * len(prompts)) as progress:
+    with sampling(policy, track), bar("evaluate", (1 if base else 2) * k * len(prompts)) as progress:
         trained = draw(policy, prompts, k, progress.advance)
         if base is None:
             with policy.reference():
                 reference = draw(policy, prompts, k, progress.advance)
+        moved = kl(policy, trained.trajectory, k)
     scores = {name: judged(judge, name, trained, k) for name, judge in judges.items()}
     if base is None:
         of_base = {name: judged(judge, name, reference, k) for name, judge in judges.items()}
@@ -84,12 +86,21 @@ def evaluate(
     distance = trained.images if base is None else trained.images[::k]
     found = Drift(
         pixels=float((distance.float() - first.float()).square().flatten(1).mean(1).sqrt().mean()),
-        kl=kl(policy, trained.trajectory, k),
+        kl=moved,
         diversity_base=float(spread.mean()),
         diversity_trained=float(diversity(trained.images, k, embed)[0].mean()),
         diversity_space=space,
     )
     return Evaluation(verdicts, found, first if base else first[::k], trained.images[::k], trained, scores)
+
+
+def sampling(policy: Policy, track: Track) -> AbstractContextManager[None]:
+    """Inside, the policy samples what is judged: with the track's `evaluation.sampler` where it has one.
+
+    Raises ValueError where the model has no such sampler.
+    """
+    other = track.evaluation.sampler
+    return nullcontext() if other is None else policy.sampling(other.steps, other.eta, other.kind, other.guidance)
 
 
 def load_judges(track: Track, device: torch.device, make: Callable[..., Reward] = made) -> dict[str, Reward]:

@@ -76,6 +76,11 @@ def in_batches(policy: Policy, function: Callable[..., Tensor], *columns: Tensor
     return torch.cat([torch.zeros(0, *shape), *parallel.each(lambda part: function(*part).cpu(), parts)])
 
 
+def branches(adapter: Adapter, guidance: float) -> int:
+    """The calls of the network that a guided prediction takes."""
+    return 1 if guidance == 1 or adapter.distilled else 2
+
+
 class Policy:
     """A pipeline's network as a policy.
 
@@ -110,7 +115,7 @@ class Policy:
         self.device = torch.device(device)
         self.schedule: Schedule = adapter.schedule(steps, eta, kind).to(self.device)
         self.levels: Levels = adapter.levels().to(self.device)
-        self.branches = 1 if guidance == 1 or adapter.distilled else 2
+        self.branches = branches(adapter, guidance)
         self.network_evaluations = 0  # forwards of one sample through one branch
         self._encoded: dict[str, Conditioning] = {}
         config = config or LoraConfig(
@@ -131,6 +136,17 @@ class Policy:
             p.data = p.data.float()
             p.requires_grad_(True)
         adapter.place(self.parameters.values(), self.device)
+
+    @contextmanager
+    def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
+        """Inside, the policy samples with another sampler (arguments as of the class). Raises ValueError where there is none."""
+        own = self.schedule, self.guidance, self.branches
+        self.schedule = self.adapter.schedule(steps, eta, kind).to(self.device)
+        self.guidance, self.branches = guidance, branches(self.adapter, guidance)
+        try:
+            yield
+        finally:
+            self.schedule, self.guidance, self.branches = own
 
     # conditioning
 

@@ -307,6 +307,11 @@ class Checkpoint(Policy):
     base: Policy
 
     @contextmanager
+    def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
+        with self.base.sampling(steps, eta, kind, guidance), super().sampling(steps, eta, kind, guidance):
+            yield
+
+    @contextmanager
     def reference(self) -> Iterator[None]:
         own = {name: getattr(self, name) for name in ("adapter", "schedule", "_encoded")}
         try:

@@ -184,6 +184,13 @@ class EvaluationSection(Section):
         "first of them on the noise of a run's own (count); None: every run draws the base beside its own images",
     )
 
+    sampler: SamplerSection | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="the sampler of the pictures that are judged, with the keys of [sampler], as people draw with the model; "
+        "None: the one of training",
+    )
+
     @model_validator(mode="after")
     def _enough(self) -> EvaluationSection:
         if self.base_images_per_prompt is not None and not 2 <= self.images_per_prompt <= self.base_images_per_prompt:

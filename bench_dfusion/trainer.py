@@ -173,6 +173,9 @@ class Run:
         adapter, self.model_sha256 = loaded.pipeline(track.model, self.device, track.memory)
         self.policy = make_policy(track, adapter, cell.seed, self.device)
         self.builder: Builder = cell.builder(cell.builder_config)
+        with evaluation.sampling(self.policy, track):  # whether the model has such a sampler
+            if track.memory.drop_text:
+                self.policy.condition(prompts)
         text_limits.check(adapter, self.builder.trained_on(track.prompts), track.prompts)
         self.builder.check(self.policy, prompts)
         self.algorithm: Algorithm = cell.algorithm(cell.algorithm_config)

@@ -325,7 +325,7 @@ def without(*names: str) -> Callable[[dict[str, Any]], None]:
         (raise_gain, "verdict of oracle: adjusted: not what the scores of base and trained give"),
         (raise_trained, "verdict of clip: per_prompt: trained is not the mean of the scores in"),
         (lambda c: c["agreement"].update(clip=-0.99), "agreement.clip: -0.99, but the scores in"),
-        (lambda c: c["provenance"].update(base_sha256="0" * 64), "is not the checked base of micro-custom-v1"),
+        (lambda c: c["provenance"].update(base_sha256="0" * 64), "is not the checked base of micro-custom-v2"),
         (lambda c: c["provenance"].update(scores_sha256="0" * 64), "provenance.scores_sha256: .* holds other scores"),
         (without("base_sha256"), "provenance.base_sha256: missing, and the track has a checked base"),
         (without("scores_sha256"), "provenance.scores_sha256: missing"),

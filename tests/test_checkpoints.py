@@ -26,6 +26,7 @@ def run(folder: Path, out: Path, algo: str, builder: str, *more: str) -> Record:
         'track.prompts.heldout=["a purple cup", "two horses"]',
         "track.evaluation.images_per_prompt=1",
         "track.sampler.steps=3",
+        "track.evaluation.sampler=null",
         "algo.inner_epochs=1",
         "track.rewards.clip.model=micro",
         "track.model.resolution=32",

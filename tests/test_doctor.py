@@ -38,6 +38,7 @@ PROMPTS = ["a red circle", "two blue rings", "a green cross", "a cat and a dog"]
 SMALL = [
     "track.batch=4",
     "track.sampler.steps=4",
+    "track.evaluation.sampler=null",
     "track.budget.prompts_per_round=2",
     "track.budget.samples_per_prompt=4",
     'track.evaluation.judges=["jpeg-compressibility"]',

@@ -167,7 +167,15 @@ def test_a_stable_diffusion_checkpoint_runs_through_the_command(sd_dir: Path, tm
     settings = [f"--set=track.budget.{s}" for s in (*small, "reward_queries=24")] + [
         "--set=track.rewards.clip.model=micro"
     ]
-    words = ("--model", str(sd_dir), "--prompts", "my.txt", "--set=track.sampler.steps=4", *settings)
+    words = (
+        "--model",
+        str(sd_dir),
+        "--prompts",
+        "my.txt",
+        "--set=track.sampler.steps=4",
+        "--set=track.evaluation.sampler.steps=4",
+        *settings,
+    )
     done = command("run", "--algo", "dpo", "--reward", "clip", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ((path, record),) = records.find(tmp_path)

@@ -16,7 +16,20 @@ from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
 import bench_dfusion
-from bench_dfusion import cli, config, evaluation, files, leaderboard, lora, publish, records, rescore, verify
+from bench_dfusion import (
+    checked_base,
+    cli,
+    config,
+    evaluation,
+    files,
+    leaderboard,
+    lora,
+    publish,
+    records,
+    rescore,
+    verify,
+)
+from bench_dfusion.policy import Policy
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import Track
@@ -209,7 +222,7 @@ def test_a_runs_own_lora_gets_the_records_verdicts(part: str, finished: Path, tm
     assert plain(found.verdicts) == plain(record.verdicts) and found.drift == record.drift
     assert not any(v.trained_on for v in found.verdicts)
     assert found.lora is not None and (found.lora.rank, found.lora.alpha) == (4, 4)
-    assert folder.parent == tmp_path / "micro-custom-v1" and found.model_sha256 == record.provenance.model_sha256
+    assert folder.parent == tmp_path / "micro-custom-v2" and found.model_sha256 == record.provenance.model_sha256
 
 
 @pytest.fixture(scope="module")
@@ -377,3 +390,45 @@ def test_which_records_are_verified_their_content_decides(finished: Path) -> Non
     assert [r.seed for _, r in verify.drawn(moved)] == order != sorted(order)
     more = [*found, (path, one.model_copy(update={"seed": 20}))]
     assert [r.seed for _, r in verify.drawn(more) if r.seed < 20] != order, "one more record draws all anew"
+
+
+# --- a sampler of its own for what is judged
+
+
+def test_what_is_judged_is_drawn_by_the_evaluations_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training on the ODE in 8 steps, judged in 3 with guidance; scored again it is the same to the last bit."""
+    seen: list[tuple[int, float, int]] = []
+    plain = Policy.sample
+
+    def sample(self: Policy, *words: Any) -> Any:
+        assert not self.schedule.stochastic.any()
+        seen.append((len(self.schedule), self.guidance, self.branches))
+        return plain(self, *words)
+
+    monkeypatch.setattr(Policy, "sample", sample)
+    settings = [
+        *SETTINGS,
+        "algo.learning_rate=0.05",
+        "track.budget.reward_queries=8",
+        "track.sampler.eta=0",
+        'track.evaluation.sampler={"steps": 3, "eta": 0, "guidance": 2.0}',
+        "track.evaluation.base_images_per_prompt=4",
+    ]
+    names: dict[str, Any] = {"algo": "diffusion-dpo", "builder": "vanilla", "reward": "oracle"}
+    record = bench_dfusion.run(**names, settings=settings, out=tmp_path)
+    training, judging = (8, 1.0, 1), (3, 2.0, 2)
+    assert set(seen) == {training, judging} and seen[-1] == judging
+    assert record.drift is not None and record.drift.kl > 0  # of steps without a density: by the family's own noise
+    ((path, _),) = records.find(tmp_path)
+    assert rescore.run(path.parent).exact
+    # the base is of the evaluation's sampler, whatever trains
+    track = config.resolve_track(settings=[s for s in settings if s.startswith("track.")])
+    own = track.model_copy(update={"sampler": track.sampler.model_copy(update={"steps": 5})})
+    assert checked_base.key(own) == checked_base.key(track) and own.hash != track.hash
+
+
+def test_a_sampler_that_the_model_has_not_is_refused_before_compute(tmp_path: Path) -> None:
+    settings = [*SETTINGS, 'track.evaluation.sampler={"steps": 1001}']
+    with pytest.raises(UsageError, match="1001"):
+        bench_dfusion.run(algo="sft", builder="vanilla", reward="oracle", settings=settings, out=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -144,7 +144,7 @@ def test_prompts_config_and_set_reach_the_record(tmp_path: Path) -> None:
     folder, record = only_record(tmp_path)
     assert record.resolved["algorithm"]["beta"] == 4 and record.resolved["algorithm"]["updates"] == 1
     assert record.resolved["track"]["prompts"]["train"] == ["a purple cross", "a blue circle"]
-    assert record.track == "micro-custom-v1"
+    assert record.track == "micro-custom-v2"
     assert json.loads((folder / "cell.json").read_text())["given"]["config"]["algo"]["beta"] == 3.0
 
 

@@ -106,7 +106,13 @@ def test_prompts_of_offline_pairs_are_trained_on(adapter: Callable[[str], Adapte
 
 def settings(train: str, held: str) -> list[str]:
     sets = {"train": [train], "validation": [], "heldout": [held, "two horses"]}
-    small = ["batch=4", "sampler.steps=2", "budget.prompts_per_round=1", "budget.samples_per_prompt=4"]
+    small = [
+        "batch=4",
+        "sampler.steps=2",
+        "evaluation.sampler=null",
+        "budget.prompts_per_round=1",
+        "budget.samples_per_prompt=4",
+    ]
     small += ["budget.reward_queries=4", "evaluation.images_per_prompt=1", 'evaluation.judges=["jpeg-compressibility"]']
     return [f"track.{s}" for s in (*small, *(f"prompts.{key}={json.dumps(value)}" for key, value in sets.items()))]
 

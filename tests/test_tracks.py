@@ -30,12 +30,12 @@ HASHES = {
     "micro": "9312766d56f12554d1624c0f52f4967b1c039b215853b13a5a93960bd6f25408",
     "micro-v2": "ecb4990e8dd8079e6f4ebd115c41522241b239da6e8e276fca23fb8d65a3ea05",
     "micro-fast": "0331e6385ecc84b76e6870ac2e083ed4119755d8f9e1faa16e56732e035f55d9",
-    "sd21-animals": "35d7e05eedd9ba84525e445cceadb439dce51f6867815be563a699856ac2a35b",
-    "sd21-materials": "ff8374f7ec11625665bbed5a5cfb5644ab8854b5aeed7255de1cd3857357fdf6",
-    "sd21-relations": "943aecd40b47182992eeec772ee64654330faa6228b0e055f7813995b3b421ee",
-    "sd15-animals": "ea12c0ca32b8217a057fe3beba5108d114cd6224c5095e4b4164490c05188de2",
-    "sd15-materials": "1d666d89a5d84f279956557bacd7ebe375955923c38be0e53606e216ce8e9f6d",
-    "sd15-relations": "cc4efbb41cd17a5e656cfebbb3c73476509bb228c3dd07d4d5a5e4ce7b795f79",
+    "sd21-animals": "8f56bb7c76a7c405aaac8dffe1784ecbc07df2c675290ec03f4290ea68f6a306",
+    "sd21-materials": "73209a19ff6653de4d9b28e9faff2bab37c342178307a45c910ea36a525ba659",
+    "sd21-relations": "806bea78af38b137f98c1964e6b393d747c60f223ce880c5aa935fc733dd8c10",
+    "sd15-animals": "d2d01a76c76798dac9f8eb59325de0f552184469776335847b9fcde06934ce0c",
+    "sd15-materials": "a1978cc97f82d924cb714f62407dbf9c862617e345b58b776c73fa9d9f1010d6",
+    "sd15-relations": "2d930b477fe4e628491979e09fb018d7684726166c7216c230d39a2d86fc827a",
 }
 FROM_A_COPY = (
     *("geneval", "t2i-compbench", "partiprompts", "dsg"),

@@ -28,7 +28,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from bench_dfusion import text_limits, track
+from bench_dfusion import evaluation, text_limits, track
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell, default_track, judges_of
 from bench_dfusion.config import resolve as resolve_cell
@@ -336,7 +336,9 @@ class _Doctor:
             self.policy(settings)
             return self._traced["encode", settings.model.dtype]
         if name == "evaluate":
-            return max((self._trace(n, settings) for n in ("sample", "decode")), key=lambda t: t.peak)
+            return max((self._trace(n, settings) for n in ("judge", "decode")), key=lambda t: t.peak)
+        if name == "judge" and settings.evaluation.sampler is None:
+            name = "sample"
         memory = settings.memory
         depends = {"train": [memory.gradient_checkpointing], "decode": [memory.vae_slicing]}
         if self.cell.algorithm.needs_gradient:
@@ -376,6 +378,11 @@ class _Doctor:
         cost = trace.cost * (1 / len(short.schedule))
         whole = cost.in_batches(self.drawn * steps, policy.batch, len(prompts))
         return Traced(trace.peak + self._latents(policy, short, len(prompts)), 0, whole)
+
+    def _judge(self, policy: Policy) -> Traced:
+        """As many samples as a round draws, by the sampler of the evaluation."""
+        with evaluation.sampling(policy, self.cell.track):
+            return self._sample(policy)
 
     def _decode(self, policy: Policy) -> Traced:
         rows = min(policy.batch, self.drawn)
@@ -471,7 +478,11 @@ class _Doctor:
         trained = {name: weights.pop(name) for name in ("LoRA", "gradients", "AdamW")}
         if self.cell.algorithm_config.ema is not None:
             trained["average of the LoRA"] = trained["LoRA"]
-        prompts = len(settings.prompts.train) + len(settings.prompts.heldout) + (settings.sampler.guidance != 1)
+        prompts = (
+            len(settings.prompts.train)
+            + len(settings.prompts.heldout)
+            + any(s.guidance != 1 for s in (settings.sampler, settings.evaluation.sampler) if s is not None)
+        )
         trained[EMBEDDINGS] = prompts * weights.pop(EMBEDDINGS)
         moves = not self.cpu  # to the CPU and back is nothing on a CPU
         if memory.offload_network and moves:
@@ -619,7 +630,9 @@ class _Doctor:
         each = (1 if settings.evaluation.base_images_per_prompt else 2) * settings.evaluation.images_per_prompt
         evaluated = len(settings.prompts.heldout) * (each + 2) / self.drawn
         pictures = len(settings.prompts.heldout) * each / (self.drawn + self.made)
-        by_name["evaluate"].seconds = rates.seconds(costs["sample"] * evaluated + costs["decode"] * pictures)
+        by_name["evaluate"].seconds = rates.seconds(
+            self._trace("judge", settings).cost * evaluated + costs["decode"] * pictures
+        )
 
 
 class StandInAfter(StandIn):
