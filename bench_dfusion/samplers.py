@@ -203,6 +203,14 @@ def predict_clean(levels: Levels, index: Tensor, x_t: Tensor, output: Tensor) ->
     return signal * x_t - noise * output, signal * output + noise * x_t
 
 
+def velocity_slope(levels: Levels, index: Tensor) -> Tensor:
+    """d (epsilon - x_0) / d output [B] at levels `index` [B]: what a change of the network's output makes of the velocity."""
+    signal, noise = levels.signal[index], levels.noise[index]
+    if levels.prediction_type == "velocity":
+        return torch.ones_like(signal)
+    return (signal + noise) / signal if levels.prediction_type == "epsilon" else signal + noise
+
+
 def step_mean(schedule: Schedule, step: Tensor, x_t: Tensor, output: Tensor) -> Tensor:
     """mu_theta of x_s given x_t [B, ...] and the network's (guided) output, in float32; `step` [B] are step indices."""
     x_t, output = x_t.float(), output.float()

@@ -87,6 +87,10 @@ TRIALS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "vanilla": [{"learning_rate": 4e-3}, {"learning_rate": 1e-3}],
         "dfusion": [{"learning_rate": 2e-3}],
     },
+    "fdfo": {
+        "vanilla": [{"learning_rate": 4e-3}, {"learning_rate": 1e-3}],
+        "dfusion": [{"learning_rate": 4e-3}, {"learning_rate": 1e-3}, {"learning_rate": 4e-3, "trust": 0.1}],
+    },
     "draft": {
         "vanilla": [{"learning_rate": 1e-3}, {"learning_rate": 4e-3}],
     },
@@ -104,12 +108,19 @@ def trial(algorithm: str, builder: str, options: dict[str, Any]) -> dict[str, An
         f"track.evaluation.images_per_prompt={IMAGES}",
     ]
     reward = "clip" if algorithm == "draft" else "oracle"
-    return {"algo": algorithm, "builder": builder, "reward": reward, "seed": 0, "settings": settings}
+    return {
+        "track_source": "micro",
+        "algo": algorithm,
+        "builder": builder,
+        "reward": reward,
+        "seed": 0,
+        "settings": settings,
+    }
 
 
 def taken(algorithm: str, builder: str, options: dict[str, Any]) -> bool:
     """Whether the track as it is now has these options for the algorithm and builder."""
-    now = config.resolve(algo=algorithm, builder=builder, reward="clip").algorithm_config
+    now = config.resolve(track_source="micro", algo=algorithm, builder=builder, reward="clip").algorithm_config
     return bool(now == registry.load("algorithms", algorithm).Config(**options))
 
 
