@@ -71,7 +71,11 @@ def main() -> None:
     args = parser.parse_args()
     settings = [] if args.model == "micro" else [f"track.model.id={args.model}", "track.model.sha256=null"]
     track = config.resolve(
-        algo="dpo", builder="vanilla", reward="jpeg-compressibility", settings=[*settings, *args.set]
+        track_source="micro",
+        algo="dpo",
+        builder="vanilla",
+        reward="jpeg-compressibility",
+        settings=[*settings, *args.set],
     ).track
     device = torch.device(args.device)
     policies = []

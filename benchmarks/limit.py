@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", dest="settings")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cell = config.resolve(algo=args.algo, builder=args.builder, reward=args.reward, settings=args.settings)
+    cell = config.resolve(
+        track_source="micro", algo=args.algo, builder=args.builder, reward=args.reward, settings=args.settings
+    )
     with tempfile.TemporaryDirectory() as folder:
         run = Run(cell, Path(folder))
         watch = Watch(run)
