@@ -45,8 +45,8 @@ def run(folder: Path, out: Path, algo: str, builder: str, *more: str) -> Record:
 @pytest.mark.parametrize(
     ("name", "algo", "builder"),
     [
-        ("sdxl", "dpo", "dfusion"),
-        ("sd21", "ddpo", "vanilla"),
+        pytest.param("sdxl", "dpo", "dfusion", marks=pytest.mark.slow),
+        pytest.param("sd21", "ddpo", "vanilla", marks=pytest.mark.slow),
         ("sd3", "dpo", "dfusion"),
         ("flux", "ddpo", "vanilla"),
     ],

@@ -31,8 +31,15 @@ def test_the_algorithms_are_those_a_researcher_looks_for() -> None:
         assert cls.needs_pairs or "dfusion" in cls.summary or "trains on drawn samples" in cls.summary
 
 
-@pytest.mark.parametrize("builder", ["dfusion", "vanilla"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+# Each with one builder in turn; the other half is slow.
+@pytest.mark.parametrize(
+    ("name", "builder"),
+    [
+        pytest.param(name, builder, marks=[pytest.mark.slow] * (i % 2 != j))
+        for i, name in enumerate(ALGORITHMS)
+        for j, builder in enumerate(("dfusion", "vanilla"))
+    ],
+)
 def test_it_runs_with_clip_on_consistent_and_on_drawn_samples(name: str, builder: str, tmp_path: Path) -> None:
     settings = [*SETTINGS, "track.budget.reward_queries=24"]
     record = bench_dfusion.run(algo=name, builder=builder, reward="clip", settings=settings, out=tmp_path)

@@ -147,7 +147,7 @@ def test_a_killed_sweep_ends_with_the_same_records(tmp_path: Path, monkeypatch) 
     words = ("sweep", "micro", "--algo", "ddpo", "--builder", "dfusion", "--reward", "killing", "--seeds", "2")
     short = "track.budget.reward_queries=24"
     # 2 rounds of two calls a cell; die in the first round of the first cell and in the second round of the second
-    env = {"DIE_HERE": str(tmp_path), "DIE_AT": "1,9", "OMP_NUM_THREADS": "1"}
+    env = {"DIE_HERE": str(tmp_path), "DIE_AT": "1,9"}
     codes = []
     for _ in range(4):
         codes.append(command(*words, *TINY, f"--set={short}", "--plugin=failing.py", cwd=tmp_path, env=env).returncode)
