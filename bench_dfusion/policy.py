@@ -84,6 +84,9 @@ def branches(adapter: Adapter, guidance: float) -> int:
 class Policy:
     """A pipeline's network as a policy.
 
+    Its `levels` are those that the network was trained at, the cleanest first, `training_levels` of them, and then those
+    that the sampler's steps start from, the noisiest first: in flow matching they need not be among the others.
+
     adapter    how the pipeline's family answers (see `models/base.py`)
     steps, kind, eta, guidance   the sampler's, see `track.SamplerSection`: T, where the noise comes from, how much (None: the
                kind's own), the guidance scale (1: one branch)
@@ -113,8 +116,10 @@ class Policy:
     ):
         self.adapter, self.guidance, self.batch, self.autocast = adapter, guidance, batch, autocast
         self.device = torch.device(device)
-        self.schedule: Schedule = adapter.schedule(steps, eta, kind).to(self.device)
-        self.levels: Levels = adapter.levels().to(self.device)
+        schedule, training = adapter.schedule(steps, eta, kind), adapter.levels()
+        self.schedule: Schedule = schedule.to(self.device)
+        self.levels: Levels = samplers.joined(training, schedule).to(self.device)
+        self.training_levels = len(training)
         self.branches = branches(adapter, guidance)
         self.network_evaluations = 0  # forwards of one sample through one branch
         self._encoded: dict[str, Conditioning] = {}

@@ -72,6 +72,13 @@ def ddpm_levels(scheduler: Any) -> Levels:
     return Levels(t, alpha.sqrt(), (1 - alpha).sqrt(), time, scheduler.config.get("prediction_type", "epsilon"))
 
 
+def joined(levels: Levels, more: Levels) -> Levels:
+    """The levels of both in one table, those of `more` after the others; both must be of one kind of prediction."""
+    own = (f.name for f in fields(Levels) if f.name != "prediction_type")
+    columns = {name: torch.cat([getattr(levels, name), getattr(more, name)]) for name in own}
+    return Levels(**columns, prediction_type=levels.prediction_type)
+
+
 def check_noise(kind: str, eta: float) -> None:
     """Raises ValueError where a sampler cannot have this noise."""
     if kind not in ("native", "cps"):

@@ -403,12 +403,14 @@ def test_winner_and_loser_share_level_and_noise_and_rows_do_not():
     assert len(rows["t"].unique()) > 12
 
 
-def test_diffusion_dpos_value_is_that_of_the_paper():
-    policy, samples, algorithm, rows = round_of("diffusion-dpo", beta=50.0)
+@pytest.mark.parametrize("levels", [(0.0, 1.0), "sampler"])
+def test_diffusion_dpos_value_is_that_of_the_paper(levels):
+    policy, samples, algorithm, rows = round_of("diffusion-dpo", beta=50.0, levels=levels)
     base, network = fake_policy(), policy.adapter.network
     network.calls.clear()
     found = algorithm.loss(policy, samples, rows).value
     ((noised, t),) = network.calls
+    assert set(t.tolist()) <= set(policy.schedule.timesteps.tolist() if levels == "sampler" else range(1000))
     both = torch.cat([rows["winner"], rows["loser"]])
     prompts = [samples.samples.prompts[i] for i in both.tolist()]
     clean, a = samples.samples.trajectory.final[both], policy.adapter.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)

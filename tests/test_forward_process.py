@@ -25,6 +25,8 @@ from bench_dfusion.objectives.advantages import advantages, prompt_groups
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
 from bench_dfusion.objectives.policy_gradient import clipped_terms
+from bench_dfusion.registry import UsageError
+from bench_dfusion.track import validate
 
 ALGORITHMS = {
     "sft": lambda **o: SFT(SFTConfig(**o)),
@@ -351,6 +353,31 @@ def test_a_loss_and_its_gradient_are_those_of_the_formula(name, prediction):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@every_algorithm
+def test_levels_of_the_sampler_are_its_own_timesteps_and_the_formula_is_the_same(name):
+    policy, samples, algorithm, rows = round_of(name, policy=fake_policy(steps=5), levels="sampler", timesteps=8)
+    assert rows["t"].unique().tolist() == [1000, 1001, 1002, 1003, 1004]  # after the training timesteps
+    told = policy.schedule.timesteps[rows["t"] - 1000]
+    assert told.unique().tolist() == [199, 399, 599, 799, 999]
+    expected = a_second_time(name, policy, samples, {**rows, "t": told})
+    expected.backward()
+    expected = expected.detach(), gradient(policy)
+    policy.adapter.network.calls.clear()
+    found = loss_and_gradient(policy, samples, algorithm, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert {int(t) for _, told in policy.adapter.network.calls for t in told} == {199, 399, 599, 799, 999}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_samplers_levels_are_those_of_its_timesteps(prediction):
+    policy = fake_policy(steps=5, scheduler=ddim(prediction_type=prediction))
+    levels, steps = policy.levels, policy.schedule.timesteps
+    assert policy.training_levels == 1000 and levels.timesteps.tolist() == [*range(1000), *steps.tolist()]
+    assert levels.prediction_type == prediction
+    for name in ("signal", "noise", "time"):
+        assert torch.equal(getattr(levels, name)[1000:], getattr(levels, name)[steps])
+
+
 @pytest.mark.parametrize("name", ["sft", "rwr", "kto", "awm"])
 def test_a_loss_has_the_gradient_that_finite_differences_find(name):
     policy, samples, algorithm, rows = round_of(name)
@@ -393,6 +420,17 @@ def test_the_noisiest_level_is_the_last_timestep(monkeypatch):
     # The largest number below 1 that torch draws: .5 + (1 - 2^-24) / 2 rounds to 1 in float32, and 1000 is no timestep.
     monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
     assert draw_levels(fake_policy(), 2, (0.5, 1.0), generator())["t"].tolist() == [999, 999]
+
+
+def test_every_step_of_the_sampler_is_drawn_as_often_as_another():
+    drawn = draw_levels(fake_policy(steps=8), 8000, "sampler", generator())["t"]
+    counts = drawn.bincount(minlength=1008)
+    assert counts[:1000].sum() == 0 and counts[1000:].min() > 900 and counts[1000:].max() < 1100  # sd 30
+
+
+def test_the_last_step_of_the_sampler_is_the_last_level(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
+    assert draw_levels(fake_policy(steps=3), 1, "sampler", generator())["t"].tolist() == [1002]
 
 
 @every_algorithm
@@ -493,11 +531,35 @@ def test_the_curves_are_detached_and_say_what_they_are_called(name):
         assert 0.02 < float(metrics["accuracy" if name == "kto" else "clipped"]) < 0.98
 
 
-@pytest.mark.parametrize("option", [{"levels": (0.5, 0.0)}, {"timesteps": 0}, {"unknown": 1}])
+@pytest.mark.parametrize(
+    "option",
+    [{"levels": v} for v in ((0.5, 0.0), (0.0, math.nan), (0.5,), "training", None)]
+    + [{"timesteps": 0}, {"unknown": 1}],
+)
 def test_wrong_options_are_refused(option):
     for config in (SFTConfig, RWRConfig, KTOConfig, DGPOConfig, NFTConfig, AWMConfig):
         with pytest.raises(ValidationError):
             config(**option)
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ("samplr", "algo.levels: a share [from, to) of the training timesteps, or sampler, not 'samplr'"),
+        ([0.5, 0.5], "algo.levels: a share is [from, to) with 0 <= from < to <= 1, not [0.5, 0.5], not [0.5, 0.5]"),
+        ([0.5, "x"], "algo.levels.1: Input should be a valid number, unable to parse string as a number, not 'x'"),
+    ],
+)
+def test_levels_that_are_none_are_refused_by_the_options_name(levels, said):
+    with pytest.raises(UsageError) as caught:
+        validate(SFTConfig, {"levels": levels}, "algo")
+    assert str(caught.value) == said
+
+
+def test_levels_are_written_as_before_and_the_samplers_by_its_word():
+    assert SFTConfig().model_dump(mode="json")["levels"] == [0.0, 1.0]
+    assert SFTConfig(levels=[0, "0.5"]).model_dump(mode="json")["levels"] == [0.0, 0.5]
+    assert SFTConfig(levels="sampler").model_dump(mode="json")["levels"] == "sampler"
 
 
 # --- dgpo's groups

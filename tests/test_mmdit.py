@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_dfusion.algorithms.sft import SFT, SFTConfig
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from tiny import policy_of
 from torch import Tensor
 
 from bench_dfusion import samplers
+from bench_dfusion.consistent import ConsistentSamples, Samples
 from bench_dfusion.fusion.attention import Taps
 from bench_dfusion.fusion.builder import DFusion, DFusionConfig
 from bench_dfusion.models.flux import pack, unpack
@@ -156,6 +158,36 @@ def test_pictures_are_the_pipelines_own_where_nothing_is_random(both: tuple[Poli
     images = pipe(PROMPTS, **size, latents=latents, output_type="pt").images
     torch.testing.assert_close(policy.adapter.decode(drawn.final), images, atol=1e-4, rtol=0)
     assert images.std() > 0.05 and (images[0] - images[1]).abs().max() > 0.05
+
+
+def test_levels_of_the_sampler_are_its_sigmas_and_the_network_is_told_them(folder: Path) -> None:
+    """A picture's size shifts FLUX's sigmas, so that they are none of the training's."""
+    policy = policy_of(folder, resolution=SIDE)
+    trajectory = policy.sample(PROMPTS, SEEDS)
+    samples = ConsistentSamples(
+        Samples(trajectory, policy.decode(trajectory.final), torch.arange(2.0)),
+        2,
+        torch.tensor([[1, 0]]),
+        torch.arange(2),
+        torch.zeros(0, 3).long(),
+    )
+    algorithm = SFT(SFTConfig(levels="sampler", timesteps=12))
+    rows = algorithm.prepare(policy, samples, torch.Generator().manual_seed(0))
+    step = rows["t"] - policy.training_levels
+    assert step.unique().tolist() == [0, 1, 2, 3] and rows["row"].tolist() == [1] * 12
+    policy.adapter.scheduler.set_timesteps(**policy.adapter.sigmas(4))
+    sigma = policy.adapter.scheduler.sigmas[step].view(-1, 1, 1, 1)
+    noise = torch.cat(
+        [samplers.sample_noise(seed[None], 0, policy.adapter.latent_shape)[:, 0] for seed in rows["noise"]]
+    )
+    clean = trajectory.final[rows["row"]]
+    x_t = (1 - sigma) * clean + sigma * noise
+    with torch.no_grad():
+        found = algorithm.loss(policy, samples, rows).value
+        told = policy.adapter.scheduler.timesteps[step]
+        velocity = policy.predict(x_t, told, [PROMPTS[1]] * 12)
+    torch.testing.assert_close(found, ((velocity - (noise - clean)) ** 2).mean(), rtol=1e-5, atol=1e-6)
+    assert not torch.isin(told, policy.levels.timesteps[1 : policy.training_levels - 1]).all()
 
 
 def test_pictures_and_latents_are_each_others_inverse_in_scale(both: tuple[Policy, Any]) -> None:

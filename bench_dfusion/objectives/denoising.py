@@ -6,9 +6,10 @@ For algorithms that learn from finished pictures and need no trajectory (Ho et a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor
 
 from bench_dfusion import samplers
@@ -17,14 +18,28 @@ from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy, in_batches
 
 
+def _where(value: Any, union: ValidatorFunctionWrapHandler) -> Any:
+    if value == "sampler":
+        return value
+    if isinstance(value, str):
+        raise ValueError("a share [from, to) of the training timesteps, or sampler")
+    return TypeAdapter(Share).validate_python(value)  # and not the union, whose errors name its members
+
+
+Where = Annotated[tuple[float, float] | Literal["sampler"], WrapValidator(_where)]
+
+
 class LevelsConfig(AlgorithmConfig):
     """Options of the algorithms that noise single samples' final latents again."""
 
     timesteps: int = Field(
         4, ge=1, description="noise levels drawn for each sample (or group) in a round (count; DGPO's code: 4)"
     )
-    levels: Share = Field(
-        (0.0, 1.0), description="share of the training timesteps drawn from, [from, to), 0 the cleanest (DDPM: all)"
+    levels: Where = Field(
+        (0.0, 1.0),
+        description="share of the training timesteps drawn from, [from, to), 0 the cleanest (DDPM: all), or sampler: the "
+        "timesteps of the track's sampler alone, all of its steps alike (DiffusionNFT, AWM and DGPO draw from these, or "
+        "from most of them)",
     )
 
 
@@ -60,13 +75,16 @@ def mean_square(difference: Tensor) -> Tensor:
     return (difference**2).flatten(1).mean(1)
 
 
-def draw_levels(policy: Policy, rows: int, levels: Share, generator: torch.Generator) -> Rows:
-    """For each of `rows` a training timestep, uniform over the share `levels` (0 the cleanest), and a noise's seed."""
-    total = len(policy.levels)
+def draw_levels(policy: Policy, rows: int, levels: Where, generator: torch.Generator) -> Rows:
+    """For each of `rows` a level of the policy's and a noise's seed. Levels are uniform over the share `levels` of the
+    training timesteps (0 the cleanest) or over the steps of the policy's sampler."""
+    first, total = 0, policy.training_levels
+    if isinstance(levels, str):
+        first, total, levels = total, len(policy.levels) - total, (0.0, 1.0)
     low, high = levels
     u = torch.rand(rows, generator=generator)
     return {
-        "t": ((low + u * (high - low)) * total).long().clamp(max=total - 1),
+        "t": first + ((low + u * (high - low)) * total).long().clamp(max=total - 1),
         "noise": torch.randint(2**62, (rows,), generator=generator),
     }
 
@@ -78,7 +96,7 @@ def at_levels(policy: Policy, samples: Tensor, config: LevelsConfig, generator: 
 
 
 def noised(policy: Policy, samples: ConsistentSamples, rows: Tensor, t: Tensor, seeds: Tensor) -> Noised:
-    """The final latents of sample rows [B] at timesteps t [B], with the noise of `seeds` [B]."""
+    """The final latents of sample rows [B] at levels t [B] of the policy's, with the noise of `seeds` [B]."""
     trajectory = samples.samples.trajectory
     clean = trajectory.final[rows].to(policy.device)
     noise = samplers.sample_noise(seeds, 0, tuple(clean.shape[1:]))[:, 0].to(policy.device)
