@@ -108,7 +108,7 @@ def test_a_run_exports_to_a_dataset_that_datasets_reads(run: Path, tmp_path: Pat
     assert list(dataset["chosen_seed"]) == list(dataset["rejected_seed"])  # a target starts from its base's noise
     # The pictures are those that were scored, to the bit: the reward says the same of them again.
     reward = registry.load("rewards", "clip")
-    clip = reward(reward.Config(model="micro"), torch.device("cpu"))
+    clip = reward(reward.Config(model="micro-v2"), torch.device("cpu"))
     for side in ("chosen", "rejected"):
         images = torch.from_numpy(np.stack([np.asarray(image) for image in dataset[side]]))
         assert images.shape == (total, 64, 64, 3)

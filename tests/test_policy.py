@@ -179,7 +179,7 @@ def test_a_stable_diffusion_checkpoint_runs_through_the_command(sd_dir: Path, tm
     done = command("run", "--algo", "dpo", "--reward", "clip", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ((path, record),) = records.find(tmp_path)
-    assert record.track == "paper-custom-v1" and len(record.rounds) == 2
+    assert record.track == "paper-custom-v2" and len(record.rounds) == 2
     assert len(record.verdicts[0].per_prompt) == 2
     from diffusers import StableDiffusionPipeline
 

@@ -470,7 +470,7 @@ def test_weights_that_are_not_to_be_had_are_one_line(
 
 
 def a_cell(reward: str, **options: Any) -> Any:
-    return resolve(**{"algo": "dpo", "builder": "vanilla", "reward": reward, **options})
+    return resolve(**{"track_source": "micro", "algo": "dpo", "builder": "vanilla", "reward": reward, **options})
 
 
 def test_how_a_sum_is_written() -> None:

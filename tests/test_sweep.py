@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import SETTINGS, TINY, command
@@ -21,6 +22,7 @@ from bench_dfusion.registry import UsageError
 FAILING = '''
 import os, signal
 from pathlib import Path
+from typing import Any
 from bench_dfusion.reward_models.oracle import Oracle
 
 class Failing(Oracle):
@@ -89,7 +91,8 @@ def test_every_cell_is_registered_before_the_first_runs_and_shown_until_it_has_a
     frame = leaderboard.table(board)
     assert frame["missing"].tolist() == [2, 2] and frame["seeds"].tolist() == [0, 0]
     assert set(frame["note"]) == {"incomplete: 2 of 2 cells have no record"}
-    record = bench_dfusion.run(algo="dpo", builder="vanilla", reward="oracle", seed=1, settings=SETTINGS, out=tmp_path)
+    options: dict[str, Any] = {"track_source": "micro", "seed": 1, "settings": SETTINGS, "out": tmp_path}
+    record = bench_dfusion.run(algo="dpo", builder="vanilla", reward="oracle", **options)
     (board,) = leaderboard.boards(tmp_path)
     assert board.records == (record,) and len(board.unfinished) == 3
     again = jobs(tmp_path)
