@@ -39,7 +39,6 @@ class DPOK(DDPO):
     )
     paper = "Fan et al. 2023 (DPOK), §4.2 and Algorithm 1"
     Config: ClassVar[type[AlgorithmConfig]] = DPOKConfig
-    needs_density = True
     config: DPOKConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

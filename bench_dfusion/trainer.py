@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,6 +35,7 @@ from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
 from bench_dfusion.loaded import Loaded
 from bench_dfusion.models.base import Adapter, NotFinite
 from bench_dfusion.models.loading import dtype
+from bench_dfusion.objectives.averages import Warmed
 from bench_dfusion.policy import Policy
 from bench_dfusion.progress import bar
 from bench_dfusion.records import Record, Round, Rung
@@ -116,38 +117,6 @@ def run_cell(
         return run.climb(rung)
 
 
-class Average:
-    """An exponential average of weights, counted in updates; A and B of a LoRA each on its own.
-
-    After update n: average ← d · average + (1 − d) · weights with d = min((1 + n) / (10 + n), decay).
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float):
-        self.parameters, self.decay = parameters, decay
-        self.weights = {name: p.detach().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def take(self, n: int) -> None:
-        decay = min((1 + n) / (10 + n), self.decay)
-        for name, parameter in self.parameters.items():
-            self.weights[name].lerp_(parameter, 1 - decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the network has the averaged weights."""
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
-        try:
-            self._set(self.weights)
-            yield
-        finally:
-            self._set(own)
-
-    @torch.no_grad()
-    def _set(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
-
-
 class Run:
     """One cell while it runs."""
 
@@ -190,7 +159,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        self.average = Average(self.policy.parameters, config.ema) if config.ema is not None else None
+        self.average = Warmed(config.ema) if config.ema is not None else None
+        if self.average is not None:
+            self.average.weights(self.policy)  # it begins with the weights before the first update
         drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
         # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
         a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
@@ -315,7 +286,8 @@ class Run:
                     self.algorithm.stepped(self.policy)
                     self.progress.updates += 1
                     if self.average is not None:
-                        self.average.take(self.progress.updates)
+                        self.average.steps += 1
+                        self.average.update(self.policy)
         self.progress.queries += self.algorithm.queries(samples.drawn)
         return {name: value / count for name, value in sums.items()}
 
@@ -356,7 +328,7 @@ class Run:
         tensors |= files.optimizer_tensors(self.optimizer)
         tensors |= {f"algorithm.{k}": v for k, v in self.algorithm.state().items()}
         if self.average is not None:
-            tensors |= {f"average.{k}": v for k, v in self.average.weights.items()}
+            tensors |= {f"ema.{k}": v for k, v in self.average.state().items()}
         state = {"cell": self.cell.hash, "progress": vars(self.progress), "base": vars(self.baseline)}
         files.save_tensors(self.checkpoint, tensors, state)
 
@@ -376,7 +348,7 @@ class Run:
             for name, parameter in self.policy.parameters.items():
                 parameter.copy_(tensors[f"lora.{name}"])
         if self.average is not None:
-            self.average.weights = {name: tensors[f"average.{name}"].to(self.device) for name in self.policy.parameters}
+            self.average.load_state({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
         files.restore_optimizer(self.optimizer, tensors)
         prefix = "algorithm."
         self.algorithm.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -390,7 +362,8 @@ class Run:
         """
         if self.failure is not None:
             return
-        with self.average.in_place() if self.average is not None else nullcontext():
+        average = self.average
+        with nullcontext() if average is None else self.policy.holding(average.weights(self.policy)):
             self._judge(rung)
         if self.failure is None and parallel.first():
             self._save()

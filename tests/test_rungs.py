@@ -13,7 +13,7 @@ import boards
 import numpy as np
 import pytest
 import safetensors.torch
-import torch
+from fakes import fake_policy
 from processes import SETTINGS
 from rich.console import Console
 
@@ -35,6 +35,7 @@ from bench_dfusion import (
 )
 from bench_dfusion.baseline import pictures_per_prompt
 from bench_dfusion.leaderboard import Board
+from bench_dfusion.objectives.averages import Warmed
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report import content
@@ -576,21 +577,25 @@ def test_a_publication_takes_the_record_that_goes_further() -> None:
 
 
 def test_an_average_counts_updates() -> None:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    average = trainer.Average({"w": weight}, 0.3)
+    policy = fake_policy()
+    name, weight = next(iter(policy.parameters.items()))
+    weight.data.zero_()
+    average = Warmed(0.3)
+    average.weights(policy)
     seen = []
-    for n, value in ((1, 1.0), (2, 3.0), (3, 5.0)):
+    for value in (1.0, 3.0, 5.0):
         weight.data.fill_(value)
-        average.take(n)
-        seen.append(float(average.weights["w"][0]))
+        average.steps += 1
+        average.update(policy)
+        seen.append(float(average.weights(policy)[name].flatten()[0]))
     # decays 2/11, 3/12 and min(4/13, .3)
     first = 9 / 11
     second = first / 4 + 3 * 3 / 4
     assert seen == pytest.approx([first, second, 0.3 * second + 0.7 * 5])
-    with pytest.raises(ZeroDivisionError), average.in_place():
-        assert weight.tolist() == pytest.approx([seen[-1]] * 2)
+    with pytest.raises(ZeroDivisionError), policy.holding(average.weights(policy)):
+        assert weight.flatten().tolist() == pytest.approx([seen[-1]] * weight.numel())
         raise ZeroDivisionError
-    assert weight.tolist() == [5, 5]
+    assert weight.flatten().tolist() == [5] * weight.numel()
 
 
 def test_an_average_is_judged_and_saved_and_training_goes_on_without_it(runs: dict[str, Any], tmp_path: Path) -> None:
@@ -598,7 +603,7 @@ def test_an_average_is_judged_and_saved_and_training_goes_on_without_it(runs: di
     first = run(pieces, 1, "algo.ema=0.9")
     tensors, _ = files.load_tensors(folder_of(pieces) / trainer.CHECKPOINT)
     saved = safetensors.torch.load_file(folder_of(pieces) / lora.FILE)
-    average = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
+    average = {k.removeprefix("ema.average."): v for k, v in tensors.items() if k.startswith("ema.average.")}
     weights = {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}
     assert average.keys() == weights.keys() and len(average) == len(saved)
     assert sorted(v.double().sum().item() for v in saved.values()) == sorted(

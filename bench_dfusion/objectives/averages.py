@@ -25,9 +25,12 @@ class Average:
 
     def update(self, policy: Policy) -> None:
         """average ← decay · average + (1 − decay) · weights."""
-        decay = min(self.rate * self.steps, self.most)
+        decay = self.decay()
         old = self.weights(policy)
         self._weights = {k: decay * old[k].to(new) + (1 - decay) * new for k, new in policy.weights().items()}
+
+    def decay(self) -> float:
+        return min(self.rate * self.steps, self.most)
 
     def state(self) -> dict[str, Tensor]:
         return {"steps": torch.tensor(self.steps), **{f"average.{k}": v for k, v in (self._weights or {}).items()}}
@@ -36,3 +39,13 @@ class Average:
         self.steps = int(state["steps"])
         prefix = "average."
         self._weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or None
+
+
+class Warmed(Average):
+    """An average whose decay after update n is min((1 + n) / (10 + n), most): `algo.ema`."""
+
+    def __init__(self, most: float):
+        super().__init__(0.0, most)
+
+    def decay(self) -> float:
+        return min((1 + self.steps) / (10 + self.steps), self.most)
