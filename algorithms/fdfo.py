@@ -23,6 +23,7 @@ from bench_dfusion import samplers
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.denoising import mean_square
+from bench_dfusion.objectives.stepwise import stored_output
 from bench_dfusion.policy import Policy, in_batches
 
 EPSILON = 1e-6  # where both members are one picture
@@ -97,10 +98,8 @@ class FDFO(Algorithm):
 
 def velocity_at(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> Tensor:
     """f = epsilon - x_0 [B, C, H, W] that the network says at stored latents: rows [B] of the samples, step numbers [B]."""
-    trajectory, step = samples.samples.trajectory, steps.to(policy.device)
-    x_t = trajectory.latents[rows, steps].to(policy.device)
-    output = policy.predict(x_t, policy.schedule.timesteps[step], [trajectory.prompts[i] for i in rows.tolist()])
-    clean, noise = samplers.predict_clean(policy.schedule, step, x_t, output)
+    x_t, output = stored_output(policy, samples, rows, steps)
+    clean, noise = samplers.predict_clean(policy.schedule, steps.to(policy.device), x_t, output)
     return noise - clean
 
 

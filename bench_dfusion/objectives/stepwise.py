@@ -27,15 +27,22 @@ class Steps:
     log_prob: Tensor
 
 
+def stored_output(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """The stored latents x_t at steps (rows [B] of the samples, step numbers [B]) and the network's output there, [B, ...]."""
+    trajectory = samples.samples.trajectory
+    x_t = trajectory.latents[rows, steps].to(policy.device)
+    timesteps = policy.schedule.timesteps[steps.to(policy.device)]
+    return x_t, policy.predict(x_t, timesteps, [trajectory.prompts[i] for i in rows.tolist()])
+
+
 def stored_steps(policy: Policy, samples: ConsistentSamples, rows: Tensor, steps: Tensor, leaf: bool = False) -> Steps:
     """The stored steps (rows [B] of the samples, step numbers [B]) under the policy, as `Policy.log_prob` has them.
 
     leaf   gradients end at the network's output: they are wanted there and not for the parameters
     """
-    trajectory, step = samples.samples.trajectory, steps.to(policy.device)
-    x_t, x_s = (trajectory.latents[rows, i].to(policy.device) for i in (steps, steps + 1))
+    step, x_s = steps.to(policy.device), samples.samples.trajectory.latents[rows, steps + 1].to(policy.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not leaf):
-        output = policy.predict(x_t, policy.schedule.timesteps[step], [trajectory.prompts[i] for i in rows.tolist()])
+        x_t, output = stored_output(policy, samples, rows, steps)
     output = output.requires_grad_() if leaf else output
     mean, std = samplers.step_mean(policy.schedule, step, x_t, output), policy.schedule.std[step]
     return Steps(output, mean, std, samplers.gaussian_log_prob(x_s, mean, std))
