@@ -114,7 +114,7 @@ class Policy:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ):
-        self.adapter, self.guidance, self.batch, self.autocast = adapter, guidance, batch, autocast
+        self.adapter, self.kind, self.guidance, self.batch, self.autocast = adapter, kind, guidance, batch, autocast
         self.device = torch.device(device)
         schedule, training = adapter.schedule(steps, eta, kind), adapter.levels()
         self.schedule: Schedule = schedule.to(self.device)
@@ -152,6 +152,19 @@ class Policy:
             yield
         finally:
             self.schedule, self.guidance, self.branches = own
+
+    @contextmanager
+    def noisy_at(self, steps: Tensor | None) -> Iterator[None]:
+        """Inside, of the sampler's steps only those at indices `steps` [W] have noise, the others are the ODE's; None: all
+        that have."""
+        own = self.schedule
+        if steps is not None:
+            ode = self.adapter.schedule(len(own), 0.0, self.kind).to(self.device)
+            self.schedule = samplers.noisy_at(own, ode, steps)
+        try:
+            yield
+        finally:
+            self.schedule = own
 
     # conditioning
 

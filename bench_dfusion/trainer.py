@@ -146,9 +146,13 @@ class Run:
             if track.memory.drop_text:
                 self.policy.condition(prompts)
         text_limits.check(adapter, self.builder.trained_on(track.prompts), track.prompts)
-        self.builder.check(self.policy, prompts)
         self.algorithm: Algorithm = cell.algorithm(cell.algorithm_config)
         self.algorithm.setup(self.policy, self.reward)
+        drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
+        # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
+        a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
+        self.ends = rounds_of(track, a_round)
+        self._check_builder(prompts)
         if track.memory.drop_text:
             if not cell.builder.draws:
                 raise UsageError("offline pairs bring prompts as they come: leave track.memory.drop_text off")
@@ -162,14 +166,17 @@ class Run:
         self.average = Warmed(config.ema) if config.ema is not None else None
         if self.average is not None:
             self.average.weights(self.policy)  # it begins with the weights before the first update
-        drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
-        # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
-        a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
-        self.ends = rounds_of(track, a_round)
         self.progress = Progress()
         self.baseline = Baseline()
         self.failure: str | None = None
         self.checkpoint = folder / CHECKPOINT
+
+    def _check_builder(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError where the builder cannot work with a prompt, or with the noise of one of the rounds."""
+        of_rounds = (self.algorithm.noisy_steps(self.policy, self.cell.seed, n) for n in range(self.ends[-1]))
+        for steps in {None if s is None else tuple(s.tolist()): s for s in of_rounds}.values():
+            with self.policy.noisy_at(steps):
+                self.builder.check(self.policy, prompts)
 
     def climb(self, rung: int) -> Record:
         """Train up to a rung of the ladder, and at each on the way evaluate and leave a record."""
@@ -190,8 +197,9 @@ class Run:
                 number = self.progress.round
                 before = self.policy.network_evaluations
                 try:
-                    samples = self._collect(number)
-                    metrics = self._improve(samples, number)
+                    with self.policy.noisy_at(self.algorithm.noisy_steps(self.policy, self.cell.seed, number)):
+                        samples = self._collect(number)
+                        metrics = self._improve(samples, number)
                     self._note(samples, metrics, number)
                 except (Collapse, NotFinite) as error:
                     self.failure = f"round {number}: {error}"

@@ -405,8 +405,12 @@ class _Doctor:
         return Traced(trace.peak + self._latents(policy, short, rows), 0, cost)
 
     def _train(self, policy: Policy) -> Traced:
-        samples = self._consistent(policy)
-        algorithm, config = self._algorithm(policy), self.cell.algorithm_config
+        algorithm = self._algorithm(policy)
+        with policy.noisy_at(algorithm.noisy_steps(policy, self.cell.seed, 0)):
+            return self._train_with(algorithm, policy)
+
+    def _train_with(self, algorithm: Algorithm, policy: Policy) -> Traced:
+        samples, config = self._consistent(policy), self.cell.algorithm_config
         every = copy.copy(policy)
         every.batch, every.network_evaluations = 10**9, 0  # one forward, whose memory nobody asks for
         with tracing() as before:
