@@ -6,10 +6,12 @@ The frozen reference is the same network with the LoRA switched off (`policy.ref
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -59,6 +61,16 @@ class Trajectory:
         )
 
 
+def _own_parameters(network: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The network's parameters by name; with `targets` those of the modules whose names end so. Raises ValueError."""
+    parts = {name for name, _ in network.named_modules() if targets is None or name.endswith(tuple(targets))}
+    inside = {f"{part}.{name}" for part in parts for name, _ in network.get_submodule(part).named_parameters()}
+    found = {n: p for n, p in network.named_parameters() if targets is None or n in inside}
+    if not found:
+        raise ValueError(f"lora.targets {', '.join(targets or ())}: no module of {type(network).__name__} ends so")
+    return found
+
+
 def remove_lora(network: nn.Module) -> None:
     """Undo what a Policy has done to its network: the modules are those it had before."""
     for name, module in list(network.named_modules()):
@@ -91,7 +103,7 @@ class Policy:
     steps, kind, eta, guidance   the sampler's, see `track.SamplerSection`: T, where the noise comes from, how much (None: the
                kind's own), the guidance scale (1: one branch)
     rank, alpha, init   the LoRA's, see `track.LoraSection`; targets are the family's attention projections unless given;
-               `config` goes before all four
+               `config` goes before all four. Of rank 0 there is none: the network's own weights are trained
     batch      samples in one call of the network; a fixed shape where bit-equality is promised
     autocast   dtype of the network's arithmetic, None for its own; log-probs are float32 in any case
     """
@@ -123,24 +135,28 @@ class Policy:
         self.branches = branches(adapter, guidance)
         self.network_evaluations = 0  # forwards of one sample through one branch
         self._encoded: dict[str, Conditioning] = {}
-        config = config or LoraConfig(
-            r=rank,
-            lora_alpha=alpha or rank,
-            target_modules=list(targets or adapter.lora_targets),
-            lora_dropout=0.0,
-            init_lora_weights="gaussian" if init == "gaussian" else True,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, adapter.network)
-        self.lora_config = config
-        self.parameters: dict[str, nn.Parameter] = {
-            name: p for name, p in adapter.network.named_parameters() if "lora_" in name
-        }
+        self.lora_config: LoraConfig | None = None
+        if config is not None or rank:
+            self.lora_config = config or LoraConfig(
+                r=rank,
+                lora_alpha=alpha or rank,
+                target_modules=list(targets or adapter.lora_targets),
+                lora_dropout=0.0,
+                init_lora_weights="gaussian" if init == "gaussian" else True,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                inject_adapter_in_model(self.lora_config, adapter.network)
+            own = {name: p for name, p in adapter.network.named_parameters() if "lora_" in name}
+        else:
+            own = _own_parameters(adapter.network, targets)
+            adapter.trained_whole = True
+        self.parameters: dict[str, nn.Parameter] = own
         for p in self.parameters.values():
             p.data = p.data.float()
             p.requires_grad_(True)
         adapter.place(self.parameters.values(), self.device)
+        self._base = None if self.lora_config else self.weights()
 
     @contextmanager
     def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
@@ -284,7 +300,12 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the network is the frozen base: the LoRA is off and no gradient is recorded."""
+        """Inside, the network is the frozen base: the LoRA is off, or the weights are those before training, and no
+        gradient is recorded."""
+        if self._base is not None:
+            with self.holding(self._base):
+                yield
+            return
         layers = [m for m in self.adapter.network.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
             layer.enable_adapters(False)
@@ -315,27 +336,55 @@ class Policy:
                 p.data = own[name]
 
     def state(self) -> dict[str, Tensor]:
-        """The LoRA's weights in peft's naming."""
-        state = get_peft_model_state_dict(self.adapter.network)
+        """What is trained, on the CPU: the LoRA's weights in peft's naming, or the network's own."""
+        state = get_peft_model_state_dict(self.adapter.network) if self.lora_config else self.parameters
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` returned. Raises ValueError where names or shapes are not this LoRA's."""
-        own = self.state()
+    @property
+    def file(self) -> str:
+        """The name of the file that `save` writes what is trained to."""
+        return lora.FILE if self.lora_config else lora.WHOLE
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned. Raises ValueError where names or shapes are others than what is trained here."""
+        own, kind = self.state(), "LoRA" if self.lora_config else "own weights"
         for name in sorted(own.keys() ^ state.keys()):
             raise ValueError(
-                f"these weights are not the network's LoRA: {name} is {'missing' if name in own else 'more'}"
+                f"these weights are not the network's {kind}: {name} is {'missing' if name in own else 'more'}"
             )
         for name, value in own.items():
             if value.shape != state[name].shape:
                 shapes = f"{list(state[name].shape)}, not {list(value.shape)}"
-                raise ValueError(f"these weights are not the network's LoRA: {name} has the shape {shapes}")
-        set_peft_model_state_dict(self.adapter.network, state)
+                raise ValueError(f"these weights are not the network's {kind}: {name} has the shape {shapes}")
+        if self.lora_config:
+            set_peft_model_state_dict(self.adapter.network, dict(state))
+            return
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state[name])
 
-    def save_lora(self, folder: Path) -> None:
-        """Write the LoRA as `pytorch_lora_weights.safetensors` (diffusers) and as a peft directory `peft/`."""
+    def load(self, file: Path) -> None:
+        """Take over a file that `save` wrote. Raises ValueError where it is of another shape, UsageError where it is none."""
+        if self.lora_config:
+            self.load_state(lora.read(file, self.adapter).state)
+            return
+        whole = lora.read_whole(file)
+        self.load_state({name: whole[name] for name in self.parameters if name in whole})
+
+    def save(self, folder: Path) -> None:
+        """Write a LoRA as `pytorch_lora_weights.safetensors` (diffusers) and as a peft directory `peft/`, and a network's own
+        weights as `diffusion_pytorch_model.safetensors` with its `config.json`, which its class's `from_pretrained` reads."""
         folder.mkdir(parents=True, exist_ok=True)
+        if self.lora_config is None:
+            network: Any = self.adapter.network
+            config = {
+                key: value for key, value in json.loads(network.to_json_string()).items() if key != "_name_or_path"
+            }
+            files.write_json(folder / "config.json", config)
+            files.save_tensors(folder / self.file, network.state_dict(), header={"format": "pt"})
+            return
         self.adapter.save_lora(folder, self.state(), lora.scale(self.lora_config))
+        files.order_words(folder / self.file)
         peft_folder = folder / "peft"
         self.lora_config.save_pretrained(str(peft_folder))
         files.save_tensors(

@@ -20,7 +20,6 @@ from bench_dfusion import (
     checked_base,
     evaluation,
     files,
-    lora,
     model_card,
     pairs,
     parallel,
@@ -408,14 +407,14 @@ class Run:
         """Write LoRA, pictures and scores, of a rung that is not the last also into a directory that later ones leave
         alone; returns its `Rung`, dumped. `rewards`: the training reward's scores [P, K] of the pictures judged."""
         track, picture = self.cell.track, self.folder / "base_trained.png"
-        self.policy.save_lora(self.folder)
+        self.policy.save(self.folder)
         pictures.base_and_trained(picture, done.base, done.trained, track.prompts.heldout)
         scores = self.folder / checked_base.SCORES
         if self.base is not None:
             own = done.scores | ({} if rewards is None else {checked_base.REWARD: rewards})
             checked_base.write_scores(scores, track.prompts.heldout, {name: s.numpy() for name, s in own.items()})
         if rung < len(self.ends):
-            for path in (self.folder / lora.FILE, picture, *([scores] if self.base is not None else [])):
+            for path in (self.folder / self.policy.file, picture, *([scores] if self.base is not None else [])):
                 files.write_atomic(records.rung_folder(self.folder, rung) / path.name, path.read_bytes())
         return Rung(
             rung=rung,
@@ -424,7 +423,7 @@ class Run:
             drift=done.drift,
             cost=self._cost(),
             agreement=None if rewards is None else evaluation.agreement(rewards, done.scores),
-            lora_sha256=files.sha256(self.folder / lora.FILE),
+            lora_sha256=files.sha256(self.folder / self.policy.file),
             scores_sha256=None if self.base is None else files.sha256(scores),
         ).model_dump(mode="json")
 
@@ -449,7 +448,7 @@ class Run:
         rungs = [Rung(**r) for r in self.progress.rungs]
         last = rungs.pop() if self.failure is None else None
         if last is None:
-            self.policy.save_lora(self.folder)
+            self.policy.save(self.folder)
         code, dirty = records.code_state()
         rounds = [Round(**r) for r in self.progress.rounds]
         trained, untrained = records.training(rounds, self.progress.updates)
@@ -482,7 +481,7 @@ class Run:
                 model_sha256=self.model_sha256,
                 reward_fingerprint=self.reward.fingerprint(),
                 reward_components=self.reward.fingerprints() if isinstance(self.reward, WeightedSum) else {},
-                lora_sha256=last.lora_sha256 if last else files.sha256(self.folder / lora.FILE),
+                lora_sha256=last.lora_sha256 if last else files.sha256(self.folder / self.policy.file),
                 scores_sha256=last.scores_sha256 if last else None,
                 base_sha256=self.base.sha256 if self.base and (last or rungs) else None,
                 prompts_seen=records.prompts_seen(track),

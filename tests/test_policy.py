@@ -115,7 +115,7 @@ def test_a_lora_loads_in_plain_diffusers(name: str, request: pytest.FixtureReque
     folder = request.getfixturevalue(f"{name}_dir")
     policy = policy_of(folder, lora=0, steps=4, batch=3, resolution=32)
     stir(policy)
-    policy.save_lora(tmp_path)
+    policy.save(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path)
     assert_same_network(policy, getattr(pipe, policy.adapter.network_name))
@@ -127,7 +127,7 @@ def test_pixart_lora_loads_with_peft(pixart_dir: Path, tmp_path: Path) -> None:
 
     policy = policy_of(pixart_dir, lora=0, steps=4, batch=3)
     stir(policy)
-    policy.save_lora(tmp_path)
+    policy.save(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(pixart_dir)
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(tmp_path / "peft"))
     assert_same_network(policy, pipe.transformer)

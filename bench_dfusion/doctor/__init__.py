@@ -306,9 +306,10 @@ class _Doctor:
             self._traced["encode", kind] = self._encode(policy)
             lora = sum(p.nbytes for p in policy.parameters.values())
             weights = {name: configs.bytes_of(part) for name, part in _networks(adapter).items()}
-            weights[adapter.network_name] -= lora
+            if policy.lora_config is not None:  # else a copy of the weights before training stays: as much again
+                weights[adapter.network_name] -= lora
             one = sum(t.nbytes for encoded in policy._encoded.values() for t in encoded.values())
-            self._lying[kind] = {**weights, "LoRA": lora, "gradients": lora, "AdamW": 2 * lora, EMBEDDINGS: one}
+            self._lying[kind] = {**weights, self._trained: lora, "gradients": lora, "AdamW": 2 * lora, EMBEDDINGS: one}
         return self._policies[kind]
 
     def _set_up(self, settings: Track) -> Policy:
@@ -326,8 +327,13 @@ class _Doctor:
         policy = self.policy(settings)
         lora = sum(p.numel() for p in policy.parameters.values())
         found = {name: sum(p.numel() for p in part.parameters()) for name, part in _networks(policy.adapter).items()}
-        found[policy.adapter.network_name] -= lora
-        return {**found, "LoRA": lora}
+        if policy.lora_config is not None:
+            found[policy.adapter.network_name] -= lora
+        return {**found, self._trained: lora}
+
+    @property
+    def _trained(self) -> str:
+        return "LoRA" if self.cell.track.lora.rank else "trained weights"
 
     # traces
 
@@ -405,12 +411,13 @@ class _Doctor:
         return Traced(trace.peak + self._latents(policy, short, rows), 0, cost)
 
     def _train(self, policy: Policy) -> Traced:
-        algorithm = self._algorithm(policy)
-        with policy.noisy_at(algorithm.noisy_steps(policy, self.cell.seed, 0)):
-            return self._train_with(algorithm, policy)
-
-    def _train_with(self, algorithm: Algorithm, policy: Policy) -> Traced:
-        samples, config = self._consistent(policy), self.cell.algorithm_config
+        algorithm, config = self._algorithm(policy), self.cell.algorithm_config
+        with tracing():
+            steps = algorithm.noisy_steps(policy, 0, 0)
+        if steps is not None:  # a round trains on these alone: a sampler of as many is as much work
+            policy = shortened(policy, len(steps))
+            algorithm.config = config.model_copy(update={"window": (0.0, 1.0)})
+        samples = self._consistent(policy)
         every = copy.copy(policy)
         every.batch, every.network_evaluations = 10**9, 0  # one forward, whose memory nobody asks for
         with tracing() as before:
@@ -440,7 +447,8 @@ class _Doctor:
 
     def _algorithm(self, policy: Policy) -> Algorithm:
         algorithm: Algorithm = self.cell.algorithm(self.cell.algorithm_config)
-        algorithm.setup(policy, StandIn())
+        with tracing():
+            algorithm.setup(policy, StandIn())
         return algorithm
 
     def _builder(self) -> Builder:
@@ -479,9 +487,9 @@ class _Doctor:
         """For each phase the bytes of what lies on the device while it runs, without what it allocates and frees."""
         memory, policy = settings.memory, self.policy(settings)
         weights = dict(self._lying[settings.model.dtype])
-        trained = {name: weights.pop(name) for name in ("LoRA", "gradients", "AdamW")}
+        trained = {name: weights.pop(name) for name in (self._trained, "gradients", "AdamW")}
         if self.cell.algorithm_config.ema is not None:
-            trained["average of the LoRA"] = trained["LoRA"]
+            trained[f"average of the {self._trained}"] = trained[self._trained]
         prompts = (
             len(settings.prompts.train)
             + len(settings.prompts.heldout)
@@ -511,7 +519,7 @@ class _Doctor:
         layout = {}
         for name in ORDER:
             lying = {n: size for n, size in everything.items() if n not in without.get(name, gone | vae)}
-            lying |= {"LoRA": trained["LoRA"]} if name == "load" else trained
+            lying |= {self._trained: trained[self._trained]} if name == "load" else trained
             lying["samples of the round"] = evaluated if name == "evaluate" else host.get(name, 0)
             lying["the scorer"] = one_more if name in ("score", "evaluate") else 0
             layout[name] = lying

@@ -78,6 +78,7 @@ class Adapter(ABC):
         # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
         self.offload_text = self.offload_vae = self.text_dropped = self.offload_network = self.shard = False
+        self.trained_whole = False  # whether a policy has trained the network's own weights
         self.encoded: dict[
             tuple[Any, ...], Conditioning
         ] = {}  # every policy's prompts, by what they were encoded under
