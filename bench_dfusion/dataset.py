@@ -26,7 +26,7 @@ from bench_dfusion.leaderboard import Board, Row
 from bench_dfusion.pictures import evenly
 from bench_dfusion.records import Record, Unfinished
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import SamplerSection, Track
+from bench_dfusion.track import JudgedSampler, SamplerSection, Track
 
 MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
 README = "README.md"
@@ -632,7 +632,8 @@ def _columns(digests: Mapping[str, str]) -> str:
 def _sampler(section: SamplerSection) -> str:
     noise = "the family's eta" if section.eta is None else f"eta {section.eta:g}" if section.eta else "the ODE"
     cps = "cps, " if section.kind == "cps" else ""
-    return f"{cps}{section.steps} steps, {noise}, guidance {section.guidance:g}"
+    side = f", {section.resolution} pixels" if isinstance(section, JudgedSampler) and section.resolution else ""
+    return f"{cps}{section.steps} steps, {noise}, guidance {section.guidance:g}{side}"
 
 
 def _track_section(board: Board) -> str:

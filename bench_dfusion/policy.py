@@ -134,7 +134,8 @@ class Policy:
         self.training_levels = len(training)
         self.branches = branches(adapter, guidance)
         self.network_evaluations = 0  # forwards of one sample through one branch
-        self._encoded: dict[str, Conditioning] = {}
+        self._encoded: dict[str, Conditioning] = {}  # by prompt, at the side of `_encoded_at`
+        self._encoded_at = adapter.latent_shape[-1]
         self.lora_config: LoraConfig | None = None
         if config is not None or rank:
             self.lora_config = config or LoraConfig(
@@ -159,15 +160,19 @@ class Policy:
         self._base = None if self.lora_config else self.weights()
 
     @contextmanager
-    def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
-        """Inside, the policy samples with another sampler (arguments as of the class). Raises ValueError where there is none."""
+    def sampling(
+        self, steps: int, eta: float | None, kind: str, guidance: float, resolution: int | None = None
+    ) -> Iterator[None]:
+        """Inside, the policy samples with another sampler (arguments as of the class), and pictures of another side where
+        `resolution` is given (pixels). Raises ValueError where there is none."""
         own = self.schedule, self.guidance, self.branches
-        self.schedule = self.adapter.schedule(steps, eta, kind).to(self.device)
-        self.guidance, self.branches = guidance, branches(self.adapter, guidance)
-        try:
-            yield
-        finally:
-            self.schedule, self.guidance, self.branches = own
+        with self.adapter.at_resolution(resolution):
+            self.schedule = self.adapter.schedule(steps, eta, kind).to(self.device)
+            self.guidance, self.branches = guidance, branches(self.adapter, guidance)
+            try:
+                yield
+            finally:
+                self.schedule, self.guidance, self.branches = own
 
     @contextmanager
     def noisy_at(self, steps: Tensor | None) -> Iterator[None]:
@@ -186,9 +191,11 @@ class Policy:
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of prompts, each encoded once and alone; with guidance the unconditional half first."""
-        kind, known = self.device.type, self.adapter.encoded
+        kind, known, side = self.device.type, self.adapter.encoded, self.adapter.latent_shape[-1]
+        if side != self._encoded_at:  # some families tell the text's encoding the size of the picture
+            self._encoded, self._encoded_at = {}, side
         casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        under = self.device, torch.get_autocast_dtype(kind) if casting else None
+        under = side, self.device, torch.get_autocast_dtype(kind) if casting else None
         new = [p for p in dict.fromkeys([*prompts, *[""] * (self.branches - 1)]) if p not in self._encoded]
         self._encoded |= {p: known[p, *under] for p in new if (p, *under) in known}
         new = [p for p in new if p not in self._encoded]

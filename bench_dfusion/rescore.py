@@ -307,8 +307,11 @@ class Checkpoint(Policy):
     base: Policy
 
     @contextmanager
-    def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
-        with self.base.sampling(steps, eta, kind, guidance), super().sampling(steps, eta, kind, guidance):
+    def sampling(
+        self, steps: int, eta: float | None, kind: str, guidance: float, resolution: int | None = None
+    ) -> Iterator[None]:
+        given = steps, eta, kind, guidance, resolution
+        with self.base.sampling(*given), super().sampling(*given):
             yield
 
     @contextmanager

@@ -67,6 +67,15 @@ class SamplerSection(Section):
     )
 
 
+class JudgedSampler(SamplerSection):
+    resolution: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description="side of the pictures that are judged (pixels); None: that of training",
+    )
+
+
 class LoraSection(Section):
     rank: int = Field(
         4,
@@ -199,11 +208,11 @@ class EvaluationSection(Section):
         "first of them on the noise of a run's own (count); None: every run draws the base beside its own images",
     )
 
-    sampler: SamplerSection | None = Field(
+    sampler: JudgedSampler | None = Field(
         None,
         exclude_if=lambda value: value is None,
-        description="the sampler of the pictures that are judged, with the keys of [sampler], as people draw with the model; "
-        "None: the one of training",
+        description="the sampler of the pictures that are judged, as people draw with the model: the keys of [sampler], and "
+        "resolution, the pictures' side (pixels; none: that of training); none: the sampler of training",
     )
 
     @model_validator(mode="after")

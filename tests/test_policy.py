@@ -90,6 +90,24 @@ def test_every_family_samples_in_every_way(policy: Policy, options: dict[str, An
     assert evaluation.kl(policy, drawn, 1) > 0
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3", "flux"])
+def test_pictures_of_another_side_are_judged(name: str, request: pytest.FixtureRequest) -> None:
+    """They are those of a model that was given this side, and training goes on with its own."""
+    folder = request.getfixturevalue(f"{name}_dir")
+    policy = policy_of(folder, lora=0.3, steps=2, batch=3, resolution=32)
+    larger = policy_of(folder, lora=0.3, steps=3, batch=3, eta=0.0, resolution=64)
+    before = policy.sample(PROMPTS[:2], SEEDS[:2])
+    with policy.sampling(3, 0.0, "native", 1.0, 64):
+        drawn = policy.sample(PROMPTS[:2], SEEDS[:2])
+        shown = policy.decode(drawn.final)
+    assert torch.equal(drawn.latents, larger.sample(PROMPTS[:2], SEEDS[:2]).latents)
+    assert shown.shape[1] == 2 * policy.decode(before.final).shape[1]
+    assert torch.equal(policy.sample(PROMPTS[:2], SEEDS[:2]).latents, before.latents)
+    with pytest.raises(ValueError, match="resolution 33 is no multiple"), policy.sampling(3, 0.0, "native", 1.0, 33):
+        pass
+    assert torch.equal(policy.sample(PROMPTS[:2], SEEDS[:2]).latents, before.latents)
+
+
 def test_a_gaussian_lora_begins_as_ddpo_pytorch_draws_it(sd_dir) -> None:
     drawn = {}
     for init in ("peft", "gaussian"):

@@ -411,7 +411,7 @@ def test_what_is_judged_is_drawn_by_the_evaluations_sampler(tmp_path: Path, monk
         "algo.learning_rate=0.05",
         "track.budget.reward_queries=8",
         "track.sampler.eta=0",
-        'track.evaluation.sampler={"steps": 3, "eta": 0, "guidance": 2.0}',
+        'track.evaluation.sampler={"steps": 3, "eta": 0, "guidance": 2.0, "resolution": 64}',
         "track.evaluation.base_images_per_prompt=4",
     ]
     names: dict[str, Any] = {"algo": "diffusion-dpo", "builder": "vanilla", "reward": "oracle"}

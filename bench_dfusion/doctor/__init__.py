@@ -342,11 +342,15 @@ class _Doctor:
             self.policy(settings)
             return self._traced["encode", settings.model.dtype]
         if name == "evaluate":
-            return max((self._trace(n, settings) for n in ("judge", "decode")), key=lambda t: t.peak)
-        if name == "judge" and settings.evaluation.sampler is None:
-            name = "sample"
+            return max((self._trace(n, settings) for n in ("judge", "show")), key=lambda t: t.peak)
+        if settings.evaluation.sampler is None:
+            name = {"judge": "sample", "show": "decode"}.get(name, name)
         memory = settings.memory
-        depends = {"train": [memory.gradient_checkpointing], "decode": [memory.vae_slicing]}
+        depends = {
+            "train": [memory.gradient_checkpointing],
+            "decode": [memory.vae_slicing],
+            "show": [memory.vae_slicing],
+        }
         if self.cell.algorithm.needs_gradient:
             depends["train"].append(memory.vae_slicing)
         key = (name, settings.batch, settings.model.dtype, *depends.get(name, []))
@@ -389,6 +393,11 @@ class _Doctor:
         """As many samples as a round draws, by the sampler of the evaluation."""
         with evaluation.sampling(policy, self.cell.track):
             return self._sample(policy)
+
+    def _show(self, policy: Policy) -> Traced:
+        """As many pictures as a round decodes, of the evaluation's side."""
+        with evaluation.sampling(policy, self.cell.track):
+            return self._decode(policy)
 
     def _decode(self, policy: Policy) -> Traced:
         rows = min(policy.batch, self.drawn)
@@ -643,7 +652,7 @@ class _Doctor:
         evaluated = len(settings.prompts.heldout) * (each + 2) / self.drawn
         pictures = len(settings.prompts.heldout) * each / (self.drawn + self.made)
         by_name["evaluate"].seconds = rates.seconds(
-            self._trace("judge", settings).cost * evaluated + costs["decode"] * pictures
+            self._trace("judge", settings).cost * evaluated + self._trace("show", settings).cost * pictures
         )
 
 

@@ -159,8 +159,19 @@ class Adapter(ABC):
         """Pictures of another side. Raises ValueError where latents and patches do not divide it."""
         least = self.pipe.vae_scale_factor * self.patch
         if pixels % least:
-            raise ValueError(f"model.resolution {pixels} is no multiple of {least}, a patch of this model in pixels")
+            raise ValueError(f"resolution {pixels} is no multiple of {least}, a patch of this model in pixels")
         self._latent_side = pixels // self.pipe.vae_scale_factor
+
+    @contextmanager
+    def at_resolution(self, pixels: int | None) -> Iterator[None]:
+        """Inside, pictures of this side; None: of the one they have. Raises ValueError as `set_resolution`."""
+        own = self._latent_side
+        try:
+            if pixels is not None:
+                self.set_resolution(pixels)
+            yield
+        finally:
+            self._latent_side = own
 
     def set_tile(self, pixels: int) -> None:
         """Larger pictures are decoded and encoded in overlapping tiles of this side. Raises ValueError where the
