@@ -47,8 +47,17 @@ def old_log_probs(policy: Policy, samples: ConsistentSamples, rows: Rows, kind: 
 
 def clipped_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The loss of each row [B], clipped as in PPO (Black et al. 2023, §4.3)."""
-    ratio = log_ratio.clamp(-20, 20).exp()  # an infinite ratio would turn the clipped side's zero gradient into nan
+    ratio = _ratio(log_ratio)
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def unclipped_terms(log_ratio: Tensor, advantage: Tensor) -> Tensor:
+    """-A rho of each row [B]."""
+    return -advantage * _ratio(log_ratio)
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-20, 20).exp()  # an infinite ratio would turn a dropped row's zero gradient into nan
 
 
 def clipped_share(log_ratio: Tensor, clip: float) -> Tensor:
