@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.objectives.advantages import Spread, advantages
+from bench_dfusion.objectives.advantages import SPREADS, Spread, advantages
 from bench_dfusion.objectives.policy_gradient import (
     PolicyGradientConfig,
     at_each_step,
@@ -37,11 +37,7 @@ from bench_dfusion.samplers import gaussian_kl
 
 
 class GRPOConfig(PolicyGradientConfig):
-    spread: Spread = Field(
-        "prompt",
-        description="what divides reward − prompt's mean: the standard deviation of the prompt's rewards (papers), or "
-        "of the round's (option of Flow-GRPO's code)",
-    )
+    spread: Spread = Field("prompt", description=f"{SPREADS} (papers: prompt; Flow-GRPO's code also round)")
     kl: float = Field(
         0.04,
         ge=0,

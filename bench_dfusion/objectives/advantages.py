@@ -14,7 +14,12 @@ from bench_dfusion.objectives.denoising import LevelsConfig
 
 EPSILON = 1e-4  # added to the spread (Flow-GRPO's code)
 
-Spread = Literal["prompt", "round"]
+Spread = Literal["prompt", "round", "rank"]
+SPREADS = (
+    "what divides reward − prompt's mean: prompt: the standard deviation of the prompt's rewards, round: of the round's, "
+    "both over N; rank: of the prompt's win rates, which take the rewards' place: the share of the prompt's other samples "
+    "that one beats, ties counting half (Pref-GRPO, 2508.20751)"
+)
 
 
 class AdvantageConfig(LevelsConfig):
@@ -23,11 +28,7 @@ class AdvantageConfig(LevelsConfig):
     advantage_clip: float = Field(
         5.0, gt=0, description="advantages are clipped to ± this, in spreads (count; Flow-GRPO's code and after it: 5)"
     )
-    spread: Spread = Field(
-        "prompt",
-        description="what divides reward − prompt's mean: the standard deviation of the prompt's rewards, or of the "
-        "round's (Flow-GRPO's code has both)",
-    )
+    spread: Spread = Field("prompt", description=f"{SPREADS} (Flow-GRPO's code has the first two)")
 
 
 def prompt_groups(samples: Samples, rows: Tensor) -> Tensor:
@@ -37,15 +38,26 @@ def prompt_groups(samples: Samples, rows: Tensor) -> Tensor:
 
 
 def advantages(samples: Samples, rows: Tensor, clip: float, spread: Spread = "prompt") -> Tensor:
-    """(reward − mean of the prompt's) / (spread + 1e-4) of sample rows [M], clipped; exactly 0 where all are alike."""
+    """(reward − mean of the prompt's) / (spread + 1e-4) of sample rows [M], clipped; exactly 0 where all are alike.
+
+    With `rank` the same of the prompt's win rates: so it is one for all rewards of one order.
+    """
     groups = prompt_groups(samples, rows)
     rewards = samples.rewards[rows].double()  # in which the mean of equal float32 numbers is exactly that number
     result = torch.zeros(len(rows))
     for group in groups.unique():
         own = rewards[groups == group]
-        std = (own if spread == "prompt" else rewards).std(correction=0)
+        own = win_rates(own) if spread == "rank" else own
+        std = (rewards if spread == "round" else own).std(correction=0)
         result[groups == group] = ((own - own.mean()) / (std + EPSILON)).float()
     return result.clamp(-clip, clip)
+
+
+def win_rates(rewards: Tensor) -> Tensor:
+    """For each of rewards [M] the share of the others that it is above, those equal counting half, float64 [M]."""
+    above = (rewards[:, None] > rewards).sum(1)
+    equal = (rewards[:, None] == rewards).sum(1) - 1  # itself is none of the others
+    return (above + 0.5 * equal).double() / max(1, len(rewards) - 1)
 
 
 class PromptAdvantages:
