@@ -29,6 +29,7 @@ from bench_dfusion.objectives.policy_gradient import (
     clipped_terms,
     old_log_probs,
     sample_steps,
+    scaled,
     unclipped_terms,
 )
 from bench_dfusion.objectives.stepwise import all_means, stored_steps
@@ -80,6 +81,8 @@ class GRPOConfig(PolicyGradientConfig):
             )
         if self.guard and self.divergence is not None:
             raise ValueError("guard is for the clip, and divergence takes its place: set one of them")
+        if self.guard and self.ratio_scale != "one":
+            raise ValueError("guard multiplies log rho by sigma_t itself: leave ratio_scale out, or guard")
         if self.divergence is None and self.divergence_sign != "ratio":
             raise ValueError("divergence_sign is of Flow-DPPO: set divergence too")
         return self
@@ -116,13 +119,14 @@ class GRPO(Algorithm):
         metrics = {"approx_kl": 0.5 * (log_ratio.detach() ** 2).mean()}
         if config.guard:
             log_ratio = (log_ratio + gaussian_kl(at.mean, rows["old_mean"], at.std)) * at.std
+        change, log_ratio = log_ratio.detach(), scaled(log_ratio, at.std, config.ratio_scale)
         if config.divergence is None:
             metrics["clipped"] = clipped_share(log_ratio, config.clip)
             terms = clipped_terms(log_ratio, rows["advantage"], config.clip)
         else:
             moved = gaussian_kl(at.mean, rows["old_mean"], at.std).detach()
             exact = config.divergence_sign == "exact"
-            away = leads_away(log_ratio.detach(), moved, rows["advantage"], config.divergence, exact)
+            away = leads_away(change, moved, rows["advantage"], config.divergence, exact)
             metrics |= {"divergence": moved.mean(), "dropped": away.float().mean()}
             terms = unclipped_terms(log_ratio, rows["advantage"]) * ~away
         if config.guard:

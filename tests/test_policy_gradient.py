@@ -31,6 +31,7 @@ ALGORITHMS = {
     "grpo exact": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "kl_form": "exact", "spread": "round", **o})),
     "grpo guard": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "guard": True, **o})),
     "grpo divergence": lambda **o: GRPO(GRPOConfig(**{"divergence": 2e-3, "kl": 0.5, **o})),
+    "grpo cps": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "ratio_scale": "cps", **o})),
 }
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -129,6 +130,39 @@ def test_grpo_by_hand(monkeypatch, form, sizes):
     algorithm = ALGORITHMS["grpo"](clip=0.2, kl=0.3, kl_form=form)
     loss = toy_loss(monkeypatch, algorithm, {"ref_mean": BASE, "size": [0.4, 0.2]})
     assert loss.value.item() == mean_of(*(t + 0.3 * s * k for t, s, k in zip(terms, sizes, KL, strict=True)))
+
+
+@pytest.mark.parametrize("name", ["dpok", "grpo"])
+@pytest.mark.parametrize(
+    ("scale", "log_ratios"),
+    [
+        # Log-ratios -1/3 and 7/6 at sigma 1/2 and 1. By sigma: -1/6 and 7/6. By 2 sigma^2: -1/6 and 7/3, which is that of
+        # squared errors: -(1/6 - 0) and -(5/3 - 4), x 2 sigma^2 having made old log-probs 0 and -4 of 0 and -2.
+        ("sigma", (-1 / 6, 7 / 6)),
+        ("cps", (-1 / 6, 7 / 3)),
+    ],
+)
+def test_log_ratios_in_another_unit_by_hand(monkeypatch, name, scale, log_ratios):
+    algorithm = ALGORITHMS[name](clip=0.15, kl=0.0, ratio_scale=scale)
+    rows = {"ref_mean": BASE, "size": [0.4, 0.2], "advantage": [-2.0, -1.0]}
+    loss = toy_loss(monkeypatch, algorithm, rows)
+    # A = -2: max(2 e^{-1/6}, 2 * .85) is e^{-1/6} = .846 clipped. A = -1: e^{...} as it is.
+    assert loss.value.item() == mean_of(2 * 0.85, math.exp(log_ratios[1]))
+    assert float(loss.metrics["clipped"]) == 1
+    wide = toy_loss(monkeypatch, ALGORITHMS[name](clip=0.99, kl=0.0, ratio_scale=scale), rows)
+    assert wide.value.item() == mean_of(2 * math.exp(log_ratios[0]), math.exp(log_ratios[1]))
+    assert float(wide.metrics["approx_kl"]) == pytest.approx((1 / 9 + 49 / 36) / 4)  # whatever the unit
+
+
+@pytest.mark.parametrize("name", ["dpok", "grpo"])
+def test_a_ratio_in_cpss_unit_is_that_of_squared_errors(name):
+    policy, old, samples, algorithm, rows = moved(name, kl=0.0, ratio_scale="cps")
+    x_s = samples.samples.trajectory.latents[rows["row"], rows["step"] + 1]
+    now, before = (gaussians(p, samples, rows).mean for p in (policy, old))
+    log_prob, old_log_prob = (-((x_s - mean) ** 2).mean((1, 2, 3)) for mean in (now, before))
+    ratio = (log_prob - old_log_prob).exp()
+    expected = torch.maximum(-rows["advantage"] * ratio, -rows["advantage"] * ratio.clamp(0.1, 1.9)).mean()
+    torch.testing.assert_close(algorithm.loss(policy, samples, rows).value, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_grpo_guard_by_hand(monkeypatch):
@@ -342,6 +376,8 @@ def test_the_first_gradient_is_the_on_policy_one(name, side):
     assert rows["advantage"].abs().max() > 0.5
     _, found = loss_and_gradient(policy, samples, algorithm, rows)
     weight = rows["weight"]
+    if name == "grpo cps":
+        weight = weight * 2 * policy.schedule.std[rows["step"]] ** 2
     if name == "grpo guard":  # whose steps weigh sigma_t / -dt
         weight = weight * policy.schedule.std[rows["step"]] / policy.schedule.size[rows["step"]]
     log_prob = gaussians(policy, samples, rows).log_prob(
@@ -450,6 +486,9 @@ def test_dpoks_advantages_go_on_after_a_checkpoint():
         (GRPOConfig, {"divergence": 1e-6, "old_log_prob": "behaviour"}, "divergence needs the means of pi_old"),
         (GRPOConfig, {"divergence": 1e-6, "guard": True}, "divergence takes its place: set one of them"),
         (GRPOConfig, {"divergence_sign": "exact"}, "set divergence too"),
+        (GRPOConfig, {"ratio_scale": "cps", "guard": True}, "leave ratio_scale out, or guard"),
+        (DPOKConfig, {**SCORE, "ratio_scale": "sigma"}, "score has no ratio"),
+        (DDPOConfig, {"ratio_scale": 2}, "ratio_scale: "),
         (GRPOConfig, {"divergence": 0}, "divergence: "),
         (GRPOConfig, {"spread": "batch"}, "spread: "),
     ],
@@ -458,6 +497,13 @@ def test_what_is_wrong_is_refused_in_one_line(config, settings, message):
     with pytest.raises(UsageError, match=message) as refused:
         validate(config, settings, "algo")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("config", [DDPOConfig, DPOKConfig, GRPOConfig])
+def test_options_of_later_versions_leave_the_hash_of_a_cell_without_them(config):
+    later = {"ema", "ratio_scale", "divergence", "divergence_sign"}
+    assert not later & config().model_dump().keys()
+    assert config(ratio_scale="cps").model_dump()["ratio_scale"] == "cps"
 
 
 # --- bandits: see test_algorithms.py
@@ -472,6 +518,7 @@ CASES = {
     "grpo exact": {"clip": 0.2, "kl": 0.04},
     "grpo guard": {"clip": 0.2, "kl": 0.04, "step_weight": "one"},
     "grpo divergence": {"divergence": 0.02, "kl": 0.04},
+    "grpo cps": {"clip": 0.2, "kl": 0.04, "step_weight": "one", "learning_rate": 2e-2},
 }
 
 

@@ -23,6 +23,14 @@ class PolicyGradientConfig(StepwiseConfig):
         description="pi_old of fused samples: the plain policy at the start of the round, or the fused prediction "
         "that drew them (as the official code stores it; the first ratio is then not 1)",
     )
+    ratio_scale: Literal["one", "sigma", "cps"] = Field(
+        "one",
+        exclude_if=lambda value: value == "one",  # cells of before this option keep their hash
+        description="what a step's log rho is multiplied by before the clip: 1; sigma_t, after which every step is clipped "
+        "alike; or 2 sigma_t^2 (cps), after which it is the difference of mean (x_s - mu)^2, the log-prob of the codes with "
+        "coefficients-preserving sampling (2509.05952; their clip 1e-5 belongs to it). The gradient is scaled with it: "
+        "by 1 late steps weigh most, by cps the noisy ones",
+    )
 
 
 def sample_steps(policy: Policy, samples: ConsistentSamples, config: StepwiseConfig) -> Rows:
@@ -43,6 +51,13 @@ def old_log_probs(policy: Policy, samples: ConsistentSamples, rows: Rows, kind: 
     if kind == "plain" and made.any():
         old[made] = all_log_probs(policy, samples, rows["row"][made], rows["step"][made])
     return old
+
+
+def scaled(log_ratio: Tensor, std: Tensor, scale: str) -> Tensor:
+    """log rho [B] in the unit that `ratio_scale` names, from sigma_t [B]."""
+    if scale == "one":
+        return log_ratio
+    return log_ratio * (std if scale == "sigma" else 2 * std**2)
 
 
 def clipped_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
