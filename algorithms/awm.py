@@ -64,7 +64,7 @@ class AWM(Algorithm):
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = at_levels(policy, samples.train, self.config, generator)
         clip = self.config.advantage_clip
-        advantage = advantages(samples.samples, samples.train, clip, self.config.spread) / clip
+        advantage = advantages(samples.samples, samples.train, clip, self.config.spread, self.config.components) / clip
         rows["advantage"] = advantage.repeat_interleave(self.config.timesteps)
         where = rows["row"], rows["t"], rows["noise"]
         rows["old"] = all_errors(policy, samples, *where)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.objectives.advantages import SPREADS, Spread, advantages
+from bench_dfusion.objectives.advantages import SPREADS, ComponentsConfig, Spread, advantages
 from bench_dfusion.objectives.policy_gradient import (
     PolicyGradientConfig,
     at_each_step,
@@ -37,7 +37,7 @@ from bench_dfusion.policy import Policy
 from bench_dfusion.samplers import gaussian_kl
 
 
-class GRPOConfig(PolicyGradientConfig):
+class GRPOConfig(ComponentsConfig, PolicyGradientConfig):
     spread: Spread = Field("prompt", description=f"{SPREADS} (papers: prompt; Flow-GRPO's code also round)")
     kl: float = Field(
         0.04,
@@ -103,7 +103,9 @@ class GRPO(Algorithm):
         rows = sample_steps(policy, samples, self.config)
         rows["old"] = old_log_probs(policy, samples, rows, self.config.old_log_prob)
         rows["size"] = policy.schedule.size.cpu()[rows["step"]]
-        advantage = advantages(samples.samples, samples.train, self.config.advantage_clip, self.config.spread)
+        advantage = advantages(
+            samples.samples, samples.train, self.config.advantage_clip, self.config.spread, self.config.components
+        )
         rows["advantage"] = at_each_step(advantage, rows)
         if self.config.guard or self.config.divergence is not None:
             rows["old_mean"] = all_means(policy, samples, rows["row"], rows["step"])

@@ -60,7 +60,7 @@ class NFT(Algorithm):
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = at_levels(policy, samples.train, self.config, generator)
         clip = self.config.advantage_clip
-        advantage = advantages(samples.samples, samples.train, clip, self.config.spread)
+        advantage = advantages(samples.samples, samples.train, clip, self.config.spread, self.config.components)
         rows["good"] = (advantage / (2 * clip) + 0.5).repeat_interleave(self.config.timesteps)
         where = rows["row"], rows["t"], rows["noise"]
         with policy.holding(self._old.weights(policy)):

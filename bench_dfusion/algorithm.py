@@ -56,6 +56,11 @@ class AlgorithmConfig(BaseModel):
         "an average lags); None: the weights themselves",
     )
 
+    @property
+    def needs_components(self) -> bool:
+        """Whether it takes the rewards of a weighted sum apart: `Samples.components`."""
+        return False
+
 
 class StepwiseConfig(AlgorithmConfig):
     """Options of the algorithms whose loss is a sum over denoising steps."""

@@ -1,0 +1,233 @@
+"""GDPO: each reward of a sum normalised by itself: by hand, written a second time, what it owes each reward, and the plumbing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_dfusion.algorithms.grpo import GRPO
+from fakes import draw, fake_policy, with_targets
+from processes import SETTINGS
+from rounds import PROMPTS, generator
+from torch import Tensor
+
+import bench_dfusion
+from bench_dfusion import registry, trainer
+from bench_dfusion.config import Misfit, resolve
+from bench_dfusion.consistent import Components, ConsistentSamples, Samples
+from bench_dfusion.objectives.advantages import advantages
+from bench_dfusion.registry import PluginError
+
+SUM = "clip:0.7,oracle:0.3"
+WITH_COMPONENTS = [n for n, p in registry.plugins("algorithms").items() if "components" in p.load().Config.model_fields]
+
+
+def scored(prompts: list[str], *columns: list[float], weights: tuple[float, ...] = ()) -> Samples:
+    """Samples with these scores of each reward, and their weighted sum as the reward."""
+    samples = draw(fake_policy(), prompts)
+    scores, own = torch.tensor(columns).T, dict(enumerate(weights or [1.0] * len(columns)))
+    samples.components = Components({f"reward {i}": w for i, w in own.items()}, scores)
+    samples.rewards = (scores.nan_to_num() * torch.tensor(list(own.values()))).sum(1)
+    return samples
+
+
+def gdpo(samples: Samples, spread: Any = "prompt", clip: float = 5.0) -> Tensor:
+    return advantages(samples, torch.arange(len(samples)), clip, spread, "each")
+
+
+# --- by hand
+
+
+def test_gdpo_by_hand() -> None:
+    # Two groups of 2. First reward: 0 1, 0 1: both ∓.5 / sd .7071. Second: 0 0 adds nothing, 10 20: ∓5 / sd 7.071.
+    # Sums ∓.7071 and ∓1.4142, their sd sqrt((2 · .5 + 2 · 2) / 3) = 1.29099.
+    samples = scored(["a", "a", "b", "b"], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 10.0, 20.0])
+    found = gdpo(samples)
+    torch.testing.assert_close(found, torch.tensor([-0.5477, 0.5477, -1.0954, 1.0954]), rtol=3e-4, atol=0)
+    torch.testing.assert_close(gdpo(samples, clip=1.0), found.clamp(-1, 1))
+    # The sum's own: 0 1 and 10 21, in each group ∓1 over N (∓.7071 over N - 1): the second group learns no more.
+    plain = advantages(samples, torch.arange(4), 5.0)
+    torch.testing.assert_close(plain, torch.tensor([-1.0, 1, -1, 1]), rtol=3e-4, atol=0)
+    # Weights 1 and -3: sums ∓.7071 and ±(3 - 1) · .7071 = ±1.4142.
+    turned = scored(["a", "a", "b", "b"], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 10.0, 20.0], weights=(1.0, -3.0))
+    torch.testing.assert_close(gdpo(turned), torch.tensor([-0.5477, 0.5477, 1.0954, -1.0954]), rtol=3e-4, atol=0)
+
+
+def test_1e_4_holds_differences_of_rounding_down() -> None:
+    # ∓5e-6 over sd 7.07e-6 + 1e-4: ∓.046695; over their own sd .066036 + 1e-4: ∓.70604.
+    found = gdpo(scored(["a", "a"], [0.0, 1e-5], [1.0, 1.0]))
+    torch.testing.assert_close(found, torch.tensor([-0.70604, 0.70604]), rtol=1e-4, atol=0)
+
+
+def test_a_reward_that_does_not_apply_counts_0() -> None:
+    nan = math.nan
+    samples = scored(
+        ["a", "a", "b", "b", "c"], [0.0, 1.0, nan, nan, 5.0], [3.0, 1.0, 0.0, 1.0, nan], weights=(2.0, 1.0)
+    )
+    # a: 2 · ∓.7071 ± .7071, b: ∓.7071, c is alone: sums ∓.7071, ∓.7071 and 0, sd sqrt(4 · .5 / 4) = .7071.
+    torch.testing.assert_close(gdpo(samples), torch.tensor([-1.0, 1, -1, 1, 0]), rtol=4e-4, atol=0)
+    # Within one prompt too: the mean and the sd are those of the others.
+    samples = scored(["a"] * 3, [0.0, 1.0, nan], [4.0, 4.0, 4.0])
+    torch.testing.assert_close(gdpo(samples), torch.tensor([-1.0, 1, 0]), rtol=4e-4, atol=0)
+
+
+def test_one_sample_alone_and_none_have_no_advantage() -> None:
+    samples = scored(["a", "b"], [1.0, 2.0], [3.0, 4.0])
+    for rows in (torch.arange(2), torch.tensor([1]), torch.arange(0)):
+        assert advantages(samples, rows, 5.0, "prompt", "each").tolist() == [0] * len(rows)
+
+
+# --- written a second time, after TRL's multi-objective normalisation
+
+
+@pytest.mark.parametrize("spread", ["prompt", "round", "rank"])
+def test_gdpo_written_a_second_time(spread: str) -> None:
+    prompts = [p for p in "abc" for _ in range(4)]
+    columns = [(10**k * torch.randn(12, generator=generator(k))).tolist() for k in range(3)]
+    weights = (0.5, 2.0, -1.0)
+    total = [0.0] * 12
+    for column, weight in zip(columns, weights, strict=True):
+        everyone = [x - sum(column) / 12 for x in column]
+        of_round = math.sqrt(sum(x * x for x in everyone) / 11)
+        for i in range(12):
+            group = column[i // 4 * 4 : i // 4 * 4 + 4]
+            if spread == "rank":
+                group = [sum(x > y for y in group) / 3 for x in group]
+            mean = sum(group) / 4
+            sd = of_round if spread == "round" else math.sqrt(sum((x - mean) ** 2 for x in group) / 3)
+            total[i] += weight * (group[i % 4] - mean) / (sd + 1e-4)
+    mean = sum(total) / 12
+    sd = math.sqrt(sum((x - mean) ** 2 for x in total) / 11)
+    expected = torch.tensor([(x - mean) / (sd + 1e-4) for x in total])
+    torch.testing.assert_close(gdpo(scored(prompts, *columns, weights=weights), spread), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- what it owes each reward
+
+
+def test_each_reward_may_be_scaled_and_shifted_without_the_others() -> None:
+    one, two = torch.randn(2, 8, generator=generator())
+    expected = gdpo(scored(PROMPTS, one.tolist(), two.tolist(), weights=(0.3, 0.7)))
+    for changed in (1000 * two + 5, 20 * two - 300):
+        found = gdpo(scored(PROMPTS, one.tolist(), changed.tolist(), weights=(0.3, 0.7)))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    plain = advantages(scored(PROMPTS, one.tolist(), (1000 * two).tolist()), torch.arange(8), 5.0)
+    alone = advantages(scored(PROMPTS, two.tolist()), torch.arange(8), 5.0)
+    torch.testing.assert_close(plain, alone, rtol=1e-1, atol=2e-2)  # the sum has forgotten the first
+
+
+def test_a_reward_that_is_constant_in_a_group_adds_nothing_there() -> None:
+    one = torch.randn(8, generator=generator()).tolist()
+    alone = gdpo(scored(PROMPTS, one))
+    for constant in (0.11, 7.0, -300.3):
+        assert torch.equal(gdpo(scored(PROMPTS, one, [constant] * 4 + [0.3] * 4)), alone)
+    dead = gdpo(scored(PROMPTS, [0.11] * 4 + one[:4], [0.7] * 4 + one[4:]))
+    assert dead[:4].tolist() == [0] * 4 and abs(dead[4:].sum().item()) < 1e-5
+    # A half of the groups is alive: the rest weighs sqrt(2) times as much, but for the N - 1.
+    alive = gdpo(scored(PROMPTS[4:], one[:4], one[4:]))
+    torch.testing.assert_close(dead[4:], alive * math.sqrt(7 / 3), rtol=1e-3, atol=0)
+
+
+# --- algorithms
+
+
+@pytest.mark.parametrize("name", WITH_COMPONENTS)
+def test_an_algorithm_that_has_the_option_takes_the_rewards_apart(name: str) -> None:
+    assert {"grpo", "nft", "awm", "dgpo", "rwr"} <= set(WITH_COMPONENTS)
+    cls = registry.load("algorithms", name)
+    assert "components" not in cls.Config().model_dump() and not cls.Config().needs_components
+    policy = fake_policy()
+    samples = with_targets(policy, draw(policy, PROMPTS))
+    apart, whole = (cls(cls.Config(components=kind)) for kind in ("each", "sum"))
+    assert apart.config.needs_components
+    with pytest.raises(ValueError, match="no score of each reward"):
+        apart.prepare(policy, samples, generator())
+    columns = torch.randn(16, 2, generator=generator())
+    samples.samples.components = Components({"one": 1.0, "two": 0.5}, columns)
+    rows, others = (algorithm.prepare(policy, samples, generator()) for algorithm in (apart, whole))
+    assert any(not torch.equal(rows[key], others[key]) for key in rows if key != "member")
+    samples.samples.components = Components({"one": 1.0, "two": 0.5}, columns * torch.tensor([1.0, 1e3]))
+    again = apart.prepare(policy, samples, generator())
+    assert all(torch.allclose(rows[key].float(), again[key].float(), rtol=1e-2, atol=1e-2) for key in rows)
+
+
+# --- what goes together
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"reward": "oracle"},
+            "takes a sum's rewards apart, and oracle is one reward: give --reward NAME:WEIGHT,NAME:WEIGHT",
+        ),
+        (
+            {"algo": "rwr", "pairs": "ours"},
+            "offline pairs hold no score of each reward of a sum: leave algo.components out",
+        ),
+    ],
+)
+def test_the_option_is_refused_where_there_is_nothing_to_take_apart(
+    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench_dfusion.config._scored_by", lambda *_: "given")
+    cell = {"track_source": "micro", "algo": "grpo", "settings": ["algo.components=each"], **given}
+    with pytest.raises(Misfit, match=said) as refused:
+        resolve(**cell)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cell_of_a_sum_keeps_its_hash_until_the_option_is_set() -> None:
+    cells = [
+        resolve(track_source="micro", algo="grpo", reward=SUM, settings=settings)
+        for settings in ([], ["algo.components=sum"], ["algo.components=each"])
+    ]
+    assert "components" not in cells[0].resolved["algorithm"]
+    assert cells[2].resolved["algorithm"]["components"] == "each"
+    assert cells[0].hash == cells[1].hash != cells[2].hash
+
+
+# --- a run
+
+
+@pytest.mark.parametrize("builder", ["dfusion", "branch"])
+def test_a_run_keeps_each_rewards_score_beside_its_sample(
+    builder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[ConsistentSamples] = []
+    prepare = GRPO.prepare
+
+    def watched(self: GRPO, policy: Any, samples: ConsistentSamples, generator: Any) -> Any:
+        rounds.append(samples)
+        return prepare(self, policy, samples, generator)
+
+    monkeypatch.setattr(GRPO, "prepare", watched)
+    settings = [*SETTINGS, "track.budget.reward_queries=24", "algo.components=each", "reward.oracle.mean=0.5"]
+    record = bench_dfusion.run(algo="grpo", builder=builder, reward=SUM, settings=settings, out=tmp_path)
+    assert record.status == "finished" and rounds
+    for samples in rounds:
+        own = samples.samples.components
+        assert own is not None and list(own.weights.items()) == [("clip", 0.7), ("oracle", 0.3)]
+        assert own.scores.shape == (len(samples.samples), 2) and len(samples.samples) > samples.drawn
+        rewards = 0.7 * own.scores[:, 0] + 0.3 * (own.scores[:, 1] - 0.5)
+        torch.testing.assert_close(rewards, samples.samples.rewards)
+    drawn = rounds[0].samples.components.scores[: rounds[0].drawn]
+    said = record.rounds[0].metrics
+    assert [said["reward_clip"], said["reward_oracle"]] == pytest.approx(drawn.mean(0).tolist())
+
+
+def test_a_builder_that_returns_other_samples_than_it_had_scored_is_named() -> None:
+    cell = resolve(track_source="micro", algo="grpo", reward=SUM, settings=["algo.components=each"])
+    run: Any = object.__new__(trainer.Run)
+    run.cell, run.reward = cell, cell.reward(cell.reward_config)
+    run.builder = cell.builder(cell.builder_config)
+    samples = draw(fake_policy(), PROMPTS)
+    apart = torch.arange(16.0).view(8, 2)
+    run._scored = [(samples.rewards[:3], apart[:3]), (samples.rewards[3:], apart[3:])]
+    assert torch.equal(run._components(samples).scores, apart)
+    samples.rewards = samples.rewards.flip(0)
+    with pytest.raises(PluginError, match="builder dfusion returns other samples than it had scored"):
+        run._components(samples)
