@@ -121,14 +121,14 @@ class GRPO(Algorithm):
         metrics = {"approx_kl": 0.5 * (log_ratio.detach() ** 2).mean()}
         if config.guard:
             log_ratio = (log_ratio + gaussian_kl(at.mean, rows["old_mean"], at.std)) * at.std
-        change, log_ratio = log_ratio.detach(), scaled(log_ratio, at.std, config.ratio_scale)
+        plain, log_ratio = log_ratio, scaled(log_ratio, at.std, config.ratio_scale)
         if config.divergence is None:
             metrics["clipped"] = clipped_share(log_ratio, config.clip)
             terms = clipped_terms(log_ratio, rows["advantage"], config.clip)
         else:
             moved = gaussian_kl(at.mean, rows["old_mean"], at.std).detach()
             exact = config.divergence_sign == "exact"
-            away = leads_away(change, moved, rows["advantage"], config.divergence, exact)
+            away = leads_away(plain, moved, rows["advantage"], config.divergence, exact)
             metrics |= {"divergence": moved.mean(), "dropped": away.float().mean()}
             terms = unclipped_terms(log_ratio, rows["advantage"]) * ~away
         if config.guard:

@@ -1,27 +1,20 @@
-"""GDPO: each reward of a sum normalised by itself: by hand, written a second time, what it owes each reward, and the plumbing."""
+"""GDPO: each reward of a sum normalised by itself: by hand, written a second time, what it owes each reward, and every algorithm that has it."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_dfusion.algorithms.grpo import GRPO
 from fakes import draw, fake_policy, with_targets
-from processes import SETTINGS
 from rounds import PROMPTS, generator
 from torch import Tensor
 
-import bench_dfusion
-from bench_dfusion import registry, trainer
-from bench_dfusion.config import Misfit, resolve
-from bench_dfusion.consistent import Components, ConsistentSamples, Samples
+from bench_dfusion import registry
+from bench_dfusion.consistent import Components, Samples
 from bench_dfusion.objectives.advantages import advantages
-from bench_dfusion.registry import PluginError
 
-SUM = "clip:0.7,oracle:0.3"
 WITH_COMPONENTS = [n for n, p in registry.plugins("algorithms").items() if "components" in p.load().Config.model_fields]
 
 
@@ -152,82 +145,3 @@ def test_an_algorithm_that_has_the_option_takes_the_rewards_apart(name: str) -> 
     samples.samples.components = Components({"one": 1.0, "two": 0.5}, columns * torch.tensor([1.0, 1e3]))
     again = apart.prepare(policy, samples, generator())
     assert all(torch.allclose(rows[key].float(), again[key].float(), rtol=1e-2, atol=1e-2) for key in rows)
-
-
-# --- what goes together
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (
-            {"reward": "oracle"},
-            "takes a sum's rewards apart, and oracle is one reward: give --reward NAME:WEIGHT,NAME:WEIGHT",
-        ),
-        (
-            {"algo": "rwr", "pairs": "ours"},
-            "offline pairs hold no score of each reward of a sum: leave algo.components out",
-        ),
-    ],
-)
-def test_the_option_is_refused_where_there_is_nothing_to_take_apart(
-    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bench_dfusion.config._scored_by", lambda *_: "given")
-    cell = {"track_source": "micro", "algo": "grpo", "settings": ["algo.components=each"], **given}
-    with pytest.raises(Misfit, match=said) as refused:
-        resolve(**cell)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_cell_of_a_sum_keeps_its_hash_until_the_option_is_set() -> None:
-    cells = [
-        resolve(track_source="micro", algo="grpo", reward=SUM, settings=settings)
-        for settings in ([], ["algo.components=sum"], ["algo.components=each"])
-    ]
-    assert "components" not in cells[0].resolved["algorithm"]
-    assert cells[2].resolved["algorithm"]["components"] == "each"
-    assert cells[0].hash == cells[1].hash != cells[2].hash
-
-
-# --- a run
-
-
-@pytest.mark.parametrize("builder", ["dfusion", "branch"])
-def test_a_run_keeps_each_rewards_score_beside_its_sample(
-    builder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rounds: list[ConsistentSamples] = []
-    prepare = GRPO.prepare
-
-    def watched(self: GRPO, policy: Any, samples: ConsistentSamples, generator: Any) -> Any:
-        rounds.append(samples)
-        return prepare(self, policy, samples, generator)
-
-    monkeypatch.setattr(GRPO, "prepare", watched)
-    settings = [*SETTINGS, "track.budget.reward_queries=24", "algo.components=each", "reward.oracle.mean=0.5"]
-    record = bench_dfusion.run(algo="grpo", builder=builder, reward=SUM, settings=settings, out=tmp_path)
-    assert record.status == "finished" and rounds
-    for samples in rounds:
-        own = samples.samples.components
-        assert own is not None and list(own.weights.items()) == [("clip", 0.7), ("oracle", 0.3)]
-        assert own.scores.shape == (len(samples.samples), 2) and len(samples.samples) > samples.drawn
-        rewards = 0.7 * own.scores[:, 0] + 0.3 * (own.scores[:, 1] - 0.5)
-        torch.testing.assert_close(rewards, samples.samples.rewards)
-    drawn = rounds[0].samples.components.scores[: rounds[0].drawn]
-    said = record.rounds[0].metrics
-    assert [said["reward_clip"], said["reward_oracle"]] == pytest.approx(drawn.mean(0).tolist())
-
-
-def test_a_builder_that_returns_other_samples_than_it_had_scored_is_named() -> None:
-    cell = resolve(track_source="micro", algo="grpo", reward=SUM, settings=["algo.components=each"])
-    run: Any = object.__new__(trainer.Run)
-    run.cell, run.reward = cell, cell.reward(cell.reward_config)
-    run.builder = cell.builder(cell.builder_config)
-    samples = draw(fake_policy(), PROMPTS)
-    apart = torch.arange(16.0).view(8, 2)
-    run._scored = [(samples.rewards[:3], apart[:3]), (samples.rewards[3:], apart[3:])]
-    assert torch.equal(run._components(samples).scores, apart)
-    samples.rewards = samples.rewards.flip(0)
-    with pytest.raises(PluginError, match="builder dfusion returns other samples than it had scored"):
-        run._components(samples)

@@ -83,7 +83,7 @@ def _in_spreads(rewards: Tensor, groups: Tensor, spread: Spread, correction: int
     result = torch.zeros_like(rewards)
     for group in groups.unique():
         own = rewards[groups == group]
-        if len(own) > 1:
+        if len(own) > correction:
             own = win_rates(own) if spread == "rank" else own
             std = (rewards if spread == "round" else own).std(correction=correction)
             result[groups == group] = (own - own.mean()) / (std + EPSILON)
