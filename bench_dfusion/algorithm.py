@@ -62,6 +62,16 @@ class AlgorithmConfig(BaseModel):
         """Whether it takes the rewards of a weighted sum apart: `Samples.components`."""
         return False
 
+    @property
+    def needs_auxiliary(self) -> bool:
+        """Whether it takes auxiliary rewards, those of a sum that have the weight 0."""
+        return False
+
+    @property
+    def needs_embedding(self) -> bool:
+        """Whether one of the sum's rewards must embed pictures."""
+        return False
+
 
 class SDEWindow(BaseModel):
     """Of a round's denoising steps those that are drawn with noise and trained on; the others are the ODE's."""
