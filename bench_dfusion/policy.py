@@ -145,13 +145,22 @@ class Policy:
     @contextmanager
     def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
         """Inside, the policy samples with another sampler (arguments as of the class). Raises ValueError where there is none."""
-        own = self.schedule, self.guidance, self.branches
-        self.schedule = self.adapter.schedule(steps, eta, kind).to(self.device)
+        own, self.schedule = self.schedule, self.adapter.schedule(steps, eta, kind).to(self.device)
+        try:
+            with self.guided_by(guidance):
+                yield
+        finally:
+            self.schedule = own
+
+    @contextmanager
+    def guided_by(self, guidance: float) -> Iterator[None]:
+        """Inside, predictions have another guidance scale."""
+        own = self.guidance, self.branches
         self.guidance, self.branches = guidance, branches(self.adapter, guidance)
         try:
             yield
         finally:
-            self.schedule, self.guidance, self.branches = own
+            self.guidance, self.branches = own
 
     # conditioning
 

@@ -19,7 +19,7 @@ ALGORITHMS = [name for name, p in registry.plugins("algorithms").items() if p.so
 
 
 def test_the_algorithms_are_those_a_researcher_looks_for() -> None:
-    wanted = "awm ddpo dgpo diffusion-dpo dpo dpok draft fdfo grpo kto nft rwr sft"
+    wanted = "awm crd ddpo dgpo diffusion-dpo dpo dpok draft fdfo grpo kto nft rwr sft"
     assert wanted.split() == ALGORITHMS
     for name in ALGORITHMS:
         cls = registry.load("algorithms", name)
