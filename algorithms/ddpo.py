@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows, StepwiseAlgorithm
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import PromptAdvantages
 from bench_dfusion.objectives.policy_gradient import (
@@ -57,12 +57,11 @@ class DDPOConfig(PolicyGradientConfig):
         return self
 
 
-class DDPO(Algorithm):
+class DDPO(StepwiseAlgorithm):
     name = "ddpo"
     summary = "clipped policy gradient on the denoising steps of drawn samples (vanilla) or targets and bases (dfusion)"
     paper = "Black et al. 2023 (DDPO), §4.3 DDPO-IS and DDPO-SF"
     Config: ClassVar[type[AlgorithmConfig]] = DDPOConfig
-    needs_density = True
     config: DDPOConfig
 
     def __init__(self, config: DDPOConfig):

@@ -20,10 +20,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from bench_dfusion.algorithm import (
-    Algorithm,
     AlgorithmConfig,
     Loss,
     Rows,
+    StepwiseAlgorithm,
     StepwiseConfig,
     all_log_probs,
     every_step,
@@ -61,12 +61,11 @@ class DPOConfig(PreferenceConfig, StepwiseConfig):
         return (0.1 if alone else 0.0) if value is None else value
 
 
-class DPO(Algorithm):
+class DPO(StepwiseAlgorithm):
     name = "dpo"
     summary = "step-wise DPO on the pairs' denoising steps, as D-Fusion trains"
     paper = "Yang et al. 2023 (D3PO), eq. 12; Hu et al. 2025 (D-Fusion)"
     Config: ClassVar[type[AlgorithmConfig]] = DPOConfig
-    needs_density = True
     needs_pairs = True
     config: DPOConfig
 

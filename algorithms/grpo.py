@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows, StepwiseAlgorithm
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import Spread, advantages
 from bench_dfusion.objectives.policy_gradient import (
@@ -62,12 +62,11 @@ class GRPOConfig(PolicyGradientConfig):
         return self
 
 
-class GRPO(Algorithm):
+class GRPO(StepwiseAlgorithm):
     name = "grpo"
     summary = "group-relative policy gradient on drawn samples (vanilla) or targets and bases (dfusion); GRPO-Guard as an option"
     paper = "Liu et al. 2025 (Flow-GRPO, 2505.05470); Xue et al. 2025 (DanceGRPO, 2505.07818); GRPO-Guard (2510.22319)"
     Config: ClassVar[type[AlgorithmConfig]] = GRPOConfig
-    needs_density = True
     config: GRPOConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:

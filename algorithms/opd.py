@@ -74,6 +74,8 @@ class OPD(Algorithm):
         count, prompts = len(config.teachers), track.budget.prompts_per_round
         if not count:
             raise UsageError("opd distils the LoRAs of other runs: give --teacher RUN_OR_LORA, once for each")
+        if not track.lora.rank:
+            raise UsageError("opd's teachers are LoRAs as the student is one: give track.lora.rank as of theirs, not 0")
         if count > prompts:
             raise UsageError(
                 f"{count} teachers and {prompts} prompts a round: each teaches one at least, so raise prompts_per_round"

@@ -15,6 +15,7 @@ from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.stepwise import stored_steps
 from bench_dfusion.policy import Policy, in_batches
 from bench_dfusion.reward import Reward
+from bench_dfusion.seeds import seed_of
 from bench_dfusion.track import Track
 
 Rows = dict[str, Tensor]  # equal first dimensions: one row is one term of the loss
@@ -58,6 +59,34 @@ class AlgorithmConfig(BaseModel):
     )
 
 
+class SDEWindow(BaseModel):
+    """Of a round's denoising steps those that are drawn with noise and trained on; the others are the ODE's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(4, ge=1, description="steps with noise (count; MixGRPO: 4 of 25, Flow-GRPO-Fast: 2 or 3 of 10)")
+    place: Literal["sliding", "random", "scattered", "frozen"] = Field(
+        "sliding",
+        description="where they are among the steps that `window` leaves: from the noisiest on and moving to the cleanest, "
+        "where they stay (MixGRPO); side by side at a place drawn each round (Flow-GRPO-Fast, with window [0, 0.5]); each "
+        "drawn on its own (Flow-DPPO: 3, with window [0, 0.5]); or always the noisiest (MixGRPO-Flash*)",
+    )
+    stride: int = Field(1, ge=1, description="steps that a sliding window moves at a time (count; MixGRPO: 1)")
+    every: int = Field(25, ge=1, description="rounds after which a sliding window moves (count; MixGRPO: 25)")
+
+    def of(self, steps: Tensor, seed: int, number: int) -> Tensor:
+        """Of step indices `steps` [S], S >= `steps` of them, those with noise in round `number` of a run with `seed`, [W]."""
+        last = len(steps) - self.steps
+        if self.place == "scattered" or self.place == "random":
+            generator = torch.Generator().manual_seed(seed_of("sde-window", seed, number))
+            if self.place == "scattered":
+                return steps[torch.randperm(len(steps), generator=generator)[: self.steps].sort().values]
+            first = int(torch.randint(last + 1, (), generator=generator))
+        else:
+            first = min(self.stride * (number // self.every), last) if self.place == "sliding" else 0
+        return steps[first : first + self.steps]
+
+
 class StepwiseConfig(AlgorithmConfig):
     """Options of the algorithms whose loss is a sum over denoising steps."""
 
@@ -70,6 +99,13 @@ class StepwiseConfig(AlgorithmConfig):
         (0.0, 1.0),
         description="share of the steps trained on, [from, to) within 0 and 1, in sampling order, 0 the noisiest "
         "(D-Fusion: all)",
+    )
+    sde_window: SDEWindow | None = Field(
+        None,
+        exclude_if=lambda value: value is None,  # cells of before this option keep their hash
+        description="draw a round's samples with noise at some steps only, the others by the ODE, and train on those alone: "
+        "sde_window.steps (4), .place (sliding, random, scattered, frozen), .stride (1), .every (25 rounds) (MixGRPO, "
+        "2507.21802; Flow-GRPO-Fast); None: every step has the sampler's noise",
     )
 
 
@@ -107,6 +143,12 @@ class Algorithm(ABC):
         """Reward queries that the algorithm itself makes in a round of `drawn` samples."""
         return 0
 
+    def noisy_steps(self, policy: Policy, seed: int, number: int) -> Tensor | None:
+        """The indices [W] of the sampler's steps that have noise in round `number` of a run with `seed`; None: all that can.
+
+        It holds from the round's first sample to its last update; judging has the sampler's own noise."""
+        return None
+
     def collecting(self, policy: Policy) -> AbstractContextManager[None]:
         """Inside, the policy is the one that samples are drawn from: by default itself."""
         return nullcontext()
@@ -137,6 +179,25 @@ class Algorithm(ABC):
     def load_state(self, state: dict[str, Tensor]) -> None:
         if state:
             raise ValueError(f"{self.name} keeps no state, but the checkpoint holds {sorted(state)}")
+
+
+class StepwiseAlgorithm(Algorithm):
+    """A training backend whose loss is a sum over denoising steps' log-probs."""
+
+    needs_density = True
+    config: StepwiseConfig
+
+    def setup(self, policy: Policy, reward: Reward) -> None:
+        steps, wanted = window_steps(policy, self.config.window), self.config.sde_window
+        if wanted is not None and wanted.steps > len(steps):
+            raise ValueError(
+                f"algo.sde_window.steps is {wanted.steps}, and window {list(self.config.window)} holds {len(steps)} steps with "
+                f"noise of the sampler's {len(policy.schedule)}: take at most as many"
+            )
+
+    def noisy_steps(self, policy: Policy, seed: int, number: int) -> Tensor | None:
+        wanted = self.config.sde_window
+        return None if wanted is None else wanted.of(window_steps(policy, self.config.window), seed, number)
 
 
 def window_steps(policy: Policy, window: tuple[float, float], density: bool = True) -> Tensor:

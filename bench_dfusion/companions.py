@@ -12,12 +12,20 @@ from bench_dfusion import checked_base, checks, files, records
 from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
-LORA = "pytorch_lora_weights.safetensors"  # as `lora.FILE`, whose module takes seconds to import
+# As `lora.FILE` and `lora.WHOLE`, whose module takes seconds to import.
+LORA, WHOLE = "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"
 HASHES = {
     LORA: "lora_sha256",
+    WHOLE: "lora_sha256",
     checked_base.SCORES: "scores_sha256",
 }  # the field of Record.provenance; None there: no such file
-MAY_BE_MISSING = {LORA}  # records of schema version 1 were published without
+MAY_BE_MISSING = {LORA, WHOLE}  # records of schema version 1 were published without
+
+
+def weights(record: Record) -> str:
+    """The name of the file of a record's trained weights: the LoRA's, or the network's own."""
+    shape = record.resolved.get("track", {}).get("lora", {})
+    return WHOLE if isinstance(shape, dict) and shape.get("rank") == 0 else LORA
 
 
 def hashes(record: Record) -> dict[str, str]:
@@ -25,7 +33,8 @@ def hashes(record: Record) -> dict[str, str]:
     found: dict[str, str] = {}
     for stage in record.stages:
         folder = "" if stage is record else f"{records.rung_folder(Path(), stage.rung or 1).as_posix()}/"
-        of = {name: getattr(stage.provenance, field) for name, field in HASHES.items()}
+        names = (weights(record), checked_base.SCORES)
+        of = {name: getattr(stage.provenance, HASHES[name]) for name in names}
         found |= {folder + name: digest for name, digest in of.items() if digest is not None}
     return found
 

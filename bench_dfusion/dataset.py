@@ -26,7 +26,7 @@ from bench_dfusion.leaderboard import Board, Row
 from bench_dfusion.pictures import evenly
 from bench_dfusion.records import Record, Unfinished
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import SamplerSection, Track
+from bench_dfusion.track import JudgedSampler, SamplerSection, Track
 
 MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
 README = "README.md"
@@ -571,7 +571,9 @@ proposes the runs below `runs/` as a pull request; rows that are published stay.
 
 
 def _with_lora(content: Content) -> int:
-    return sum(run_path(key, companions.LORA) in content.companions for key in content.records)
+    return sum(
+        run_path(key, companions.weights(record)) in content.companions for key, record in content.records.items()
+    )
 
 
 BIBTEX = f"""@software{{bench_dfusion,
@@ -630,7 +632,8 @@ def _columns(digests: Mapping[str, str]) -> str:
 def _sampler(section: SamplerSection) -> str:
     noise = "the family's eta" if section.eta is None else f"eta {section.eta:g}" if section.eta else "the ODE"
     cps = "cps, " if section.kind == "cps" else ""
-    return f"{cps}{section.steps} steps, {noise}, guidance {section.guidance:g}"
+    side = f", {section.resolution} pixels" if isinstance(section, JudgedSampler) and section.resolution else ""
+    return f"{cps}{section.steps} steps, {noise}, guidance {section.guidance:g}{side}"
 
 
 def _track_section(board: Board) -> str:
@@ -640,7 +643,8 @@ def _track_section(board: Board) -> str:
     weights = sorted({r.provenance.model_sha256 for r in board.records})
     judges = [f"{_text(j)} ({_text(metrics[j])})" if j in metrics else _text(j) for j in track.evaluation.judges]
     p, s, b = track.prompts, track.sampler, track.budget
-    lora = f"rank {track.lora.rank}" + (f", in {_text(', '.join(track.lora.targets))}" if track.lora.targets else "")
+    rank = f"rank {track.lora.rank}" if track.lora.rank else "none: the network's own weights"
+    lora = rank + (f", in {_text(', '.join(track.lora.targets))}" if track.lora.targets else "")
     tuning = next((r.tuning for r in board.records if r.tuning), "")
     facts = {
         "track hash": f"`{_text(board.track_hash)}`",

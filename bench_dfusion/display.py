@@ -43,14 +43,15 @@ def record(record: Record, folder: Path, out: Console) -> None:
     if record.untrained:
         out.print(f"[yellow]nothing was trained: {_text(record.untrained)}[/yellow]", soft_wrap=True)
     out.print("one seed is a checkpoint, not a ranking of methods: --seeds 5 for an interval over seeds", style="dim")
-    names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png")
+    weights = ("pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
+    names = ("record.json", *weights, "base_trained.png", "triples.png")
     out.print(f"{_text(folder)}/: {', '.join(n for n in names if (folder / n).exists())}")
 
 
 def estimate(found: Estimate, out: Console) -> None:
     """What a run needs of a device, phase by phase, whether that fits, and what to change where it does not."""
     groups = {
-        "trained": ("LoRA", "gradients", "AdamW"),
+        "trained": ("LoRA", "trained weights", "gradients", "AdamW"),
         "activations": ("activations", "kept for the backward"),
         "margin": ("margin",),
         "other": ("process", "CUDA context", "cached embeddings", "samples of the round"),

@@ -100,7 +100,9 @@ def sampling(policy: Policy, track: Track) -> AbstractContextManager[None]:
     Raises ValueError where the model has no such sampler.
     """
     other = track.evaluation.sampler
-    return nullcontext() if other is None else policy.sampling(other.steps, other.eta, other.kind, other.guidance)
+    if other is None:
+        return nullcontext()
+    return policy.sampling(other.steps, other.eta, other.kind, other.guidance, other.resolution)
 
 
 def load_judges(track: Track, device: torch.device, make: Callable[..., Reward] = made) -> dict[str, Reward]:

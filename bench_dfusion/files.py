@@ -96,12 +96,28 @@ def save_tensors(
         if meta is not None:
             words["sha256"] = _content_sha256(contiguous, words["meta"])
         save_file(contiguous, temporary, metadata=words)
+        order_words(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def order_words(path: Path) -> None:
+    """Put the words of a safetensors file's header in the order of their names, in place: the library writes them in another
+    one each time, and equal content should be an equal file."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        words = header.get("__metadata__", {})
+        if len(words) > 1:
+            ordered = header | {"__metadata__": dict(sorted(words.items()))}
+            written = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(written) <= length:  # as long but for the library's padding; else leave it as it is
+                file.seek(8)
+                file.write(written.ljust(length))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

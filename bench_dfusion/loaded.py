@@ -117,7 +117,7 @@ def _identity(cls: type[Reward]) -> Hashable | None:
 def _as_loaded(adapter: Adapter) -> bool:
     """Whether a pipeline without its LoRA is what was loaded."""
     ours = type(adapter).__module__.startswith(registry.OURS)
-    return ours and not adapter.text_dropped and not adapter.spreads
+    return ours and not (adapter.text_dropped or adapter.spreads or adapter.trained_whole)
 
 
 def _state() -> Callable[[], None]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bench_dfusion.models.base import Adapter
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA file
+WHOLE = "diffusion_pytorch_model.safetensors"  # diffusers' name of a network's own weights, beside its config.json
 HEADER = "lora_adapter_metadata"  # where diffusers keeps a LoRA's configuration in such a file
 # What trainers and other programs write before a module's own name.
 PREFIXES = ("base_model.model.", "diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "module.")
@@ -116,6 +117,17 @@ def read(file: Path, adapter: Adapter) -> Lora:
         return Lora(_config(ranks, alphas, given, state), state)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{file}: its configuration is no LoRA's: {error}") from None
+
+
+def read_whole(file: Path) -> dict[str, Tensor]:
+    """The tensors of a network's own weights. Raises UsageError for what cannot be read or is not finite."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file} cannot be read as a network's weights: {error}") from None
+    _check_finite(tensors, file)
+    return tensors
 
 
 def _by_module(

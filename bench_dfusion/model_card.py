@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ PICTURES = {
     "base_trained.png": "base (left) and trained (right) on the same noise",
     "triples.png": "reference, its mask, base and target of the last training round, with rewards",
 }
-PUSHED = (README, *companions.HASHES, "record.json", *PICTURES, "peft/*", ".eval_results/*")
+PUSHED = (README, *companions.HASHES, "config.json", "record.json", *PICTURES, "peft/*", ".eval_results/*")
 
 
 def write(folder: Path, record: Record) -> None:
@@ -37,13 +38,14 @@ def card(folder: Path, record: Record) -> str:
     if local:
         base = str(record.given.get("model", base))
     on_hub = not local and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base)) and not Path(base).exists()
-    in_diffusers = _keys_begin_with(folder / companions.LORA, "unet.")
+    whole = companions.weights(record) == companions.WHOLE
+    in_diffusers = whole or _keys_begin_with(folder / companions.LORA, "unet.")
     name = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="diffusers" if in_diffusers else "peft",
         pipeline_tag="text-to-image",
-        tags=["bench-dfusion", "lora", "text-to-image", record.algorithm],
+        tags=["bench-dfusion", *([] if whole else ["lora"]), "text-to-image", record.algorithm],
         model_name=name,
         eval_results=[
             EvalResult(
@@ -77,7 +79,7 @@ def card(folder: Path, record: Record) -> str:
 
 # {escaped(name)}
 
-A LoRA for {escaped(base if on_hub or base in micro.PIPELINES else Path(base).name)} (weights `{record.provenance.model_sha256[:12]}`), trained and judged by bench-dfusion on the track {escaped(record.track)} (`{record.track_hash[:12]}`).{averaged}
+{"Weights" if whole else "A LoRA"} for {escaped(base if on_hub or base in micro.PIPELINES else Path(base).name)} (weights `{record.provenance.model_sha256[:12]}`), trained and judged by bench-dfusion on the track {escaped(record.track)} (`{record.track_hash[:12]}`).{averaged}
 
 | judge | base | trained | gain, 95 % over prompts | |
 |---|---:|---:|---:|---|
@@ -86,14 +88,14 @@ A LoRA for {escaped(base if on_hub or base in micro.PIPELINES else Path(base).na
 
 {"".join(f"![{PICTURES[p]}]({p}){chr(10)}{chr(10)}" for p in seen)}## Use
 ```python
-{_usage(base, on_hub, in_diffusers)}
+{_usage(base, on_hub, in_diffusers, _class_of(folder) if whole else None)}
 ```
 
 ## Training
 | option | value |
 |---|---|
 {options}
-{queries}, {cost.network_evaluations} network evaluations, {cost.updates} updates, {sum(cost.seconds.values()):.0f} s on {escaped(source.hardware)}. Everything else, each prompt's scores and the training curve among it, is in `record.json`; `bench-dfusion eval` recomputes the judges from this LoRA.
+{queries}, {cost.network_evaluations} network evaluations, {cost.updates} updates, {sum(cost.seconds.values()):.0f} s on {escaped(source.hardware)}. Everything else, each prompt's scores and the training curve among it, is in `record.json`; `bench-dfusion eval` recomputes the judges from these weights.
 
 ## Cite
 ```bibtex
@@ -115,10 +117,24 @@ def _keys_begin_with(path: Path, part: str) -> bool:
         return all(key.startswith(part) for key in file.keys())  # noqa: SIM118
 
 
-def _usage(base: str, on_hub: bool, in_diffusers: bool) -> str:
-    """How to load the LoRA of a base on the Hub, of an embedded one, or of a directory, which is not told."""
+def _class_of(folder: Path) -> str:
+    """The class in diffusers of a network whose own weights were trained."""
+    return str(json.loads((folder / "config.json").read_bytes())["_class_name"])
+
+
+def _usage(base: str, on_hub: bool, in_diffusers: bool, network: str | None) -> str:
+    """How to load the LoRA, or the weights of a class `network`, of a base on the Hub, of an embedded one, or of a
+    directory, which is not told."""
     embedded = base in micro.PIPELINES
     source = f'micro.PIPELINES["{base}"]' if embedded else repr(base) if on_hub else '"DIRECTORY_OF_THE_BASE_MODEL"'
+    if network is not None:
+        part = "unet" if network.startswith("UNet") else "transformer"
+        return (
+            ("from bench_dfusion import micro\n" if embedded else "")
+            + f"from diffusers import DiffusionPipeline, {network}\n\n"
+            f'{part} = {network}.from_pretrained("OWNER/NAME")  # this repository\n'
+            f"pipe = DiffusionPipeline.from_pretrained({source}, {part}={part})"
+        )
     if in_diffusers:
         return (
             "from diffusers import AutoPipelineForText2Image\n\n"

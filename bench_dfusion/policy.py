@@ -6,10 +6,12 @@ The frozen reference is the same network with the LoRA switched off (`policy.ref
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -59,6 +61,16 @@ class Trajectory:
         )
 
 
+def _own_parameters(network: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The network's parameters by name; with `targets` those of the modules whose names end so. Raises ValueError."""
+    parts = {name for name, _ in network.named_modules() if targets is None or name.endswith(tuple(targets))}
+    inside = {f"{part}.{name}" for part in parts for name, _ in network.get_submodule(part).named_parameters()}
+    found = {n: p for n, p in network.named_parameters() if targets is None or n in inside}
+    if not found:
+        raise ValueError(f"lora.targets {', '.join(targets or ())}: no module of {type(network).__name__} ends so")
+    return found
+
+
 def remove_lora(network: nn.Module) -> None:
     """Undo what a Policy has done to its network: the modules are those it had before."""
     for name, module in list(network.named_modules()):
@@ -91,7 +103,7 @@ class Policy:
     steps, kind, eta, guidance   the sampler's, see `track.SamplerSection`: T, where the noise comes from, how much (None: the
                kind's own), the guidance scale (1: one branch)
     rank, alpha, init   the LoRA's, see `track.LoraSection`; targets are the family's attention projections unless given;
-               `config` goes before all four
+               `config` goes before all four. Of rank 0 there is none: the network's own weights are trained
     batch      samples in one call of the network; a fixed shape where bit-equality is promised
     autocast   dtype of the network's arithmetic, None for its own; log-probs are float32 in any case
     """
@@ -114,7 +126,7 @@ class Policy:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ):
-        self.adapter, self.guidance, self.batch, self.autocast = adapter, guidance, batch, autocast
+        self.adapter, self.kind, self.guidance, self.batch, self.autocast = adapter, kind, guidance, batch, autocast
         self.device = torch.device(device)
         schedule, training = adapter.schedule(steps, eta, kind), adapter.levels()
         self.schedule: Schedule = schedule.to(self.device)
@@ -122,35 +134,44 @@ class Policy:
         self.training_levels = len(training)
         self.branches = branches(adapter, guidance)
         self.network_evaluations = 0  # forwards of one sample through one branch
-        self._encoded: dict[str, Conditioning] = {}
-        config = config or LoraConfig(
-            r=rank,
-            lora_alpha=alpha or rank,
-            target_modules=list(targets or adapter.lora_targets),
-            lora_dropout=0.0,
-            init_lora_weights="gaussian" if init == "gaussian" else True,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, adapter.network)
-        self.lora_config = config
-        self.parameters: dict[str, nn.Parameter] = {
-            name: p for name, p in adapter.network.named_parameters() if "lora_" in name
-        }
+        self._encoded: dict[str, Conditioning] = {}  # by prompt, at the side of `_encoded_at`
+        self._encoded_at = adapter.latent_shape[-1]
+        self.lora_config: LoraConfig | None = None
+        if config is not None or rank:
+            self.lora_config = config or LoraConfig(
+                r=rank,
+                lora_alpha=alpha or rank,
+                target_modules=list(targets or adapter.lora_targets),
+                lora_dropout=0.0,
+                init_lora_weights="gaussian" if init == "gaussian" else True,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                inject_adapter_in_model(self.lora_config, adapter.network)
+            own = {name: p for name, p in adapter.network.named_parameters() if "lora_" in name}
+        else:
+            own = _own_parameters(adapter.network, targets)
+            adapter.trained_whole = True
+        self.parameters: dict[str, nn.Parameter] = own
         for p in self.parameters.values():
             p.data = p.data.float()
             p.requires_grad_(True)
         adapter.place(self.parameters.values(), self.device)
+        self._base = None if self.lora_config else self.weights()
 
     @contextmanager
-    def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
-        """Inside, the policy samples with another sampler (arguments as of the class). Raises ValueError where there is none."""
-        own, self.schedule = self.schedule, self.adapter.schedule(steps, eta, kind).to(self.device)
-        try:
-            with self.guided_by(guidance):
+    def sampling(
+        self, steps: int, eta: float | None, kind: str, guidance: float, resolution: int | None = None
+    ) -> Iterator[None]:
+        """Inside, the policy samples with another sampler (arguments as of the class), and pictures of another side where
+        `resolution` is given (pixels). Raises ValueError where there is none."""
+        own = self.schedule
+        with self.adapter.at_resolution(resolution), self.guided_by(guidance):
+            self.schedule = self.adapter.schedule(steps, eta, kind).to(self.device)
+            try:
                 yield
-        finally:
-            self.schedule = own
+            finally:
+                self.schedule = own
 
     @contextmanager
     def guided_by(self, guidance: float) -> Iterator[None]:
@@ -162,13 +183,28 @@ class Policy:
         finally:
             self.guidance, self.branches = own
 
+    @contextmanager
+    def noisy_at(self, steps: Tensor | None) -> Iterator[None]:
+        """Inside, of the sampler's steps only those at indices `steps` [W] have noise, the others are the ODE's; None: all
+        that have."""
+        own = self.schedule
+        if steps is not None:
+            ode = self.adapter.schedule(len(own), 0.0, self.kind).to(self.device)
+            self.schedule = samplers.noisy_at(own, ode, steps)
+        try:
+            yield
+        finally:
+            self.schedule = own
+
     # conditioning
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of prompts, each encoded once and alone; with guidance the unconditional half first."""
-        kind, known = self.device.type, self.adapter.encoded
+        kind, known, side = self.device.type, self.adapter.encoded, self.adapter.latent_shape[-1]
+        if side != self._encoded_at:  # some families tell the text's encoding the size of the picture
+            self._encoded, self._encoded_at = {}, side
         casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        under = self.device, torch.get_autocast_dtype(kind) if casting else None
+        under = side, self.device, torch.get_autocast_dtype(kind) if casting else None
         new = [p for p in dict.fromkeys([*prompts, *[""] * (self.branches - 1)]) if p not in self._encoded]
         self._encoded |= {p: known[p, *under] for p in new if (p, *under) in known}
         new = [p for p in new if p not in self._encoded]
@@ -280,7 +316,12 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the network is the frozen base: the LoRA is off and no gradient is recorded."""
+        """Inside, the network is the frozen base: the LoRA is off, or the weights are those before training, and no
+        gradient is recorded."""
+        if self._base is not None:
+            with self.holding(self._base):
+                yield
+            return
         layers = [m for m in self.adapter.network.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
             layer.enable_adapters(False)
@@ -311,27 +352,55 @@ class Policy:
                 p.data = own[name]
 
     def state(self) -> dict[str, Tensor]:
-        """The LoRA's weights in peft's naming."""
-        state = get_peft_model_state_dict(self.adapter.network)
+        """What is trained, on the CPU: the LoRA's weights in peft's naming, or the network's own."""
+        state = get_peft_model_state_dict(self.adapter.network) if self.lora_config else self.parameters
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` returned. Raises ValueError where names or shapes are not this LoRA's."""
-        own = self.state()
+    @property
+    def file(self) -> str:
+        """The name of the file that `save` writes what is trained to."""
+        return lora.FILE if self.lora_config else lora.WHOLE
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned. Raises ValueError where names or shapes are others than what is trained here."""
+        own, kind = self.state(), "LoRA" if self.lora_config else "own weights"
         for name in sorted(own.keys() ^ state.keys()):
             raise ValueError(
-                f"these weights are not the network's LoRA: {name} is {'missing' if name in own else 'more'}"
+                f"these weights are not the network's {kind}: {name} is {'missing' if name in own else 'more'}"
             )
         for name, value in own.items():
             if value.shape != state[name].shape:
                 shapes = f"{list(state[name].shape)}, not {list(value.shape)}"
-                raise ValueError(f"these weights are not the network's LoRA: {name} has the shape {shapes}")
-        set_peft_model_state_dict(self.adapter.network, state)
+                raise ValueError(f"these weights are not the network's {kind}: {name} has the shape {shapes}")
+        if self.lora_config:
+            set_peft_model_state_dict(self.adapter.network, dict(state))
+            return
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state[name])
 
-    def save_lora(self, folder: Path) -> None:
-        """Write the LoRA as `pytorch_lora_weights.safetensors` (diffusers) and as a peft directory `peft/`."""
+    def load(self, file: Path) -> None:
+        """Take over a file that `save` wrote. Raises ValueError where it is of another shape, UsageError where it is none."""
+        if self.lora_config:
+            self.load_state(lora.read(file, self.adapter).state)
+            return
+        whole = lora.read_whole(file)
+        self.load_state({name: whole[name] for name in self.parameters if name in whole})
+
+    def save(self, folder: Path) -> None:
+        """Write a LoRA as `pytorch_lora_weights.safetensors` (diffusers) and as a peft directory `peft/`, and a network's own
+        weights as `diffusion_pytorch_model.safetensors` with its `config.json`, which its class's `from_pretrained` reads."""
         folder.mkdir(parents=True, exist_ok=True)
+        if self.lora_config is None:
+            network: Any = self.adapter.network
+            config = {
+                key: value for key, value in json.loads(network.to_json_string()).items() if key != "_name_or_path"
+            }
+            files.write_json(folder / "config.json", config)
+            files.save_tensors(folder / self.file, network.state_dict(), header={"format": "pt"})
+            return
         self.adapter.save_lora(folder, self.state(), lora.scale(self.lora_config))
+        files.order_words(folder / self.file)
         peft_folder = folder / "peft"
         self.lora_config.save_pretrained(str(peft_folder))
         files.save_tensors(

@@ -152,7 +152,7 @@ class Provenance(Part):
     reward_components: dict[str, str] = Field(
         {}, description="of a weighted sum the same of each component by name, else empty"
     )
-    lora_sha256: str = Field(description="hash of the trained LoRA file")
+    lora_sha256: str = Field(description="hash of the trained LoRA file, or with lora.rank 0 of the network's")
     scores_sha256: str | None = later(
         "hash of scores.parquet beside the record: every judge's score of every held-out picture of the trained policy"
     )

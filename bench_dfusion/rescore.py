@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 
-from bench_dfusion import checked_base, checks, evaluation, files, pictures, records, text_limits
+from bench_dfusion import checked_base, checks, companions, evaluation, files, pictures, records, text_limits
 from bench_dfusion import lora as loras
 from bench_dfusion.checked_base import CheckedBase
 from bench_dfusion.models import layout
@@ -96,10 +96,10 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     record = records.read(folder / "record.json")
     if record.status == "failed":
         raise UsageError(f"{folder} failed ({record.evidence}): it was never judged, so there is nothing to compare")
-    file = records.beside(folder / "record.json", record, loras.FILE)
+    file = records.beside(folder / "record.json", record, companions.weights(record))
     if not file.is_file():
         raise UsageError(
-            f"no file {file}: the record alone cannot be scored again; run its cell again, or get its LoRA"
+            f"no file {file}: the record alone cannot be scored again; run its cell again, or get its trained weights"
         )
     try:
         track = Track.model_validate(record.resolved["track"])
@@ -116,7 +116,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     if problems:
         return Rescored(record, problems, [], [], {}, False, [])
     policy = make_policy(track, adapter, record.seed, where)
-    _load(policy, loras.read(file, adapter), file)
+    _load(policy, file)
     text_limits.say(adapter, track.prompts.heldout)
     trained_on = record.provenance.reward_components or {record.reward: record.provenance.reward_fingerprint}
     done = _evaluated(policy, track, judges, trained_on, base, str(folder))
@@ -307,8 +307,11 @@ class Checkpoint(Policy):
     base: Policy
 
     @contextmanager
-    def sampling(self, steps: int, eta: float | None, kind: str, guidance: float) -> Iterator[None]:
-        with self.base.sampling(steps, eta, kind, guidance), super().sampling(steps, eta, kind, guidance):
+    def sampling(
+        self, steps: int, eta: float | None, kind: str, guidance: float, resolution: int | None = None
+    ) -> Iterator[None]:
+        given = steps, eta, kind, guidance, resolution
+        with self.base.sampling(*given), super().sampling(*given):
             yield
 
     @contextmanager
@@ -362,7 +365,7 @@ def weights(
             own = loras.read(file, adapter)
             shape = Scale(rank=own.config.r, alpha=own.config.lora_alpha, modules=len(own.config.target_modules or ()))
             policy = make_policy(track, adapter, 0, where, own.config)
-            _load(policy, own, file)
+            _load(policy, file)
         else:
             policy = _checkpoint(track, path, make_policy(track, adapter, 0, where), where)
     except UsageError:
@@ -436,9 +439,9 @@ def _judges(track: Track, device: torch.device) -> dict[str, Any]:
         raise UsageError(str(error)) from error
 
 
-def _load(policy: Policy, own: loras.Lora, file: Path) -> None:
+def _load(policy: Policy, file: Path) -> None:
     try:
-        policy.load_state(own.state)
+        policy.load(file)
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -62,6 +62,15 @@ class Schedule(Levels):
     def stochastic(self) -> Tensor:
         """Which steps [T] have a density."""
         return self.std > MIN_STD
+
+
+def noisy_at(schedule: Schedule, ode: Schedule, steps: Tensor) -> Schedule:
+    """`schedule` with its noise at step indices `steps` [W] alone; the other steps are those of `ode`, the same levels
+    without noise (MixGRPO, 2507.21802, §3.2). With all steps it is `schedule` to the bit."""
+    noisy = torch.zeros(len(schedule), dtype=torch.bool, device=schedule.std.device)
+    noisy[steps.to(noisy.device)] = True
+    std, direction = torch.where(noisy, schedule.std, ode.std), torch.where(noisy, schedule.direction, ode.direction)
+    return replace(schedule, std=std, direction=direction)
 
 
 def ddpm_levels(scheduler: Any) -> Levels:

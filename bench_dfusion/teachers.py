@@ -34,6 +34,7 @@ def weights(policy: Policy, path: str) -> dict[str, Tensor]:
             )
     found = lora.read(file, policy.adapter)
     its, own = found.config, policy.lora_config
+    assert own is not None  # who takes teachers refuses rank 0
     for option, (theirs, ours) in {"rank": (its.r, own.r), "alpha": (its.lora_alpha, own.lora_alpha)}.items():
         if theirs != ours:
             raise UsageError(

@@ -67,10 +67,26 @@ class SamplerSection(Section):
     )
 
 
+class JudgedSampler(SamplerSection):
+    resolution: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description="side of the pictures that are judged (pixels); None: that of training",
+    )
+
+
 class LoraSection(Section):
-    rank: int = Field(4, ge=1, description="rank of the LoRA matrices (count)")
+    rank: int = Field(
+        4,
+        ge=0,
+        description="rank of the LoRA matrices (count); 0: no LoRA, the network's own weights are trained, in float32, and a "
+        "copy of them stays as the reference; alpha and init then mean nothing",
+    )
     alpha: float | None = Field(None, gt=0, description="LoRA scale numerator; None: the rank, so that the scale is 1")
-    targets: tuple[str, ...] | None = Field(None, description="module name endings; None: attention projections")
+    targets: tuple[str, ...] | None = Field(
+        None, description="module name endings; None: attention projections, and with rank 0 the whole network"
+    )
     init: Literal["peft", "gaussian"] = Field(
         "peft",
         exclude_if=lambda value: value == "peft",
@@ -79,6 +95,14 @@ class LoraSection(Section):
         "first steps change the network in proportion to it: at rank 4 a learning rate published for gaussian is 8 to 15 "
         "times weaker with peft's",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, values: Any) -> Any:
+        """Without a LoRA, no alpha and no beginning, which a track may have for one."""
+        if isinstance(values, dict) and values.get("rank") == 0:
+            return {name: value for name, value in values.items() if name not in ("alpha", "init")}
+        return values
 
 
 def labels_of(heldout: Sequence[str], clusters: Mapping[str, str] | None) -> tuple[str, ...] | None:
@@ -184,11 +208,11 @@ class EvaluationSection(Section):
         "first of them on the noise of a run's own (count); None: every run draws the base beside its own images",
     )
 
-    sampler: SamplerSection | None = Field(
+    sampler: JudgedSampler | None = Field(
         None,
         exclude_if=lambda value: value is None,
-        description="the sampler of the pictures that are judged, with the keys of [sampler], as people draw with the model; "
-        "None: the one of training",
+        description="the sampler of the pictures that are judged, as people draw with the model: the keys of [sampler], and "
+        "resolution, the pictures' side (pixels; none: that of training); none: the sampler of training",
     )
 
     @model_validator(mode="after")
@@ -258,6 +282,21 @@ class Track(Section):
     tuning: str = Field("", description="how options were chosen: under which budget, the same for all")
     builders: dict[str, dict[str, Any]] = Field({}, description="the track's defaults for builders' options")
     rewards: dict[str, dict[str, Any]] = Field({}, description="the track's defaults for rewards' options")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Track:
+        if self.lora.rank == 0:
+            if self.model.dtype != "float32":
+                raise ValueError(
+                    "lora.rank 0 trains the network's own weights, and the optimiser's small steps are lost in "
+                    f"{self.model.dtype}: set model.dtype to float32, and model.autocast to {self.model.dtype} for speed"
+                )
+            if self.memory.shard or self.memory.offload_network:
+                raise ValueError(
+                    "lora.rank 0 trains the network's own weights, which must be whole on the device: leave memory.shard and "
+                    "memory.offload_network off, or train a LoRA"
+                )
+        return self
 
     @property
     def id(self) -> str:

@@ -20,7 +20,6 @@ from bench_dfusion import (
     checked_base,
     evaluation,
     files,
-    lora,
     model_card,
     pairs,
     parallel,
@@ -146,9 +145,13 @@ class Run:
             if track.memory.drop_text:
                 self.policy.condition(prompts)
         text_limits.check(adapter, self.builder.trained_on(track.prompts), track.prompts)
-        self.builder.check(self.policy, prompts)
         self.algorithm: Algorithm = cell.algorithm(cell.algorithm_config)
         self.algorithm.setup(self.policy, self.reward)
+        drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
+        # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
+        a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
+        self.ends = rounds_of(track, a_round)
+        self._check_builder(prompts)
         if track.memory.drop_text:
             if not cell.builder.draws:
                 raise UsageError("offline pairs bring prompts as they come: leave track.memory.drop_text off")
@@ -162,14 +165,17 @@ class Run:
         self.average = Warmed(config.ema) if config.ema is not None else None
         if self.average is not None:
             self.average.weights(self.policy)  # it begins with the weights before the first update
-        drawn = self.drawn = track.budget.prompts_per_round * track.budget.samples_per_prompt
-        # Offline pairs cost no query: as many rounds as samples without a builder's own would have.
-        a_round = self.builder.queries(drawn) + self.algorithm.queries(drawn) or drawn
-        self.ends = rounds_of(track, a_round)
         self.progress = Progress()
         self.baseline = Baseline()
         self.failure: str | None = None
         self.checkpoint = folder / CHECKPOINT
+
+    def _check_builder(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError where the builder cannot work with a prompt, or with the noise of one of the rounds."""
+        of_rounds = (self.algorithm.noisy_steps(self.policy, self.cell.seed, n) for n in range(self.ends[-1]))
+        for steps in {None if s is None else tuple(s.tolist()): s for s in of_rounds}.values():
+            with self.policy.noisy_at(steps):
+                self.builder.check(self.policy, prompts)
 
     def climb(self, rung: int) -> Record:
         """Train up to a rung of the ladder, and at each on the way evaluate and leave a record."""
@@ -190,8 +196,9 @@ class Run:
                 number = self.progress.round
                 before = self.policy.network_evaluations
                 try:
-                    samples = self._collect(number)
-                    metrics = self._improve(samples, number)
+                    with self.policy.noisy_at(self.algorithm.noisy_steps(self.policy, self.cell.seed, number)):
+                        samples = self._collect(number)
+                        metrics = self._improve(samples, number)
                     self._note(samples, metrics, number)
                 except (Collapse, NotFinite) as error:
                     self.failure = f"round {number}: {error}"
@@ -400,14 +407,14 @@ class Run:
         """Write LoRA, pictures and scores, of a rung that is not the last also into a directory that later ones leave
         alone; returns its `Rung`, dumped. `rewards`: the training reward's scores [P, K] of the pictures judged."""
         track, picture = self.cell.track, self.folder / "base_trained.png"
-        self.policy.save_lora(self.folder)
+        self.policy.save(self.folder)
         pictures.base_and_trained(picture, done.base, done.trained, track.prompts.heldout)
         scores = self.folder / checked_base.SCORES
         if self.base is not None:
             own = done.scores | ({} if rewards is None else {checked_base.REWARD: rewards})
             checked_base.write_scores(scores, track.prompts.heldout, {name: s.numpy() for name, s in own.items()})
         if rung < len(self.ends):
-            for path in (self.folder / lora.FILE, picture, *([scores] if self.base is not None else [])):
+            for path in (self.folder / self.policy.file, picture, *([scores] if self.base is not None else [])):
                 files.write_atomic(records.rung_folder(self.folder, rung) / path.name, path.read_bytes())
         return Rung(
             rung=rung,
@@ -416,7 +423,7 @@ class Run:
             drift=done.drift,
             cost=self._cost(),
             agreement=None if rewards is None else evaluation.agreement(rewards, done.scores),
-            lora_sha256=files.sha256(self.folder / lora.FILE),
+            lora_sha256=files.sha256(self.folder / self.policy.file),
             scores_sha256=None if self.base is None else files.sha256(scores),
         ).model_dump(mode="json")
 
@@ -441,7 +448,7 @@ class Run:
         rungs = [Rung(**r) for r in self.progress.rungs]
         last = rungs.pop() if self.failure is None else None
         if last is None:
-            self.policy.save_lora(self.folder)
+            self.policy.save(self.folder)
         code, dirty = records.code_state()
         rounds = [Round(**r) for r in self.progress.rounds]
         trained, untrained = records.training(rounds, self.progress.updates)
@@ -474,7 +481,7 @@ class Run:
                 model_sha256=self.model_sha256,
                 reward_fingerprint=self.reward.fingerprint(),
                 reward_components=self.reward.fingerprints() if isinstance(self.reward, WeightedSum) else {},
-                lora_sha256=last.lora_sha256 if last else files.sha256(self.folder / lora.FILE),
+                lora_sha256=last.lora_sha256 if last else files.sha256(self.folder / self.policy.file),
                 scores_sha256=last.scores_sha256 if last else None,
                 base_sha256=self.base.sha256 if self.base and (last or rungs) else None,
                 prompts_seen=records.prompts_seen(track),

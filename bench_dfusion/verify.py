@@ -101,7 +101,7 @@ def _evaluated(path: Path, record: Record, device: str | None, model: str | None
         beside = companions.beside(path, record)
     except UsageError as error:
         return said("differs", str(error))
-    if companions.LORA not in beside:
+    if companions.weights(record) not in beside:
         return said("cannot be verified", "no LoRA: cannot be verified but by --rerun")
     try:
         again = rescore.run(path.parent, device, model)

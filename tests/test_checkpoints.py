@@ -43,24 +43,25 @@ def run(folder: Path, out: Path, algo: str, builder: str, *more: str) -> Record:
 
 
 @pytest.mark.parametrize(
-    ("name", "algo", "builder"),
+    ("name", "algo", "builder", "more"),
     [
-        pytest.param("sdxl", "dpo", "dfusion", marks=pytest.mark.slow),
-        pytest.param("sd21", "ddpo", "vanilla", marks=pytest.mark.slow),
-        ("sd3", "dpo", "dfusion"),
-        ("flux", "ddpo", "vanilla"),
+        pytest.param("sdxl", "dpo", "dfusion", [], marks=pytest.mark.slow),
+        pytest.param("sd21", "ddpo", "vanilla", [], marks=pytest.mark.slow),
+        ("sd3", "dpo", "dfusion", []),
+        ("flux", "ddpo", "vanilla", ["algo.sde_window.steps=1", "algo.sde_window.every=1"]),
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_record(
     name: str,
     algo: str,
     builder: str,
+    more: list[str],
     request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = request.getfixturevalue(f"{name}_dir")
-    expected = run(folder, tmp_path / "calm", algo, builder)
+    expected = run(folder, tmp_path / "calm", algo, builder, *more)
     assert expected.status == "finished" and len(expected.rounds) == 2 and expected.cost.updates > 0
     improve = trainer.Run._improve
 
@@ -71,9 +72,9 @@ def test_a_stopped_run_resumes_to_the_same_record(
 
     monkeypatch.setattr(trainer.Run, "_improve", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path / "stopped", algo, builder)
+        run(folder, tmp_path / "stopped", algo, builder, *more)
     monkeypatch.undo()
-    record = run(folder, tmp_path / "stopped", algo, builder)
+    record = run(folder, tmp_path / "stopped", algo, builder, *more)
     assert record.comparable() == expected.comparable()
 
 

@@ -473,3 +473,13 @@ def test_offline_pairs_bring_their_own_prompts(sd_dir: Path, tmp_path: Path, mon
     monkeypatch.setattr(cell.builder, "draws", False)
     with pytest.raises(UsageError, match="leave track.memory.drop_text off"):
         trainer.Run(cell, tmp_path, "cpu")
+
+
+def test_a_round_with_an_sde_window_trains_on_as_many_steps(pixart_dir: Path) -> None:
+    settings = ["algo.sde_window.steps=1", "algo.window=[0, 0.5]"]
+    flops = [
+        doctor._Doctor(cell_of(pixart_dir, *own, builder="vanilla"), CPU, fresh=False)
+        for own in ([], settings, ["algo.window=[0, 0.25]"])
+    ]
+    whole, windowed, quarter = (found._trace("train", found.cell.track).cost.flops for found in flops)
+    assert windowed == quarter and windowed < whole / 3

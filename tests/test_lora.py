@@ -56,7 +56,7 @@ def with_diffusers(path: Path, model: Path) -> torch.nn.Module:
 
 
 def test_what_a_policy_saves_is_read_like_diffusers_reads_it(sd_dir: Path, tmp_path: Path) -> None:
-    policy_of(sd_dir, lora=0.3, rank=2, alpha=7.0, targets=["attn2.to_k", "attn2.to_v"]).save_lora(tmp_path)
+    policy_of(sd_dir, lora=0.3, rank=2, alpha=7.0, targets=["attn2.to_k", "attn2.to_v"]).save(tmp_path)
     found = read(tmp_path, sd_dir)
     assert (found.lora_config.r, found.lora_config.lora_alpha) == (2, 7)
     assert_same(found, with_diffusers(tmp_path, sd_dir))
@@ -65,7 +65,7 @@ def test_what_a_policy_saves_is_read_like_diffusers_reads_it(sd_dir: Path, tmp_p
 
 def test_pixart_keeps_its_alpha_too(pixart_dir: Path, tmp_path: Path) -> None:
     saved = policy_of(pixart_dir, lora=0.3, rank=2, alpha=6.0)
-    saved.save_lora(tmp_path)
+    saved.save(tmp_path)
     assert_same(read(tmp_path, pixart_dir), saved.adapter.network)
     assert_same(read(tmp_path / "peft", pixart_dir), saved.adapter.network)
 
@@ -116,7 +116,7 @@ def test_peft_directories_of_every_scale(options: dict[str, Any], pixart_dir: Pa
 def test_a_prefix_changes_nothing(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """What diffusers and peft wrote, under the names that other programs give it."""
     model = request.getfixturevalue(f"{name}_dir")
-    policy_of(model, lora=0.3, rank=2).save_lora(tmp_path)
+    policy_of(model, lora=0.3, rank=2).save(tmp_path)
     adapter, _ = load_adapter(ModelSection(id=str(model)))
     own, part = lora.read(tmp_path / lora.FILE, adapter), f"{adapter.network_name}."
     bare = {key.removeprefix(part): value for key, value in load_file(tmp_path / lora.FILE).items()}
@@ -149,7 +149,7 @@ def test_an_alpha_below_a_prefix_is_read(saved: tuple[Path, Adapter], tmp_path: 
 def saved(pixart_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Adapter]:
     """The directory of a LoRA for the tiny PixArt, and the adapter of a fresh one."""
     folder = tmp_path_factory.mktemp("lora")
-    policy_of(pixart_dir, lora=0.3, rank=2).save_lora(folder)
+    policy_of(pixart_dir, lora=0.3, rank=2).save(folder)
     return folder, load_adapter(ModelSection(id=str(pixart_dir)))[0]
 
 
@@ -217,7 +217,19 @@ def test_what_is_no_lora_of_this_model_is_refused(
     ],
 )
 def test_weights_that_do_not_fit_the_modules_are_refused(damage, expected, pixart_dir: Path, tmp_path: Path) -> None:
-    policy_of(pixart_dir, lora=0.3, rank=2).save_lora(tmp_path)
+    policy_of(pixart_dir, lora=0.3, rank=2).save(tmp_path)
     rewrite(tmp_path, damage)
     with pytest.raises(ValueError, match=expected):
         read(tmp_path, pixart_dir)
+
+
+def test_a_file_of_equal_content_is_an_equal_file(sd_dir: Path, pixart_dir: Path, tmp_path: Path) -> None:
+    """Its name for others is its hash, and the library writes what stands beside the weights in another order each time."""
+    for folder in (sd_dir, pixart_dir):
+        policy = policy_of(folder, lora=0.3, rank=2, alpha=6.0)
+        found = set()
+        for i in range(6):
+            policy.save(tmp_path / f"{folder.name}{i}")
+            found.add((tmp_path / f"{folder.name}{i}" / lora.FILE).read_bytes())
+        assert len(found) == 1
+        assert lora.read(tmp_path / f"{folder.name}0" / lora.FILE, policy.adapter).config.lora_alpha == 6

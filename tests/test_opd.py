@@ -191,7 +191,7 @@ def trained(tmp_path_factory) -> list[Path]:
         folder = tmp_path_factory.mktemp(f"teacher{seed}")
         policy = policy_of(micro.PIPELINE, lora=0, rank=LORA["rank"], targets=LORA["targets"])
         shake(policy, 0.05, seed=seed)
-        policy.save_lora(folder)
+        policy.save(folder)
         found.append(folder)
     return found
 
@@ -228,6 +228,7 @@ def test_what_cannot_teach_is_one_line(trained, tmp_path):
     assert "no LoRA at" in refusal(tmp_path / "none")
     assert "holds no LoRA" in refusal(tmp_path)
     assert "2 teachers and 1 prompts a round" in refusal(*trained, settings=["track.budget.prompts_per_round=1"])
+    assert "give track.lora.rank as of theirs, not 0" in refusal(*trained, settings=["track.lora.rank=0"])
     assert "one number for each teacher: 2, not 1" in refusal(*trained, settings=["algo.guidance=[4.5]"])
     assert "not to the algo.sha256" in refusal(trained[0], settings=['algo.sha256=["ab"]'])
     for option in ({"form": "ode"}, {"window": (0.5, 0.5)}, {"guidance": "x"}):
@@ -278,7 +279,7 @@ def test_a_lora_of_another_shape_or_base_is_refused_before_any_compute(tmp_path)
 def test_a_run_on_another_base_is_no_teacher(tmp_path):
     own = tmp_path / "own"
     policy = policy_of(micro.PIPELINE, lora=0.05)
-    policy.save_lora(own)
+    policy.save(own)
     beside(own, policy.adapter.sha256)
     OPD(OPDConfig(teachers=[str(own)])).setup(policy, RED)
     beside(own, "0" * 64)

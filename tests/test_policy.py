@@ -90,6 +90,24 @@ def test_every_family_samples_in_every_way(policy: Policy, options: dict[str, An
     assert evaluation.kl(policy, drawn, 1) > 0
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3", "flux"])
+def test_pictures_of_another_side_are_judged(name: str, request: pytest.FixtureRequest) -> None:
+    """They are those of a model that was given this side, and training goes on with its own."""
+    folder = request.getfixturevalue(f"{name}_dir")
+    policy = policy_of(folder, lora=0.3, steps=2, batch=3, resolution=32)
+    larger = policy_of(folder, lora=0.3, steps=3, batch=3, eta=0.0, resolution=64)
+    before = policy.sample(PROMPTS[:2], SEEDS[:2])
+    with policy.sampling(3, 0.0, "native", 1.0, 64):
+        drawn = policy.sample(PROMPTS[:2], SEEDS[:2])
+        shown = policy.decode(drawn.final)
+    assert torch.equal(drawn.latents, larger.sample(PROMPTS[:2], SEEDS[:2]).latents)
+    assert shown.shape[1] == 2 * policy.decode(before.final).shape[1]
+    assert torch.equal(policy.sample(PROMPTS[:2], SEEDS[:2]).latents, before.latents)
+    with pytest.raises(ValueError, match="resolution 33 is no multiple"), policy.sampling(3, 0.0, "native", 1.0, 33):
+        pass
+    assert torch.equal(policy.sample(PROMPTS[:2], SEEDS[:2]).latents, before.latents)
+
+
 def test_a_gaussian_lora_begins_as_ddpo_pytorch_draws_it(sd_dir) -> None:
     drawn = {}
     for init in ("peft", "gaussian"):
@@ -115,7 +133,7 @@ def test_a_lora_loads_in_plain_diffusers(name: str, request: pytest.FixtureReque
     folder = request.getfixturevalue(f"{name}_dir")
     policy = policy_of(folder, lora=0, steps=4, batch=3, resolution=32)
     stir(policy)
-    policy.save_lora(tmp_path)
+    policy.save(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path)
     assert_same_network(policy, getattr(pipe, policy.adapter.network_name))
@@ -127,7 +145,7 @@ def test_pixart_lora_loads_with_peft(pixart_dir: Path, tmp_path: Path) -> None:
 
     policy = policy_of(pixart_dir, lora=0, steps=4, batch=3)
     stir(policy)
-    policy.save_lora(tmp_path)
+    policy.save(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(pixart_dir)
     pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(tmp_path / "peft"))
     assert_same_network(policy, pipe.transformer)

@@ -229,7 +229,7 @@ def test_a_runs_own_lora_gets_the_records_verdicts(part: str, finished: Path, tm
 def sd_lora(sd_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a LoRA for the tiny Stable Diffusion, not of the track's shape."""
     folder = tmp_path_factory.mktemp("lora")
-    policy_of(sd_dir, lora=0.3, rank=2, alpha=6.0, targets=["to_k"]).save_lora(folder)
+    policy_of(sd_dir, lora=0.3, rank=2, alpha=6.0, targets=["to_k"]).save(folder)
     return folder
 
 
@@ -281,7 +281,7 @@ def test_a_pipeline_trained_as_a_whole_beside_its_base(sd_dir: Path, tmp_path: P
     track = config.resolve_track(str(tmp_path / "own.toml"), model=str(sd_dir))
     # Merged into the weights, a LoRA is a pipeline trained as a whole.
     policy = policy_of(sd_dir, lora=0.3, rank=2)
-    policy.save_lora(tmp_path / "lora")
+    policy.save(tmp_path / "lora")
     for module in list(policy.adapter.network.modules()):
         if hasattr(module, "merge"):
             module.merge()
@@ -411,7 +411,7 @@ def test_what_is_judged_is_drawn_by_the_evaluations_sampler(tmp_path: Path, monk
         "algo.learning_rate=0.05",
         "track.budget.reward_queries=8",
         "track.sampler.eta=0",
-        'track.evaluation.sampler={"steps": 3, "eta": 0, "guidance": 2.0}',
+        'track.evaluation.sampler={"steps": 3, "eta": 0, "guidance": 2.0, "resolution": 64}',
         "track.evaluation.base_images_per_prompt=4",
     ]
     names: dict[str, Any] = {"algo": "diffusion-dpo", "builder": "vanilla", "reward": "oracle"}

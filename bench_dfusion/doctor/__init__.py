@@ -306,9 +306,10 @@ class _Doctor:
             self._traced["encode", kind] = self._encode(policy)
             lora = sum(p.nbytes for p in policy.parameters.values())
             weights = {name: configs.bytes_of(part) for name, part in _networks(adapter).items()}
-            weights[adapter.network_name] -= lora
+            if policy.lora_config is not None:  # else a copy of the weights before training stays: as much again
+                weights[adapter.network_name] -= lora
             one = sum(t.nbytes for encoded in policy._encoded.values() for t in encoded.values())
-            self._lying[kind] = {**weights, "LoRA": lora, "gradients": lora, "AdamW": 2 * lora, EMBEDDINGS: one}
+            self._lying[kind] = {**weights, self._trained: lora, "gradients": lora, "AdamW": 2 * lora, EMBEDDINGS: one}
         return self._policies[kind]
 
     def _set_up(self, settings: Track) -> Policy:
@@ -326,8 +327,13 @@ class _Doctor:
         policy = self.policy(settings)
         lora = sum(p.numel() for p in policy.parameters.values())
         found = {name: sum(p.numel() for p in part.parameters()) for name, part in _networks(policy.adapter).items()}
-        found[policy.adapter.network_name] -= lora
-        return {**found, "LoRA": lora}
+        if policy.lora_config is not None:
+            found[policy.adapter.network_name] -= lora
+        return {**found, self._trained: lora}
+
+    @property
+    def _trained(self) -> str:
+        return "LoRA" if self.cell.track.lora.rank else "trained weights"
 
     # traces
 
@@ -336,11 +342,15 @@ class _Doctor:
             self.policy(settings)
             return self._traced["encode", settings.model.dtype]
         if name == "evaluate":
-            return max((self._trace(n, settings) for n in ("judge", "decode")), key=lambda t: t.peak)
-        if name == "judge" and settings.evaluation.sampler is None:
-            name = "sample"
+            return max((self._trace(n, settings) for n in ("judge", "show")), key=lambda t: t.peak)
+        if settings.evaluation.sampler is None:
+            name = {"judge": "sample", "show": "decode"}.get(name, name)
         memory = settings.memory
-        depends = {"train": [memory.gradient_checkpointing], "decode": [memory.vae_slicing]}
+        depends = {
+            "train": [memory.gradient_checkpointing],
+            "decode": [memory.vae_slicing],
+            "show": [memory.vae_slicing],
+        }
         if self.cell.algorithm.needs_gradient:
             depends["train"].append(memory.vae_slicing)
         key = (name, settings.batch, settings.model.dtype, *depends.get(name, []))
@@ -384,6 +394,11 @@ class _Doctor:
         with evaluation.sampling(policy, self.cell.track):
             return self._sample(policy)
 
+    def _show(self, policy: Policy) -> Traced:
+        """As many pictures as a round decodes, of the evaluation's side."""
+        with evaluation.sampling(policy, self.cell.track):
+            return self._decode(policy)
+
     def _decode(self, policy: Policy) -> Traced:
         rows = min(policy.batch, self.drawn)
         latents = torch.zeros((), device="meta").expand(rows, *policy.adapter.latent_shape)
@@ -405,8 +420,13 @@ class _Doctor:
         return Traced(trace.peak + self._latents(policy, short, rows), 0, cost)
 
     def _train(self, policy: Policy) -> Traced:
-        samples = self._consistent(policy)
         algorithm, config = self._algorithm(policy), self.cell.algorithm_config
+        with tracing():
+            steps = algorithm.noisy_steps(policy, 0, 0)
+        if steps is not None:  # a round trains on these alone: a sampler of as many is as much work
+            policy = shortened(policy, len(steps))
+            algorithm.config = config.model_copy(update={"window": (0.0, 1.0)})
+        samples = self._consistent(policy)
         every = copy.copy(policy)
         every.batch, every.network_evaluations = 10**9, 0  # one forward, whose memory nobody asks for
         with tracing() as before:
@@ -436,7 +456,8 @@ class _Doctor:
 
     def _algorithm(self, policy: Policy) -> Algorithm:
         algorithm: Algorithm = self.cell.algorithm(self.cell.algorithm_config)
-        algorithm.setup(policy, StandIn())
+        with tracing():
+            algorithm.setup(policy, StandIn())
         return algorithm
 
     def _builder(self) -> Builder:
@@ -475,9 +496,9 @@ class _Doctor:
         """For each phase the bytes of what lies on the device while it runs, without what it allocates and frees."""
         memory, policy = settings.memory, self.policy(settings)
         weights = dict(self._lying[settings.model.dtype])
-        trained = {name: weights.pop(name) for name in ("LoRA", "gradients", "AdamW")}
+        trained = {name: weights.pop(name) for name in (self._trained, "gradients", "AdamW")}
         if self.cell.algorithm_config.ema is not None:
-            trained["average of the LoRA"] = trained["LoRA"]
+            trained[f"average of the {self._trained}"] = trained[self._trained]
         prompts = (
             len(settings.prompts.train)
             + len(settings.prompts.heldout)
@@ -507,7 +528,7 @@ class _Doctor:
         layout = {}
         for name in ORDER:
             lying = {n: size for n, size in everything.items() if n not in without.get(name, gone | vae)}
-            lying |= {"LoRA": trained["LoRA"]} if name == "load" else trained
+            lying |= {self._trained: trained[self._trained]} if name == "load" else trained
             lying["samples of the round"] = evaluated if name == "evaluate" else host.get(name, 0)
             lying["the scorer"] = one_more if name in ("score", "evaluate") else 0
             layout[name] = lying
@@ -631,7 +652,7 @@ class _Doctor:
         evaluated = len(settings.prompts.heldout) * (each + 2) / self.drawn
         pictures = len(settings.prompts.heldout) * each / (self.drawn + self.made)
         by_name["evaluate"].seconds = rates.seconds(
-            self._trace("judge", settings).cost * evaluated + costs["decode"] * pictures
+            self._trace("judge", settings).cost * evaluated + self._trace("show", settings).cost * pictures
         )
 
 

@@ -79,6 +79,7 @@ class Adapter(ABC):
         # Of the frozen weights: the LoRA's are float32, and the pipeline's own `dtype` takes the first it finds.
         self.dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
         self.offload_text = self.offload_vae = self.text_dropped = self.offload_network = self.shard = False
+        self.trained_whole = False  # whether a policy has trained the network's own weights
         self.encoded: dict[
             tuple[Any, ...], Conditioning
         ] = {}  # every policy's prompts, by what they were encoded under
@@ -159,8 +160,19 @@ class Adapter(ABC):
         """Pictures of another side. Raises ValueError where latents and patches do not divide it."""
         least = self.pipe.vae_scale_factor * self.patch
         if pixels % least:
-            raise ValueError(f"model.resolution {pixels} is no multiple of {least}, a patch of this model in pixels")
+            raise ValueError(f"resolution {pixels} is no multiple of {least}, a patch of this model in pixels")
         self._latent_side = pixels // self.pipe.vae_scale_factor
+
+    @contextmanager
+    def at_resolution(self, pixels: int | None) -> Iterator[None]:
+        """Inside, pictures of this side; None: of the one they have. Raises ValueError as `set_resolution`."""
+        own = self._latent_side
+        try:
+            if pixels is not None:
+                self.set_resolution(pixels)
+            yield
+        finally:
+            self._latent_side = own
 
     def set_tile(self, pixels: int) -> None:
         """Larger pictures are decoded and encoded in overlapping tiles of this side. Raises ValueError where the
