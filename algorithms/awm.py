@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.objectives.advantages import AdvantageConfig, Spread, advantages
+from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import all_errors, all_outputs, at_levels, mean_square, noised
 from bench_dfusion.objectives.policy_gradient import clipped_share, clipped_terms
@@ -26,11 +26,7 @@ from bench_dfusion.policy import Policy
 
 class AWMConfig(AdvantageConfig):
     timesteps: int = Field(6, ge=1, description="noise levels drawn for each sample in a round (count; official: 6)")
-    spread: Spread = Field(
-        "round",
-        description="what divides reward − prompt's mean: the standard deviation of the prompt's rewards, or of the "
-        "round's (official: of all)",
-    )
+    spread: Spread = Field("round", description=f"{SPREADS} (official: round, of all)")
     clip: float = Field(1.0, gt=0, le=1, description="the ratio is clipped to 1 ± this (1; official: 1)")
     weight: Literal["one", "time"] = Field(
         "one", description="w(t): 1, or t as a share of the training timesteps (official runs: time)"
@@ -68,7 +64,7 @@ class AWM(Algorithm):
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = at_levels(policy, samples.train, self.config, generator)
         clip = self.config.advantage_clip
-        advantage = advantages(samples.samples, samples.train, clip, self.config.spread) / clip
+        advantage = advantages(samples.samples, samples.train, clip, self.config.spread, self.config.components) / clip
         rows["advantage"] = advantage.repeat_interleave(self.config.timesteps)
         where = rows["row"], rows["t"], rows["noise"]
         rows["old"] = all_errors(policy, samples, *where)

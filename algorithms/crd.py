@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from bench_dfusion import samplers
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.objectives.advantages import AdvantageConfig, Spread, advantages, prompt_groups
+from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages, prompt_groups
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import (
     Noised,
@@ -45,11 +45,7 @@ LEAST_KL = 1e-4  # the weight of the distance to the base where alpha is 0 (offi
 
 
 class CRDConfig(AdvantageConfig):
-    spread: Spread = Field(
-        "round",
-        description="what divides reward − prompt's mean: the standard deviation of the prompt's rewards, or of the "
-        "round's (official: of all)",
-    )
+    spread: Spread = Field("round", description=f"{SPREADS} (official: round, of all)")
     beta: float = Field(
         1.0, gt=0, description="implicit rewards are matched to 1 / beta of the rewards (error units; official: 1)"
     )
@@ -121,7 +117,7 @@ class CRD(Algorithm):
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         clip = self.config.advantage_clip
-        advantage = advantages(samples.samples, samples.train, clip, self.config.spread)
+        advantage = advantages(samples.samples, samples.train, clip, self.config.spread, self.config.components)
         group = prompt_groups(samples.samples, samples.train)
         members = [(group == g).nonzero()[:, 0] for g in group.unique()]
         rows = group_rows(samples.train, members, self.config.timesteps, good=advantage / (2 * clip) + 0.5)

@@ -25,8 +25,9 @@ from bench_dfusion.objectives.policy_gradient import (
     clipped_terms,
     old_log_probs,
     sample_steps,
+    scaled,
 )
-from bench_dfusion.objectives.stepwise import stored_steps
+from bench_dfusion.objectives.stepwise import Steps, stored_steps
 from bench_dfusion.policy import Policy
 
 
@@ -54,6 +55,8 @@ class DDPOConfig(PolicyGradientConfig):
             )
         if self.estimator == "score" and self.old_log_prob == "behaviour":
             raise ValueError("the estimator score has no pi_old: leave old_log_prob out, or use importance")
+        if self.estimator == "score" and self.ratio_scale != "one":
+            raise ValueError("the estimator score has no ratio: leave ratio_scale out, or use importance")
         return self
 
 
@@ -78,18 +81,19 @@ class DDPO(StepwiseAlgorithm):
         return rows
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
-        log_prob = stored_steps(policy, samples, rows["row"], rows["step"]).log_prob
-        terms, metrics = self.policy_gradient(log_prob, rows)
+        terms, metrics = self.policy_gradient(stored_steps(policy, samples, rows["row"], rows["step"]), rows)
         return Loss((rows["weight"].to(terms.device) * terms).mean(), metrics)
 
-    def policy_gradient(self, log_prob: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each sample and step [B] from its log pi_theta [B], and figures."""
+    def policy_gradient(self, at: Steps, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each sample and step [B] under pi_theta, and figures."""
+        log_prob = at.log_prob
         advantage = rows["advantage"].to(log_prob.device)
         if self.config.estimator == "score":
             return -advantage * log_prob, {"log_prob": log_prob.detach().mean()}
         log_ratio = log_prob - rows["old"].to(log_prob.device)
-        clipped = clipped_share(log_ratio, self.config.clip)
-        metrics = {"approx_kl": 0.5 * (log_ratio.detach() ** 2).mean(), "clipped": clipped}
+        metrics = {"approx_kl": 0.5 * (log_ratio.detach() ** 2).mean()}
+        log_ratio = scaled(log_ratio, at.std, self.config.ratio_scale)
+        metrics["clipped"] = clipped_share(log_ratio, self.config.clip)
         return clipped_terms(log_ratio, advantage, self.config.clip), metrics
 
     def state(self) -> dict[str, Tensor]:

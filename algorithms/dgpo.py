@@ -44,7 +44,9 @@ class DGPO(Algorithm):
     config: DGPOConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
-        advantage = advantages(samples.samples, samples.train, self.config.advantage_clip, self.config.spread)
+        advantage = advantages(
+            samples.samples, samples.train, self.config.advantage_clip, self.config.spread, self.config.components
+        )
         group = prompt_groups(samples.samples, samples.train)
         members = [m for m in ((group == g).nonzero()[:, 0] for g in group.unique()) if advantage[m].any()]
         rows = group_rows(samples.train, members, self.config.timesteps, advantage=advantage)

@@ -49,7 +49,7 @@ class DPOK(DDPO):
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
         at = stored_steps(policy, samples, rows["row"], rows["step"])
-        terms, metrics = self.policy_gradient(at.log_prob, rows)
+        terms, metrics = self.policy_gradient(at, rows)
         kl = gaussian_kl(at.mean, rows["ref_mean"].to(at.mean.device), at.std)
         metrics["kl"] = kl.detach().mean()
         return Loss((rows["weight"].to(kl.device) * (terms + self.config.kl * kl)).mean(), metrics)

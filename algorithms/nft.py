@@ -21,18 +21,14 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.objectives.advantages import AdvantageConfig, Spread, advantages
+from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import all_outputs, at_levels, mean_square, noised, self_normalised
 from bench_dfusion.policy import Policy
 
 
 class NFTConfig(AdvantageConfig):
-    spread: Spread = Field(
-        "round",
-        description="what divides reward − prompt's mean: the standard deviation of the prompt's rewards, or of the "
-        "round's (paper: a global one)",
-    )
+    spread: Spread = Field("round", description=f"{SPREADS} (paper: round, a global one)")
     beta: float = Field(1.0, gt=0, description="how far the implicit policies lie from the old one (1; its beta, 1)")
     kl: float = Field(
         1e-4, ge=0, description="weight of the squared distance to the base's prediction (1; official: 1e-4)"
@@ -64,7 +60,7 @@ class NFT(Algorithm):
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = at_levels(policy, samples.train, self.config, generator)
         clip = self.config.advantage_clip
-        advantage = advantages(samples.samples, samples.train, clip, self.config.spread)
+        advantage = advantages(samples.samples, samples.train, clip, self.config.spread, self.config.components)
         rows["good"] = (advantage / (2 * clip) + 0.5).repeat_interleave(self.config.timesteps)
         where = rows["row"], rows["t"], rows["noise"]
         with policy.holding(self._old.weights(policy)):

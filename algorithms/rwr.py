@@ -37,7 +37,9 @@ class RWR(Algorithm):
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = at_levels(policy, samples.train, self.config, generator)
-        advantage = advantages(samples.samples, samples.train, self.config.advantage_clip, self.config.spread)
+        advantage = advantages(
+            samples.samples, samples.train, self.config.advantage_clip, self.config.spread, self.config.components
+        )
         weight = rwr_weights(advantage, prompt_groups(samples.samples, samples.train), self.config.tau)
         rows["weight"] = weight.repeat_interleave(self.config.timesteps)
         return rows

@@ -58,6 +58,11 @@ class AlgorithmConfig(BaseModel):
         "an average lags); None: the weights themselves",
     )
 
+    @property
+    def needs_components(self) -> bool:
+        """Whether it takes the rewards of a weighted sum apart: `Samples.components`."""
+        return False
+
 
 class SDEWindow(BaseModel):
     """Of a round's denoising steps those that are drawn with noise and trained on; the others are the ODE's."""

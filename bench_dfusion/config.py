@@ -135,7 +135,7 @@ def resolve(
             continue
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
-    _fit(classes["algo"], classes["builder"], classes["reward"], resolved_track)
+    _fit(classes["algo"], configs["algo"], classes["builder"], classes["reward"], resolved_track)
     configs["algo"] = classes["algo"].pinned(configs["algo"], resolved_track)
     configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts)
     sources = {s: registry.plugins(SECTIONS[s])[names[s]].source for s in ("algo", "builder")}
@@ -271,7 +271,13 @@ class Misfit(UsageError):
     """An algorithm that cannot train on what the builder, the reward or the sampler gives it."""
 
 
-def _fit(algorithm: type[Algorithm], builder: type[Builder], reward: type[Reward], settings: Track) -> None:
+def _fit(
+    algorithm: type[Algorithm],
+    config: AlgorithmConfig,
+    builder: type[Builder],
+    reward: type[Reward],
+    settings: Track,
+) -> None:
     """Raise Misfit if the algorithm needs more than the builder, the reward or the track's sampler has."""
     if algorithm.needs_density and settings.sampler.eta == 0:
         raise Misfit(
@@ -287,6 +293,13 @@ def _fit(algorithm: type[Algorithm], builder: type[Builder], reward: type[Reward
         raise Misfit(
             f"{algorithm.name} learns from samples that the policy draws, and {builder.name} pairs are only pictures; "
             f"these learn from them: {', '.join(_able('algorithms', 'offline'))}"
+        )
+    if config.needs_components and not builder.draws:
+        raise Misfit(f"{builder.name} pairs hold no score of each reward of a sum: leave algo.components out")
+    if config.needs_components and not issubclass(reward, weighted_sum.WeightedSum):
+        raise Misfit(
+            f"algo.components = each takes a sum's rewards apart, and {reward.name} is one reward: "
+            "give --reward NAME:WEIGHT,NAME:WEIGHT, or leave it out"
         )
 
 

@@ -18,12 +18,28 @@ Score = Callable[[Tensor, Sequence[str]], Tensor]  # (images uint8 [B, H, W, 3],
 
 
 @dataclass
+class Components:
+    """What each reward of a weighted sum says of B samples.
+
+    weights  its weight in the sum, by name, in the order of the columns
+    scores   float32 [B, rewards], each in its own unit; nan where one does not apply
+    """
+
+    weights: dict[str, float]
+    scores: Tensor
+
+
+@dataclass
 class Samples:
-    """Scored samples: their trajectories, pictures uint8 [B, H, W, 3] and training rewards float32 [B]."""
+    """Scored samples: their trajectories, pictures uint8 [B, H, W, 3] and training rewards float32 [B].
+
+    components   where the training reward is a weighted sum; the loop adds them to what a builder returns
+    """
 
     trajectory: Trajectory
     images: Tensor
     rewards: Tensor
+    components: Components | None = None
 
     def __len__(self) -> int:
         return len(self.trajectory)
@@ -45,7 +61,7 @@ class Samples:
 class ConsistentSamples:
     """What a builder returns for one round.
 
-    samples   every sample of the round: those drawn first, then what the builder made
+    samples   every sample of the round: those drawn first, then what the builder made, in the order it had them scored
     drawn     how many were drawn from the plain policy; the log-probs of the others are behaviour log-probs
     pairs     int64 [P, 2]: (winner, loser) rows of `samples`, of one prompt each
     train     int64 [M]: the rows that algorithms without pairs train on

@@ -30,7 +30,7 @@ from bench_dfusion import (
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.baseline import Baseline
 from bench_dfusion.config import Cell
-from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
+from bench_dfusion.consistent import Builder, Components, ConsistentSamples, Samples
 from bench_dfusion.loaded import Loaded
 from bench_dfusion.models.base import Adapter, NotFinite
 from bench_dfusion.models.loading import dtype
@@ -42,7 +42,7 @@ from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import dealt_out, fault
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track, check_rung
-from bench_dfusion.weighted_sum import WeightedSum
+from bench_dfusion.weighted_sum import WeightedSum, scored_apart
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -167,6 +167,7 @@ class Run:
             self.average.weights(self.policy)  # it begins with the weights before the first update
         self.progress = Progress()
         self.baseline = Baseline()
+        self._scored: list[tuple[Tensor, Tensor]] = []  # of a sum: rewards and components, as the round scored them
         self.failure: str | None = None
         self.checkpoint = folder / CHECKPOINT
 
@@ -228,9 +229,12 @@ class Run:
             with self.progress.phase("sample"):
                 trajectory = self.policy.sample(prompts, seeds)
                 images = self.policy.decode(trajectory.final)
+            self._scored = []
             drawn = Samples(trajectory, images, self._score(images, prompts))
             with self.progress.phase("build"):
-                return self.builder.build(self.policy, drawn, self._score)
+                samples = self.builder.build(self.policy, drawn, self._score)
+            samples.samples.components = self._components(samples.samples)
+            return samples
 
     def _measure_base(self, prompts: Sequence[str]) -> None:
         """Draw and score the base on the prompts of a round that are new: see `baseline`."""
@@ -242,22 +246,46 @@ class Run:
         before = self.policy.network_evaluations
         with self.policy.reference():
             trajectory = self.policy.sample(new, seeds)
-        self.baseline.take(new, self._rewards(self.policy.decode(trajectory.final), new))
+        self.baseline.take(new, self._scores(self.policy.decode(trajectory.final), new)[0])
         self.baseline.network_evaluations += parallel.total(self.policy.network_evaluations - before)
         self.policy.network_evaluations = before
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with self.progress.phase("score"):
-            rewards = self._rewards(images, prompts)
+            rewards, apart = self._scores(images, prompts)
+        if apart is not None:
+            self._scored.append((rewards, apart))
         self.progress.queries += len(images)
         return rewards
 
-    def _rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _components(self, samples: Samples) -> Components | None:
+        """What each reward of a sum said of the round's samples; None of a single reward.
+
+        Raises PluginError where an algorithm needs it and the builder did not keep the order of scoring.
+        """
+        if not isinstance(self.reward, WeightedSum):
+            return None
+        rewards, scores = (torch.cat(parts) for parts in zip(*self._scored, strict=True))
+        if torch.equal(rewards, samples.rewards):
+            return Components(self.reward.weights(), scores)
+        if self.cell.algorithm_config.needs_components:
+            raise PluginError(
+                f"builder {self.builder.name} returns other samples than it had scored, or in another order: "
+                "leave algo.components out"
+            )
+        return None
+
+    def _scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """The training rewards, and of a sum each of its rewards."""
+        apart: Tensor | None = None
         with self.reward.scoring():
-            rewards = dealt_out(self.reward, images, prompts)
+            if isinstance(self.reward, WeightedSum):
+                rewards, apart = scored_apart(self.reward, images, prompts)
+            else:
+                rewards = dealt_out(self.reward, images, prompts)
         if wrong := fault(rewards, prompts):
             raise Collapse(f"reward {self.reward.name} {wrong}")
-        return rewards
+        return rewards, apart
 
     def _improve(self, samples: ConsistentSamples, number: int) -> dict[str, float]:
         """The optimiser's steps of a round; returns the means of the metrics."""
@@ -302,6 +330,10 @@ class Run:
         rewards = samples.samples.rewards
         drawn, prompts = rewards[: samples.drawn], samples.samples.prompts[: samples.drawn]
         base = self.baseline.mean(prompts) if samples.drawn else None
+        components = samples.samples.components
+        if metrics and components is not None and self.cell.algorithm_config.needs_components:
+            apart = zip(components.weights, components.scores[: samples.drawn].T, strict=True)
+            metrics |= {f"reward_{name}": float(own.nanmean()) for name, own in apart if not own.isnan().all()}
         entry = Round(
             round=number,
             queries=self.progress.queries,

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from bench_dfusion import registry, track
+from bench_dfusion import foreign, parallel, registry, track
 from bench_dfusion.registry import UsageError
 from bench_dfusion.reward import Reward, RewardConfig, made, scored_where_applicable, scored_with_gradient
 
@@ -114,7 +114,12 @@ class WeightedSum(Reward):
         self.components = {name: made(part.reward, own[name].options, device) for name, part in self.parts.items()}
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.score_apart(images, prompts)[0]
+
+    def score_apart(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`score`, and each component's own score float32 [B, components], nan where it does not apply."""
         total, any_applies = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
+        apart = []
         for name, reward in self.components.items():
             scores, applies = scored_where_applicable(reward, images, prompts)
             if scores.shape != (len(images),):
@@ -123,10 +128,15 @@ class WeightedSum(Reward):
                 )
             total += torch.where(applies, self._term(name, scores), 0.0)
             any_applies |= applies
+            apart.append(torch.where(applies, scores, torch.nan))
         if not any_applies.all():
             prompt = prompts[int((~any_applies).nonzero()[0])]
             raise UsageError(f"reward {self.name}: none of its rewards applies to {prompt!r}")
-        return total
+        return total, torch.stack(apart, 1)
+
+    def weights(self) -> dict[str, float]:
+        """Each component's weight by name, in the order of `score_apart`."""
+        return {name: self.config.components[name].weight for name in self.components}
 
     def score_tensors(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = {n: scored_with_gradient(r, images.clone(), prompts) for n, r in self.components.items()}
@@ -160,6 +170,16 @@ class WeightedSum(Reward):
 
     def networks(self) -> list[nn.Module]:
         return [network for reward in self.components.values() for network in reward.networks()]
+
+
+def scored_apart(reward: WeightedSum, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """`reward.score_apart`, by the run's first process for all."""
+
+    def found() -> tuple[Tensor, Tensor]:
+        with foreign.contained(f"reward {reward.name}"):
+            return reward.score_apart(images.clone(), list(prompts))
+
+    return parallel.once(found)
 
 
 def configure(

@@ -22,7 +22,7 @@ from torch.nn.functional import softplus
 
 from bench_dfusion import files, samplers
 from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.objectives.advantages import advantages, prompt_groups
+from bench_dfusion.objectives.advantages import advantages, prompt_groups, win_rates
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
 from bench_dfusion.objectives.groups import each_member
@@ -291,9 +291,39 @@ def test_advantages_by_hand():
     torch.testing.assert_close(advantages(samples, rows, 5.0, "round"), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_win_rates_by_hand():
+    # 1 2 2 5: wins and half ties of three: 0, 1 + 1/2, 1 + 1/2, 3. About 1/2 with sd sqrt(.125) = .3535534.
+    assert win_rates(torch.tensor([1.0, 2.0, 2.0, 5.0])).tolist() == [0, 0.5, 0.5, 1]
+    samples = draw(fake_policy(), ["a"] * 4 + ["b"], [1.0, 2.0, 2.0, 5.0, 9.0])
+    expected = torch.tensor([-1.413814, 0, 0, 1.413814, 0])  # b is alone
+    torch.testing.assert_close(advantages(samples, torch.arange(5), 5.0, "rank"), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(advantages(samples, torch.arange(5), 1.0, "rank"), expected.clamp(-1, 1))
+
+
+def test_win_rates_are_those_of_every_pair_compared():
+    rewards = torch.randint(6, (9,), generator=generator()).float()
+    won = [sum(1.0 if a > b else 0.5 if a == b else 0.0 for b in rewards) - 0.5 for a in rewards]
+    expected = torch.tensor(won, dtype=torch.float64) / 8
+    torch.testing.assert_close(win_rates(rewards), expected)
+    assert expected.mean().item() == pytest.approx(0.5)
+    for group in (2, 5, 24):  # without ties the population standard deviation is known
+        own = win_rates(torch.randperm(group, generator=generator()))
+        assert own.std(correction=0).item() == pytest.approx(math.sqrt((group + 1) / (12 * (group - 1))))
+
+
+def test_the_rank_is_one_for_all_rewards_of_one_order():
+    rewards = torch.randn(8, generator=generator())
+    ranks = []
+    for own in (rewards, 1e6 * rewards + 3, rewards.exp(), rewards.atan()):
+        samples = draw(fake_policy(), ["a"] * 5 + ["b"] * 3, own.tolist())
+        ranks.append(advantages(samples, torch.arange(8), 5.0, "rank"))
+    assert all(torch.equal(rank, ranks[0]) for rank in ranks[1:])
+    assert ranks[0].unique().numel() == 7  # both prompts have a middle
+
+
 def test_rewards_that_are_alike_have_no_advantage_whatever_their_mean_rounds_to():
     samples = draw(fake_policy(), ["a"] * 3 + ["b"] * 3, [0.11, 0.11, 0.11, 0.0, 1.0, 2.0])
-    for spread in ("prompt", "round"):
+    for spread in ("prompt", "round", "rank"):
         assert advantages(samples, torch.arange(6), 5.0, spread)[:3].tolist() == [0, 0, 0]
     assert advantages(samples, torch.arange(6), 5.0).sign().tolist() == [0, 0, 0, -1, 0, 1]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig
 from bench_dfusion.algorithms.dpok import DPOK, DPOKConfig
-from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig
+from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig, leads_away
 from fakes import ddim, draw, fake_policy, shake, with_targets
 from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, round_of, slope_along_the_gradient
 from torch.distributions import Normal, kl_divergence
@@ -16,6 +16,7 @@ from torch.distributions import Normal, kl_divergence
 from bench_dfusion import samplers
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import PromptAdvantages, advantages
+from bench_dfusion.objectives.policy_gradient import unclipped_terms
 from bench_dfusion.objectives.stepwise import Steps, all_means, stored_steps
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import validate
@@ -29,6 +30,8 @@ ALGORITHMS = {
     "grpo": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, **o})),
     "grpo exact": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "kl_form": "exact", "spread": "round", **o})),
     "grpo guard": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "guard": True, **o})),
+    "grpo divergence": lambda **o: GRPO(GRPOConfig(**{"divergence": 2e-3, "kl": 0.5, **o})),
+    "grpo cps": lambda **o: GRPO(GRPOConfig(**{"clip": 0.9, "kl": 0.5, "ratio_scale": "cps", **o})),
 }
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -129,6 +132,39 @@ def test_grpo_by_hand(monkeypatch, form, sizes):
     assert loss.value.item() == mean_of(*(t + 0.3 * s * k for t, s, k in zip(terms, sizes, KL, strict=True)))
 
 
+@pytest.mark.parametrize("name", ["dpok", "grpo"])
+@pytest.mark.parametrize(
+    ("scale", "log_ratios"),
+    [
+        # Log-ratios -1/3 and 7/6 at sigma 1/2 and 1. By sigma: -1/6 and 7/6. By 2 sigma^2: -1/6 and 7/3, which is that of
+        # squared errors: -(1/6 - 0) and -(5/3 - 4), x 2 sigma^2 having made old log-probs 0 and -4 of 0 and -2.
+        ("sigma", (-1 / 6, 7 / 6)),
+        ("cps", (-1 / 6, 7 / 3)),
+    ],
+)
+def test_log_ratios_in_another_unit_by_hand(monkeypatch, name, scale, log_ratios):
+    algorithm = ALGORITHMS[name](clip=0.15, kl=0.0, ratio_scale=scale)
+    rows = {"ref_mean": BASE, "size": [0.4, 0.2], "advantage": [-2.0, -1.0]}
+    loss = toy_loss(monkeypatch, algorithm, rows)
+    # A = -2: max(2 e^{-1/6}, 2 * .85) is e^{-1/6} = .846 clipped. A = -1: e^{...} as it is.
+    assert loss.value.item() == mean_of(2 * 0.85, math.exp(log_ratios[1]))
+    assert float(loss.metrics["clipped"]) == 1
+    wide = toy_loss(monkeypatch, ALGORITHMS[name](clip=0.99, kl=0.0, ratio_scale=scale), rows)
+    assert wide.value.item() == mean_of(2 * math.exp(log_ratios[0]), math.exp(log_ratios[1]))
+    assert float(wide.metrics["approx_kl"]) == pytest.approx((1 / 9 + 49 / 36) / 4)  # whatever the unit
+
+
+@pytest.mark.parametrize("name", ["dpok", "grpo"])
+def test_a_ratio_in_cpss_unit_is_that_of_squared_errors(name):
+    policy, old, samples, algorithm, rows = moved(name, kl=0.0, ratio_scale="cps")
+    x_s = samples.samples.trajectory.latents[rows["row"], rows["step"] + 1]
+    now, before = (gaussians(p, samples, rows).mean for p in (policy, old))
+    log_prob, old_log_prob = (-((x_s - mean) ** 2).mean((1, 2, 3)) for mean in (now, before))
+    ratio = (log_prob - old_log_prob).exp()
+    expected = torch.maximum(-rows["advantage"] * ratio, -rows["advantage"] * ratio.clamp(0.1, 1.9)).mean()
+    torch.testing.assert_close(algorithm.loss(policy, samples, rows).value, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_grpo_guard_by_hand(monkeypatch):
     # |mu - mu_old|^2 / (2 sigma^2): squares 0 1 0, mean 1/3, over 2/4: 2/3; and 0 1 0, over 2: 1/6.
     # log rho: (-1/3 + 2/3) / 2 = 1/6 and (7/6 + 1/6) * 1 = 4/3. A = 2: e^{1/6} = 1.18 is clipped to 1.1: -2.2.
@@ -136,6 +172,58 @@ def test_grpo_guard_by_hand(monkeypatch):
     algorithm = ALGORITHMS["grpo guard"](clip=0.1, kl=0.0)
     loss = toy_loss(monkeypatch, algorithm, {"old_mean": OLD, "size": [0.4, 0.2]})
     assert loss.value.item() == mean_of(-2.2 / 0.4, math.exp(4 / 3) / 0.2)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "term"), [(1, 1.01, 0), (-1, 1.01, 1.01), (1, 0.99, -0.99), (-1, 0.99, 0), (0, 1.01, 0)]
+)
+def test_flow_dppos_terms_by_hand(advantage, ratio, term):
+    log_ratio, advantage = torch.tensor([ratio]).log(), torch.tensor([float(advantage)])
+    for divergence, expected in ((2e-5, term), (1e-5, term), (0.9e-5, -advantage * ratio)):  # the threshold is 1e-5
+        away = leads_away(log_ratio, torch.tensor([divergence]), advantage, 1e-5, exact=False)
+        assert (unclipped_terms(log_ratio, advantage) * ~away).item() == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "terms", "dropped"),
+    [
+        (0.7, (2 * math.exp(-1 / 3), -math.exp(7 / 6)), 0),
+        (0.5, (0, -math.exp(7 / 6)), 0.5),
+        (0.1, (0, 0), 1),
+    ],
+)
+def test_grpo_with_a_divergence_by_hand(monkeypatch, divergence, terms, dropped):
+    # D is 2/3 and 1/6 as in GRPO-Guard, log rho -1/3 and 7/6: with A = -2 and 1 both rows lead away.
+    algorithm = ALGORITHMS["grpo divergence"](divergence=divergence, kl=0.0)
+    loss = toy_loss(monkeypatch, algorithm, {"old_mean": OLD, "size": [0.4, 0.2], "advantage": [-2.0, 1.0]})
+    assert loss.value.item() == mean_of(*terms)
+    assert float(loss.metrics["dropped"]) == dropped
+    assert float(loss.metrics["divergence"]) == pytest.approx(5 / 12)
+    # With A = 2 and -1 both come back, and none is dropped.
+    back = toy_loss(monkeypatch, algorithm, {"old_mean": OLD, "size": [0.4, 0.2]})
+    assert back.value.item() == mean_of(-2 * math.exp(-1 / 3), math.exp(7 / 6))
+
+
+def test_the_exact_sign_by_hand(monkeypatch):
+    # log rho of sample 0 is -1/3 + .9 = .567, below its D of 2/3: rho is above 1 and yet the row comes back with A = 2.
+    rows = {"old_mean": OLD, "size": [0.4, 0.2], "old": [-0.9, -2.0]}
+    for sign, first in (("ratio", 0), ("exact", -2 * math.exp(0.9 - 1 / 3))):
+        algorithm = ALGORITHMS["grpo divergence"](divergence=0.5, divergence_sign=sign, kl=0.0)
+        assert toy_loss(monkeypatch, algorithm, rows).value.item() == mean_of(first, math.exp(7 / 6))
+
+
+def test_the_exact_sign_is_whether_the_rows_gradient_makes_the_divergence_grow():
+    x, old = torch.randn(2, 400, 3, generator=generator(), dtype=torch.float64)
+    mean = (old + 0.7 * torch.randn(400, 3, generator=generator(1))).requires_grad_()
+    std, advantage = torch.full((400,), 0.6), torch.randn(400, generator=generator(2))
+    log_ratio = (Normal(mean, 0.6).log_prob(x) - Normal(old, 0.6).log_prob(x)).mean(1)
+    (uphill,) = torch.autograd.grad((advantage * log_ratio.exp()).sum(), mean, retain_graph=True)
+    divergence = kl_divergence(Normal(mean, 0.6), Normal(old, 0.6)).mean(1)
+    (grows,) = torch.autograd.grad(divergence.sum(), mean)
+    wanted = (uphill * grows).sum(1) > 0
+    found = samplers.gaussian_kl(mean.detach(), old, std.double())
+    assert torch.equal(leads_away(log_ratio.detach(), found, advantage, 1e-9, exact=True), wanted)
+    assert not torch.equal(leads_away(log_ratio.detach(), found, advantage, 1e-9, exact=False), wanted)
 
 
 def test_1e_4_holds_differences_of_rounding_down():
@@ -190,7 +278,7 @@ def test_the_kl_is_that_of_the_steps_gaussians_to_the_base(name):
     torch.testing.assert_close(algorithm.loss(policy, samples, rows).metrics["kl"], expected.mean(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dpok", "dpok score", "grpo", "grpo exact", "grpo guard"])
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n != "score"])
 def test_the_kls_part_of_a_loss_and_of_its_gradient(name):
     policy, _, samples, algorithm, rows = moved(name, step_weight="sigma")
     without = ALGORITHMS[name](step_weight="sigma", kl=0.0)
@@ -227,6 +315,30 @@ def test_grpo_guards_ratio_is_linear_in_the_move_and_of_mean_1_for_drawn_samples
     torch.testing.assert_close(algorithm.loss(policy, samples, rows).value, expected.mean(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("sign", ["ratio", "exact"])
+@pytest.mark.parametrize("threshold", [2e-3, 1e9])
+def test_flow_dppo_written_a_second_time(sign, threshold):
+    policy, old, samples, algorithm, rows = moved("grpo divergence", kl=0.0, divergence=threshold, divergence_sign=sign)
+    x_s = samples.samples.trajectory.latents[rows["row"], rows["step"] + 1]
+    before, now = gaussians(old, samples, rows), gaussians(policy, samples, rows)
+    distance, dropped = kl_divergence(now, before).mean((1, 2, 3)), 0
+    log_ratio = (now.log_prob(x_s) - before.log_prob(x_s)).mean((1, 2, 3))
+    expected = []
+    for a, d, ratio in zip(rows["advantage"].tolist(), distance.tolist(), log_ratio.exp(), strict=True):
+        inner = math.log(ratio.item()) - d if sign == "exact" else ratio.item() - 1
+        gone = d >= threshold and ((a > 0 and inner > 0) or (a < 0 and inner < 0))
+        expected.append(0 * ratio if gone else -a * ratio)
+        dropped += gone
+    assert 0 < dropped < 0.7 * len(expected) if threshold < 1 else dropped == 0
+    torch.stack(expected).mean().backward()
+    part = gradient(policy)
+    loss = algorithm.loss(policy, samples, rows)
+    assert float(loss.metrics["dropped"]) == pytest.approx(dropped / len(expected))
+    torch.testing.assert_close(loss.value, torch.stack(expected).mean(), rtol=1e-3, atol=1e-4)
+    loss.value.backward()
+    torch.testing.assert_close(gradient(policy), part, rtol=1e-2, atol=1e-3)
+
+
 # --- first updates: the LoRA that drew the samples is the LoRA that is trained
 
 AT_FIRST = [n for n in ALGORITHMS if "score" not in n]
@@ -245,7 +357,7 @@ def test_the_first_ratio_is_1_for_drawn_and_for_made_samples(name, shaken):
     now = stored_steps(policy, samples, rows["row"], rows["step"]).log_prob.detach()
     assert ((now - rows["old"]).exp() - 1).abs().max() < 1e-5
     metrics = algorithm.loss(policy, samples, rows).metrics
-    assert float(metrics["clipped"]) == 0 and float(metrics["approx_kl"]) < 1e-10
+    assert float(metrics["dropped" if "divergence" in name else "clipped"]) == 0 and float(metrics["approx_kl"]) < 1e-10
 
 
 @every_algorithm
@@ -264,6 +376,8 @@ def test_the_first_gradient_is_the_on_policy_one(name, side):
     assert rows["advantage"].abs().max() > 0.5
     _, found = loss_and_gradient(policy, samples, algorithm, rows)
     weight = rows["weight"]
+    if name == "grpo cps":
+        weight = weight * 2 * policy.schedule.std[rows["step"]] ** 2
     if name == "grpo guard":  # whose steps weigh sigma_t / -dt
         weight = weight * policy.schedule.std[rows["step"]] / policy.schedule.size[rows["step"]]
     log_prob = gaussians(policy, samples, rows).log_prob(
@@ -281,7 +395,7 @@ def test_behaviour_log_probs_are_those_that_drew_the_targets(name):
     assert torch.equal(rows["old"], samples.samples.trajectory.log_probs[rows["row"], rows["step"]])
 
 
-@pytest.mark.parametrize("name", ["dpok", "grpo", "grpo guard"])
+@pytest.mark.parametrize("name", ["dpok", "grpo", "grpo guard", "grpo divergence"])
 def test_a_fresh_loras_kl_is_0_and_so_is_its_gradient(name):
     policy = fake_policy()
     samples = with_targets(policy, draw(policy, PROMPTS))
@@ -297,7 +411,8 @@ def test_a_fresh_loras_kl_is_0_and_so_is_its_gradient(name):
 
 @every_algorithm
 def test_a_loss_has_the_gradient_that_finite_differences_find(name):
-    policy, samples, algorithm, rows = round_of(ALGORITHMS[name]())
+    no_jump = {"divergence": 1e9} if "divergence" in name else {}  # a row that is dropped at one end alone is a jump
+    policy, samples, algorithm, rows = round_of(ALGORITHMS[name](**no_jump))
     slope, norm = slope_along_the_gradient(policy, samples, algorithm, rows)
     assert norm > 0 and slope == pytest.approx(norm, rel=0.02)
 
@@ -368,6 +483,13 @@ def test_dpoks_advantages_go_on_after_a_checkpoint():
         (DPOKConfig, {"kl": -1}, "kl: "),
         (GRPOConfig, {"kl": -1}, "kl: "),
         (GRPOConfig, {"guard": True, "old_log_prob": "behaviour"}, "guard needs the means of pi_old"),
+        (GRPOConfig, {"divergence": 1e-6, "old_log_prob": "behaviour"}, "divergence needs the means of pi_old"),
+        (GRPOConfig, {"divergence": 1e-6, "guard": True}, "divergence takes its place: set one of them"),
+        (GRPOConfig, {"divergence_sign": "exact"}, "set divergence too"),
+        (GRPOConfig, {"ratio_scale": "cps", "guard": True}, "leave ratio_scale out, or guard"),
+        (DPOKConfig, {**SCORE, "ratio_scale": "sigma"}, "score has no ratio"),
+        (DDPOConfig, {"ratio_scale": 2}, "ratio_scale: "),
+        (GRPOConfig, {"divergence": 0}, "divergence: "),
         (GRPOConfig, {"spread": "batch"}, "spread: "),
     ],
 )
@@ -375,6 +497,13 @@ def test_what_is_wrong_is_refused_in_one_line(config, settings, message):
     with pytest.raises(UsageError, match=message) as refused:
         validate(config, settings, "algo")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("config", [DDPOConfig, DPOKConfig, GRPOConfig])
+def test_options_of_later_versions_leave_the_hash_of_a_cell_without_them(config):
+    later = {"ema", "ratio_scale", "divergence", "divergence_sign"}
+    assert not later & config().model_dump().keys()
+    assert config(ratio_scale="cps").model_dump()["ratio_scale"] == "cps"
 
 
 # --- bandits: see test_algorithms.py
@@ -388,6 +517,8 @@ CASES = {
     "grpo": {"clip": 0.2, "kl": 0.04},
     "grpo exact": {"clip": 0.2, "kl": 0.04},
     "grpo guard": {"clip": 0.2, "kl": 0.04, "step_weight": "one"},
+    "grpo divergence": {"divergence": 0.02, "kl": 0.04},
+    "grpo cps": {"clip": 0.2, "kl": 0.04, "step_weight": "one", "learning_rate": 2e-2},
 }
 
 

@@ -18,13 +18,17 @@ from bench_dfusion.reward_models.hpsv2 import HPSv2, HPSv2Config
 from bench_dfusion.reward_models.oracle import Oracle, OracleConfig
 from bench_dfusion.reward_models.pickscore import PickScore, PickScoreConfig
 from bench_dfusion.reward_models.vqa import VQA, Question, VQAConfig, gated, read_questions
+from fakes import draw, fake_policy
 from PIL import Image
-from processes import TINY
+from processes import SETTINGS, TINY
+from rounds import PROMPTS as ROUND
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench_dfusion import records, weighted_sum
+import bench_dfusion
+from bench_dfusion import records, registry, trainer, weighted_sum
 from bench_dfusion.config import Misfit, judges_of, resolve, resolve_track
+from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.images import prepare
 from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.reward import Reward
@@ -598,6 +602,85 @@ def test_a_mistake_is_one_line(
     sets = [f"--set={o}" for o in options]
     line = refused("run", "--algo", "dpo", "--builder", "vanilla", "--reward", reward, *TINY, *sets, cwd=tmp_path)
     assert expected in line, line
+
+
+# --- a sum taken apart: test_advantages.py has what is made of it
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"reward": "oracle"},
+            "takes a sum's rewards apart, and oracle is one reward: give --reward NAME:WEIGHT,NAME:WEIGHT",
+        ),
+        (
+            {"algo": "rwr", "pairs": "ours"},
+            "offline pairs hold no score of each reward of a sum: leave algo.components out",
+        ),
+    ],
+)
+def test_the_option_is_refused_where_there_is_nothing_to_take_apart(
+    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench_dfusion.config._scored_by", lambda *_: "given")
+    cell = {"track_source": "micro", "algo": "grpo", "settings": ["algo.components=each"], **given}
+    with pytest.raises(Misfit, match=said) as refused:
+        resolve(**cell)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cell_of_a_sum_keeps_its_hash_until_the_option_is_set() -> None:
+    cells = [
+        resolve(track_source="micro", algo="grpo", reward="clip:0.7,oracle:0.3", settings=settings)
+        for settings in ([], ["algo.components=sum"], ["algo.components=each"])
+    ]
+    assert "components" not in cells[0].resolved["algorithm"]
+    assert cells[2].resolved["algorithm"]["components"] == "each"
+    assert cells[0].hash == cells[1].hash != cells[2].hash
+
+
+@pytest.mark.parametrize("builder", ["dfusion", "branch"])
+def test_a_run_keeps_each_rewards_score_beside_its_sample(
+    builder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[ConsistentSamples] = []
+    kind = registry.load("algorithms", "grpo")
+    prepare = kind.prepare
+
+    def watched(self: Any, policy: Any, samples: ConsistentSamples, generator: Any) -> Any:
+        rounds.append(samples)
+        return prepare(self, policy, samples, generator)
+
+    monkeypatch.setattr(kind, "prepare", watched)
+    settings = [*SETTINGS, "track.budget.reward_queries=24", "algo.components=each", "reward.oracle.mean=0.5"]
+    record = bench_dfusion.run(
+        algo="grpo", builder=builder, reward="clip:0.7,oracle:0.3", settings=settings, out=tmp_path
+    )
+    assert record.status == "finished" and rounds
+    for samples in rounds:
+        own = samples.samples.components
+        assert own is not None and list(own.weights.items()) == [("clip", 0.7), ("oracle", 0.3)]
+        assert own.scores.shape == (len(samples.samples), 2) and len(samples.samples) > samples.drawn
+        rewards = 0.7 * own.scores[:, 0] + 0.3 * (own.scores[:, 1] - 0.5)
+        torch.testing.assert_close(rewards, samples.samples.rewards)
+    drawn = rounds[0].samples.components.scores[: rounds[0].drawn]
+    said = record.rounds[0].metrics
+    assert [said["reward_clip"], said["reward_oracle"]] == pytest.approx(drawn.mean(0).tolist())
+
+
+def test_a_builder_that_returns_other_samples_than_it_had_scored_is_named() -> None:
+    cell = resolve(track_source="micro", algo="grpo", reward="clip:0.7,oracle:0.3", settings=["algo.components=each"])
+    run: Any = object.__new__(trainer.Run)
+    run.cell, run.reward = cell, cell.reward(cell.reward_config)
+    run.builder = cell.builder(cell.builder_config)
+    samples = draw(fake_policy(), ROUND)
+    apart = torch.arange(16.0).view(8, 2)
+    run._scored = [(samples.rewards[:3], apart[:3]), (samples.rewards[3:], apart[3:])]
+    assert torch.equal(run._components(samples).scores, apart)
+    samples.rewards = samples.rewards.flip(0)
+    with pytest.raises(PluginError, match="builder dfusion returns other samples than it had scored"):
+        run._components(samples)
 
 
 # --- a user's own function

@@ -32,7 +32,7 @@ from bench_dfusion import evaluation, text_limits, track
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.config import Cell, default_track, judges_of
 from bench_dfusion.config import resolve as resolve_cell
-from bench_dfusion.consistent import Builder, ConsistentSamples, Samples
+from bench_dfusion.consistent import Builder, Components, ConsistentSamples, Samples
 from bench_dfusion.doctor import configs, device
 from bench_dfusion.doctor.device import Rates
 from bench_dfusion.doctor.trace import Cost, tracing
@@ -479,7 +479,13 @@ class _Doctor:
         self._condition(policy, old.prompts)
         latents = torch.zeros(()).expand(len(old), steps + 1, *old.latents.shape[2:])
         whole = Trajectory(latents, torch.zeros(len(old), steps), old.seeds, old.prompts)
-        return dataclasses.replace(built, samples=dataclasses.replace(built.samples, trajectory=whole))
+        apart = built.samples.rewards[:, None].expand(-1, 2)
+        components = (
+            Components({"one": 1.0, "two": 1.0}, apart) if self.cell.algorithm_config.needs_components else None
+        )
+        return dataclasses.replace(
+            built, samples=dataclasses.replace(built.samples, trajectory=whole, components=components)
+        )
 
     def _condition(self, policy: Policy, prompts: Sequence[str]) -> None:
         with tracing():

@@ -9,25 +9,43 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from bench_dfusion.algorithm import AlgorithmConfig
 from bench_dfusion.consistent import Samples
 from bench_dfusion.objectives.denoising import LevelsConfig
 
 EPSILON = 1e-4  # added to the spread (Flow-GRPO's code)
 
-Spread = Literal["prompt", "round"]
+Spread = Literal["prompt", "round", "rank"]
+SPREADS = (
+    "what divides reward − prompt's mean: prompt: the standard deviation of the prompt's rewards, round: of the round's, "
+    "both over N; rank: of the prompt's win rates, which take the rewards' place: the share of the prompt's other samples "
+    "that one beats, ties counting half (Pref-GRPO, 2508.20751)"
+)
 
 
-class AdvantageConfig(LevelsConfig):
+class ComponentsConfig(AlgorithmConfig):
+    """Options of the algorithms whose advantages compare a prompt's samples."""
+
+    components: Literal["sum", "each"] = Field(
+        "sum",
+        exclude_if=lambda value: value == "sum",  # cells of before this option keep their hash
+        description="with a weighted sum of rewards: sum: the advantage of the sum; each (GDPO, 2601.05242): the weighted "
+        "sum of each reward's own advantage, divided by its standard deviation over all the round's samples, so that no "
+        "reward drowns another by its scale; standard deviations are then over N − 1 (as in TRL)",
+    )
+
+    @property
+    def needs_components(self) -> bool:
+        return self.components == "each"
+
+
+class AdvantageConfig(ComponentsConfig, LevelsConfig):
     """Options of the algorithms that weigh noised final latents by their advantage."""
 
     advantage_clip: float = Field(
         5.0, gt=0, description="advantages are clipped to ± this, in spreads (count; Flow-GRPO's code and after it: 5)"
     )
-    spread: Spread = Field(
-        "prompt",
-        description="what divides reward − prompt's mean: the standard deviation of the prompt's rewards, or of the "
-        "round's (Flow-GRPO's code has both)",
-    )
+    spread: Spread = Field("prompt", description=f"{SPREADS} (Flow-GRPO's code has the first two)")
 
 
 def prompt_groups(samples: Samples, rows: Tensor) -> Tensor:
@@ -36,16 +54,47 @@ def prompt_groups(samples: Samples, rows: Tensor) -> Tensor:
     return torch.tensor([numbers.setdefault(samples.prompts[i], len(numbers)) for i in rows.tolist()]).long()
 
 
-def advantages(samples: Samples, rows: Tensor, clip: float, spread: Spread = "prompt") -> Tensor:
-    """(reward − mean of the prompt's) / (spread + 1e-4) of sample rows [M], clipped; exactly 0 where all are alike."""
+def advantages(
+    samples: Samples, rows: Tensor, clip: float, spread: Spread = "prompt", components: str = "sum"
+) -> Tensor:
+    """(reward − mean of the prompt's) / (spread + 1e-4) of sample rows [M], clipped; exactly 0 where all are alike.
+
+    With `rank` the same of the prompt's win rates: so it is one for all rewards of one order. With the components `each`
+    the sum over rewards of weight · this, divided by its own standard deviation + 1e-4 over all rows; a sample to which a
+    reward does not apply counts 0 for it.
+    """
     groups = prompt_groups(samples, rows)
-    rewards = samples.rewards[rows].double()  # in which the mean of equal float32 numbers is exactly that number
-    result = torch.zeros(len(rows))
+    if components == "sum":
+        return _in_spreads(samples.rewards[rows], groups, spread, 0).float().clamp(-clip, clip)
+    if samples.components is None:
+        raise ValueError("these samples hold no score of each reward of a sum")
+    total = torch.zeros(len(rows)).double()
+    for weight, scores in zip(samples.components.weights.values(), samples.components.scores[rows].T, strict=True):
+        applies = ~scores.isnan()
+        total[applies] += weight * _in_spreads(scores[applies], groups[applies], spread, 1)
+    if len(rows) > 1:
+        total /= total.std() + EPSILON  # its mean is 0 in every prompt
+    return total.float().clamp(-clip, clip)
+
+
+def _in_spreads(rewards: Tensor, groups: Tensor, spread: Spread, correction: int) -> Tensor:
+    """Rewards [M] less the mean of their group, in spreads, float64 [M]; 0 in a group of one."""
+    rewards = rewards.double()  # in which the mean of equal float32 numbers is exactly that number
+    result = torch.zeros_like(rewards)
     for group in groups.unique():
         own = rewards[groups == group]
-        std = (own if spread == "prompt" else rewards).std(correction=0)
-        result[groups == group] = ((own - own.mean()) / (std + EPSILON)).float()
-    return result.clamp(-clip, clip)
+        if len(own) > correction:
+            own = win_rates(own) if spread == "rank" else own
+            std = (rewards if spread == "round" else own).std(correction=correction)
+            result[groups == group] = (own - own.mean()) / (std + EPSILON)
+    return result
+
+
+def win_rates(rewards: Tensor) -> Tensor:
+    """For each of rewards [M] the share of the others that it is above, those equal counting half, float64 [M]."""
+    above = (rewards[:, None] > rewards).sum(1)
+    equal = (rewards[:, None] == rewards).sum(1) - 1  # itself is none of the others
+    return (above + 0.5 * equal).double() / max(1, len(rewards) - 1)
 
 
 class PromptAdvantages:

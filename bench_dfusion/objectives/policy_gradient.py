@@ -23,6 +23,14 @@ class PolicyGradientConfig(StepwiseConfig):
         description="pi_old of fused samples: the plain policy at the start of the round, or the fused prediction "
         "that drew them (as the official code stores it; the first ratio is then not 1)",
     )
+    ratio_scale: Literal["one", "sigma", "cps"] = Field(
+        "one",
+        exclude_if=lambda value: value == "one",  # cells of before this option keep their hash
+        description="what a step's log rho is multiplied by before the clip: 1; sigma_t, after which every step is clipped "
+        "alike; or 2 sigma_t^2 (cps), after which it is the difference of mean (x_s - mu)^2, the log-prob of the codes with "
+        "coefficients-preserving sampling (2509.05952; their clip 1e-5 belongs to it). The gradient is scaled with it: "
+        "by 1 late steps weigh most, by cps the noisy ones",
+    )
 
 
 def sample_steps(policy: Policy, samples: ConsistentSamples, config: StepwiseConfig) -> Rows:
@@ -45,10 +53,26 @@ def old_log_probs(policy: Policy, samples: ConsistentSamples, rows: Rows, kind: 
     return old
 
 
+def scaled(log_ratio: Tensor, std: Tensor, scale: str) -> Tensor:
+    """log rho [B] in the unit that `ratio_scale` names, from sigma_t [B]."""
+    if scale == "one":
+        return log_ratio
+    return log_ratio * (std if scale == "sigma" else 2 * std**2)
+
+
 def clipped_terms(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The loss of each row [B], clipped as in PPO (Black et al. 2023, §4.3)."""
-    ratio = log_ratio.clamp(-20, 20).exp()  # an infinite ratio would turn the clipped side's zero gradient into nan
+    ratio = _ratio(log_ratio)
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def unclipped_terms(log_ratio: Tensor, advantage: Tensor) -> Tensor:
+    """-A rho of each row [B]."""
+    return -advantage * _ratio(log_ratio)
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-20, 20).exp()  # an infinite ratio would turn a dropped row's zero gradient into nan
 
 
 def clipped_share(log_ratio: Tensor, clip: float) -> Tensor:
