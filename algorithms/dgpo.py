@@ -22,6 +22,7 @@ from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import AdvantageConfig, advantages, prompt_groups
 from bench_dfusion.objectives.denoising import all_errors, all_outputs, draw_levels, mean_square, noised
+from bench_dfusion.objectives.groups import each_member, group_rows, padded
 from bench_dfusion.policy import Policy
 
 
@@ -48,34 +49,25 @@ class DGPO(Algorithm):
         )
         group = prompt_groups(samples.samples, samples.train)
         members = [m for m in ((group == g).nonzero()[:, 0] for g in group.unique()) if advantage[m].any()]
-        self.samples_per_row = max((len(m) for m in members), default=1)
-        rows = draw_levels(policy, len(members) * self.config.timesteps, self.config.levels, generator)
-        rows["member"] = torch.full((len(members), self.samples_per_row), -1)
-        rows["advantage"] = torch.zeros(rows["member"].shape)
-        for i, own in enumerate(members):
-            rows["member"][i, : len(own)] = samples.train[own]
-            rows["advantage"][i, : len(own)] = advantage[own]
-        for name in ("member", "advantage"):
-            rows[name] = rows[name].repeat_interleave(self.config.timesteps, 0)
-        real, flat = _each_member(rows)
-        rows["old"] = torch.zeros(real.shape).masked_scatter(real, all_errors(policy, samples, *flat))
+        rows = group_rows(samples.train, members, self.config.timesteps, advantage=advantage)
+        self.samples_per_row = rows["member"].shape[1]
+        rows |= draw_levels(policy, len(rows["member"]), self.config.levels, generator)
+        real, flat = each_member(rows)
+        rows["old"] = padded(real, all_errors(policy, samples, *flat))
         rows["ref"] = torch.zeros(*real.shape, *policy.adapter.latent_shape)
         with policy.reference():
             rows["ref"][real] = all_outputs(policy, samples, *flat)
         return rows
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
-        real, flat = _each_member(rows)
+        real, flat = each_member(rows)
         at = noised(policy, samples, *flat)
         output, ref = at.output(policy), rows["ref"][real].to(policy.device)
         real, old, advantage = (x.to(policy.device) for x in (real, rows["old"], rows["advantage"]))
 
-        def padded(flat: Tensor) -> Tensor:
-            return torch.zeros(real.shape, device=flat.device).masked_scatter(real, flat)
-
-        error, ref_error = padded(at.error(policy, output)), padded(at.error(policy, ref))
+        error, ref_error = (padded(real, at.error(policy, said)) for said in (output, ref))
         terms = dgpo_terms(error, ref_error, old, advantage, real.sum(1), self.config.beta, self.config.clip)
-        drift = padded(mean_square(output - ref)).sum(1) / real.sum(1)
+        drift = padded(real, mean_square(output - ref)).sum(1) / real.sum(1)
         metrics = {"gain": (advantage * (ref_error - error)).detach().mean(), "drift": drift.detach().mean()}
         return Loss((terms + self.config.kl * drift).mean(), metrics)
 
@@ -89,10 +81,3 @@ def dgpo_terms(
     error = torch.where(left, error.detach(), error)
     score = (advantage * beta * (error - ref)).sum(1) / size
     return score.sigmoid().detach() * (advantage * error).sum(1) / size
-
-
-def _each_member(rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Which places of the groups hold a member [R, members], and the members' rows, timesteps and noises, flat."""
-    real = rows["member"] >= 0
-    t, noise = (rows[name][:, None].expand(real.shape)[real] for name in ("t", "noise"))
-    return real, (rows["member"][real], t, noise)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion import samplers
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share, window_steps
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.denoising import mean_square
 from bench_dfusion.objectives.stepwise import stored_output
@@ -54,10 +54,7 @@ class FDFO(Algorithm):
     config: FDFOConfig
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
-        first, last = (round(share * len(policy.schedule)) for share in self.config.window)
-        steps = torch.arange(first, last)
-        if not len(steps):
-            raise ValueError(f"window {self.config.window} holds none of the {len(policy.schedule)} steps")
+        steps = window_steps(policy, self.config.window, density=False)
         one, two = samples.triples[:, 2], samples.triples[:, 1]
         row, other = torch.cat([one, two]), torch.cat([two, one])
         rewards = samples.samples.rewards

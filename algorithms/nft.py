@@ -23,7 +23,7 @@ from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
-from bench_dfusion.objectives.denoising import all_outputs, at_levels, mean_square, noised
+from bench_dfusion.objectives.denoising import all_outputs, at_levels, mean_square, noised, self_normalised
 from bench_dfusion.objectives.gardo import Gardo, GardoOption
 from bench_dfusion.policy import Policy
 from bench_dfusion.reward import Reward
@@ -108,11 +108,6 @@ class NFT(Algorithm):
 
 def nft_terms(clean: Tensor, old: Tensor, truth: Tensor, good: Tensor, beta: float) -> Tensor:
     """[r L+ + (1 - r) L-] / beta of each sample [B] from x̂_theta, x̂_old, x_0 [B, ...] and r [B]."""
-
-    def normalised(guess: Tensor) -> Tensor:
-        size = (guess - truth).abs().flatten(1).mean(1).clamp(min=1e-5).detach()
-        return mean_square(guess - truth) / size
-
-    positive = normalised(beta * clean + (1 - beta) * old)
-    negative = normalised((1 + beta) * old - beta * clean)
+    positive = self_normalised(beta * clean + (1 - beta) * old - truth)
+    negative = self_normalised((1 + beta) * old - beta * clean - truth)
     return (good * positive + (1 - good) * negative) / beta

@@ -30,7 +30,7 @@ def run(
     """Train and evaluate one cell, or go on where it was stopped; returns its record.
 
     `pairs`: train offline on a preference dataset, by path or Hub id, in the place of `reward` and `builder`.
-    `options` are those of `bench_dfusion.config.resolve`: track_source, seed, model, prompts, settings
+    `options` are those of `bench_dfusion.config.resolve`: track_source, teachers, seed, model, prompts, settings
     (a list of "SECTION.OPTION=VALUE"), config. `keep_pairs`: of which rounds the pairs stay, "all", "last" or
     "none". `rung`: of a track with rungs the one to end at. Raises UsageError on anything wrong, before any compute.
     """

@@ -16,6 +16,7 @@ from bench_dfusion.objectives.stepwise import stored_steps
 from bench_dfusion.policy import Policy, in_batches
 from bench_dfusion.reward import Reward
 from bench_dfusion.seeds import seed_of
+from bench_dfusion.track import Track
 
 Rows = dict[str, Tensor]  # equal first dimensions: one row is one term of the loss
 
@@ -138,11 +139,17 @@ class Algorithm(ABC):
     needs_pairs: ClassVar[bool] = False
     needs_density: ClassVar[bool] = False  # of denoising steps: only where the sampler has noise
     needs_gradient: ClassVar[bool] = False  # follows the reward's own gradient: only with a differentiable reward
+    takes_teachers: ClassVar[bool] = False  # learns from other runs' LoRAs (`--teacher`, the option `teachers`)
     offline: ClassVar[bool] = False  # learns from finished pictures that the policy did not draw (`--pairs`)
     samples_per_row: int = 1  # samples that one row sends through the network together
 
     def __init__(self, config: AlgorithmConfig):
         self.config = config
+
+    @classmethod
+    def pinned(cls, config: AlgorithmConfig, track: Track) -> AlgorithmConfig:
+        """The config with what it names outside (files) fixed by a hash. Raises UsageError where that cannot be used."""
+        return config
 
     def setup(self, policy: Policy, reward: Reward) -> None:
         """Called once, before any compute. Raise ValueError where policy or reward cannot serve."""
@@ -208,14 +215,14 @@ class StepwiseAlgorithm(Algorithm):
         return None if wanted is None else wanted.of(window_steps(policy, self.config.window), seed, number)
 
 
-def window_steps(policy: Policy, window: tuple[float, float]) -> Tensor:
-    """Indices of the stochastic steps in a window [W]; raises ValueError if there is none."""
+def window_steps(policy: Policy, window: tuple[float, float], density: bool = True) -> Tensor:
+    """Indices of the steps in a window [W], with `density` of those alone that have one; raises ValueError if there is none."""
     total = len(policy.schedule)
     first, last = (round(share * total) for share in window)
     steps = torch.arange(first, last)
-    steps = steps[policy.schedule.stochastic.cpu()[steps]]
+    steps = steps[policy.schedule.stochastic.cpu()[steps]] if density else steps
     if not len(steps):
-        raise ValueError(f"window {window} holds none of the {total} stochastic steps")
+        raise ValueError(f"window {window} holds none of the {total} {'stochastic ' * density}steps")
     return steps
 
 

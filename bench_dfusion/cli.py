@@ -69,6 +69,13 @@ def run(
             help="Train offline on a dataset of prompt, chosen and rejected pictures; no reward is queried.",
         ),
     ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN_OR_LORA",
+            help="For --algo opd: a finished run's directory, or a LoRA file, to learn from; once for each.",
+        ),
+    ] = None,
     track: Annotated[
         str | None, typer.Option(help="Track name or TOML file (default: micro-v2; with --model: paper).")
     ] = None,
@@ -139,6 +146,7 @@ def run(
             builder=builder,
             reward=reward,
             pairs=pairs,
+            teachers=teacher,
             seed=n,
             model=model,
             prompts=prompts,

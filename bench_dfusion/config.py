@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ def resolve(
     builder: str | None = None,
     reward: str | None = None,
     pairs: str | None = None,
+    teachers: Sequence[str] | None = None,
     seed: int = 0,
     model: str | None = None,
     prompts: Path | None = None,
@@ -80,6 +82,7 @@ def resolve(
 
     builder   None: dfusion, or offline where `pairs` (a dataset's directory, file or Hub id) are given
     reward    with `pairs` the one that scored them, None: as the dataset says
+    teachers  directories of runs, or LoRA files, for an algorithm that learns from them
     """
     track_source = track_source or default_track(model)
     if pairs is not None:
@@ -101,6 +104,12 @@ def resolve(
     if pairs is not None:
         given["pairs"] = pairs
         set_options = track.merge(set_options, {"builder": {"pairs": pairs}})
+    if teachers:
+        if not classes["algo"].takes_teachers:
+            able = ", ".join(_able("algorithms", "takes_teachers"))
+            raise Misfit(f"{algo} learns from no teacher: leave --teacher out, or take one of these: {able}")
+        given["teachers"] = list(teachers)
+        set_options = track.merge(set_options, {"algo": {"teachers": list(teachers)}})
     for options in (file_options, set_options):
         for key, value in options.items():
             if key not in (*SECTIONS, "track"):
@@ -127,6 +136,7 @@ def resolve(
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(cls.Config, values, section)
     _fit(classes["algo"], configs["algo"], classes["builder"], classes["reward"], resolved_track)
+    configs["algo"] = classes["algo"].pinned(configs["algo"], resolved_track)
     configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts)
     sources = {s: registry.plugins(SECTIONS[s])[names[s]].source for s in ("algo", "builder")}
     sources["reward"] = _source(reward)

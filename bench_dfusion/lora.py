@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bench_dfusion import files
 from bench_dfusion.registry import UsageError
 
 if TYPE_CHECKING:
@@ -61,6 +63,14 @@ def locate(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise UsageError(f"{path} is no .safetensors file, and no other kind of LoRA file is opened")
     return path
+
+
+def digest(file: Path) -> str:
+    """The hash of a LoRA's file (see `locate`), and of the configuration that peft keeps beside it."""
+    beside = file.with_name(PEFT_CONFIG)
+    if file.name == PEFT_FILE and beside.is_file():
+        return hashlib.sha256(f"{files.sha256(file)} {files.sha256(beside)}".encode()).hexdigest()
+    return files.sha256(file)
 
 
 def read(file: Path, adapter: Adapter) -> Lora:

@@ -165,14 +165,23 @@ class Policy:
     ) -> Iterator[None]:
         """Inside, the policy samples with another sampler (arguments as of the class), and pictures of another side where
         `resolution` is given (pixels). Raises ValueError where there is none."""
-        own = self.schedule, self.guidance, self.branches
-        with self.adapter.at_resolution(resolution):
+        own = self.schedule
+        with self.adapter.at_resolution(resolution), self.guided_by(guidance):
             self.schedule = self.adapter.schedule(steps, eta, kind).to(self.device)
-            self.guidance, self.branches = guidance, branches(self.adapter, guidance)
             try:
                 yield
             finally:
-                self.schedule, self.guidance, self.branches = own
+                self.schedule = own
+
+    @contextmanager
+    def guided_by(self, guidance: float) -> Iterator[None]:
+        """Inside, predictions have another guidance scale."""
+        own = self.guidance, self.branches
+        self.guidance, self.branches = guidance, branches(self.adapter, guidance)
+        try:
+            yield
+        finally:
+            self.guidance, self.branches = own
 
     @contextmanager
     def noisy_at(self, steps: Tensor | None) -> Iterator[None]:

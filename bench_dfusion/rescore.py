@@ -350,7 +350,7 @@ def weights(
     if not path.exists() and kind == "checkpoint":
         raise UsageError(f"no pipeline directory {path}")
     file = loras.locate(path) if kind == "lora" else path
-    digest = _digest(file) if kind == "lora" else find(str(path.absolute())).sha256()
+    digest = loras.digest(file) if kind == "lora" else find(str(path.absolute())).sha256()
     label = name or _label(file)
     short = hashlib.sha256(f"{kind} {digest} {track.hash}".encode()).hexdigest()[:8]
     folder = out / track.id / f"eval-{label}-{short}"
@@ -444,14 +444,6 @@ def _load(policy: Policy, file: Path) -> None:
         policy.load(file)
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from None
-
-
-def _digest(path: Path) -> str:
-    """The hash of a LoRA's file and of the configuration peft keeps beside it."""
-    beside = path.with_name(loras.PEFT_CONFIG)
-    if path.name == loras.PEFT_FILE and beside.is_file():
-        return hashlib.sha256(f"{files.sha256(path)} {files.sha256(beside)}".encode()).hexdigest()
-    return files.sha256(path)
 
 
 def _label(path: Path) -> str:

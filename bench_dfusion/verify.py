@@ -163,13 +163,15 @@ def _machine(record: Record) -> str:
 
 def cell_of(record: Record) -> config.Cell:
     """The cell that a record is of, to run it again. Raises UsageError where a plugin is not installed or other, or what
-    it trained on is not in the record (a dataset of pairs, a user's function)."""
+    it trained on is not in the record (a dataset of pairs, a user's function, teachers)."""
     resolved = record.resolved
     track = Track.model_validate(resolved["track"])
     algorithm: type[Algorithm] = registry.load("algorithms", record.algorithm)
     builder: type[Builder] = registry.load("builders", record.builder)
     if not builder.draws:
         raise UsageError("it trained on a dataset of pairs, which the record does not hold")
+    if algorithm.takes_teachers:
+        raise UsageError("it learnt from other runs' LoRAs, which the record does not hold")
     for part in (record.reward, *(name for name, _ in weighted_sum.split(record.reward) or ())):
         if part not in registry.plugins("rewards") and user_function.is_one(part):  # its file, whoever's, would be run
             raise UsageError("it trained on a user's function, whose code the record does not hold")

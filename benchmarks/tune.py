@@ -83,6 +83,10 @@ TRIALS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "vanilla": [{"learning_rate": 4e-3}, {"learning_rate": 1e-3}],
         "dfusion": [{"learning_rate": 2e-3}],
     },
+    "crd": {
+        "vanilla": [{"learning_rate": 4e-3}, {"learning_rate": 1e-3}, {"learning_rate": 4e-3, "kl": 1e-3}],
+        "dfusion": [{"learning_rate": 2e-3}, {"learning_rate": 2e-3, "kl": 1e-3}],
+    },
     "awm": {
         "vanilla": [{"learning_rate": 4e-3}, {"learning_rate": 1e-3}],
         "dfusion": [{"learning_rate": 2e-3}],

@@ -489,6 +489,6 @@ def test_an_algorithm_that_needs_a_steps_density_is_refused_where_there_is_none(
         resolve(track_source=toy, algo=name, reward="oracle", settings=["track.sampler.eta=0"])
     said = str(refused.value)
     assert said.startswith(f"{name} trains on the probability of denoising steps") and "\n" not in said
-    for other in ("nft", "awm", "dgpo", "kto", "diffusion-dpo", "sft", "rwr"):
+    for other in ("nft", "crd", "awm", "dgpo", "kto", "diffusion-dpo", "sft", "rwr"):
         assert other in said.partition("do without: ")[2].split(", ")
         resolve(track_source=toy, algo=other, reward="oracle", settings=["track.sampler.eta=0"])

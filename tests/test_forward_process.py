@@ -1,4 +1,4 @@
-"""sft, rwr, kto, dgpo, nft and awm: terms by hand, losses written a second time, gradients, first updates, bandits."""
+"""sft, rwr, kto, dgpo, nft, crd and awm: terms by hand, losses written a second time, gradients, first updates, bandits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_dfusion.algorithms.awm import AWM, AWMConfig, pseudo_log_prob
+from bench_dfusion.algorithms.crd import CRD, CRDConfig, crd_terms
 from bench_dfusion.algorithms.dgpo import DGPO, DGPOConfig, dgpo_terms
 from bench_dfusion.algorithms.kto import KTO, KTOConfig, kto_terms
 from bench_dfusion.algorithms.nft import NFT, NFTConfig, nft_terms
 from bench_dfusion.algorithms.rwr import RWR, RWRConfig, rwr_weights
 from bench_dfusion.algorithms.sft import SFT, SFTConfig
-from fakes import ddim, draw, fake_policy, shake, with_targets
+from fakes import RED, ddim, draw, fake_policy, shake, with_targets
 from pydantic import ValidationError
 from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope, values
 from torch.distributions import Normal
@@ -24,6 +25,7 @@ from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import advantages, prompt_groups, win_rates
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
+from bench_dfusion.objectives.groups import each_member
 from bench_dfusion.objectives.policy_gradient import clipped_terms
 from bench_dfusion.registry import UsageError
 from bench_dfusion.track import validate
@@ -34,6 +36,7 @@ ALGORITHMS = {
     "kto": lambda **o: KTO(KTOConfig(**{"beta": 3.0, "desirable": 1.5, "undesirable": 0.5, **o})),
     "dgpo": lambda **o: DGPO(DGPOConfig(**{"beta": 3.0, "clip": 0.05, "kl": 0.7, **o})),
     "nft": lambda **o: NFT(NFTConfig(**{"beta": 0.6, "kl": 0.7, **o})),
+    "crd": lambda **o: CRD(CRDConfig(**{"beta": 0.6, "kl": 0.7, "space": "output", **o})),
     "awm": lambda **o: AWM(AWMConfig(**{"clip": 0.05, "weight": "time", "kl": 0.7, "kl_ema": 0.4, **o})),
 }
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
@@ -77,7 +80,21 @@ def at(policy, samples, row, t, seed):
     def d(output):
         return ((output - target) ** 2).mean((1, 2, 3))
 
-    return SimpleNamespace(x_t=x_t, clean=clean, d=d, clean_hat=clean_hat, output=lambda p: p.predict(x_t, t, prompts))
+    def velocity(output):  # x_t less the signal's part of x_0 is the noise's
+        return (x_t - a.sqrt() * clean_hat(output)) / (1 - a).sqrt() - clean_hat(output)
+
+    def view(output, space):
+        return {"output": lambda o: o, "clean": clean_hat, "velocity": velocity}[space](output)
+
+    return SimpleNamespace(
+        x_t=x_t,
+        clean=clean,
+        target=target,
+        d=d,
+        clean_hat=clean_hat,
+        view=view,
+        output=lambda p: p.predict(x_t, t, prompts),
+    )
 
 
 def standardised(samples, row, per_prompt):
@@ -98,9 +115,45 @@ def squared(difference):
     return (difference**2).mean((1, 2, 3))
 
 
+def normalised(e):
+    return squared(e) / e.abs().mean((1, 2, 3)).detach()
+
+
+def crd_a_second_time(policy, samples, rows, base, old, space, form="square"):
+    """Group by group, sample by sample."""
+    total, sizes = 0.0, []
+    for member, t, seeds in zip(rows["member"], rows["t"], rows["noise"], strict=True):
+        own = member[member >= 0]
+        here = at(policy, samples, own, t.expand(len(own)), seeds[: len(own)])
+        alpha = (standardised(samples, own, per_prompt=False) / 10 + 0.5).clamp(0, 1)
+
+        def d(output, here=here):
+            return normalised(here.view(output, space) - here.view(here.target, space))
+
+        output, first = here.output(policy), here.output(base).detach()
+        gain = d(here.output(old)).detach() - d(output)
+        drift = squared(here.view(output, space) - here.view(first, space))
+        value = 0.0
+        for i in range(len(own)):
+            got, wanted = 0.6 * (gain[i] - gain.mean()), alpha[i] - alpha.mean()
+            if form == "square":
+                term = (got - wanted) ** 2
+            else:
+                p, y = torch.sigmoid(0.6 * (gain[i] - gain.detach().mean())), torch.sigmoid(wanted)
+                term = -(y * p.log() + (1 - y) * (1 - p).log())
+            c = 1e-4 / 0.7
+            value = value + 5 / 0.6 * term + 0.7 * (c + alpha[i] * (1 - c)) * drift[i]
+        total = total + value / len(own) / len(rows["t"])
+        sizes.append(len(own))
+    assert min(sizes) > 1
+    return total
+
+
 def a_second_time(name, policy, samples, rows, **options):
     """The loss from the docstring's formula, with the base and the old policy as separate networks."""
     base, old = fake_policy(**options), before(**options)
+    if name == "crd":
+        return crd_a_second_time(policy, samples, rows, base, old, "output")
     if name == "dgpo":
         total = 0.0
         for member, t, seed in zip(rows["member"], rows["t"], rows["noise"], strict=True):
@@ -192,6 +245,21 @@ def test_nft_terms_by_hand():
     assert nft_terms(truth, truth, truth, good, 1.0).item() == 0
     near = torch.full((1, 2), 4e-6)
     assert nft_terms(near, near, truth, good, 1.0).item() == pytest.approx(1.6e-6, rel=1e-4)
+
+
+def test_crd_terms_by_hand():
+    # A = ±1: alpha .6 and .4, so the centred differences are 1, .5 and 0 times ±.1, and 5 times their mean square.
+    good, real = torch.tensor([[0.6, 0.4]]), torch.ones(1, 2, dtype=torch.bool)
+    for gain, expected in ((0.0, 0.05), (0.05, 0.0125), (0.1, 0.0)):
+        found = 5 * crd_terms(torch.tensor([[gain, -gain]]), good, real, 1.0, "square")
+        assert found.item() == pytest.approx(expected, abs=1e-8)
+    # Beside one that is padded, of beta .5: R - mean R is ±.3, beta of it .15; alpha - mean alpha ±.2; (-.05)^2.
+    gain, good = torch.tensor([[1.0, 0.4, 0.0]]), torch.tensor([[0.9, 0.5, 0.0]])
+    real = torch.tensor([[True, True, False]])
+    assert crd_terms(gain, good, real, 0.5, "square").item() == pytest.approx(0.0025)
+    # Cross-entropy of sigmoid(.15) = .5374298 and sigmoid(.2) = .5498340, the other member alike with both signs turned:
+    # -.5498340 log .5374298 - .4501660 log .4625702.
+    assert crd_terms(gain, good, real, 0.5, "bce").item() == pytest.approx(0.6884819, abs=1e-6)
 
 
 def test_awm_terms_by_hand():
@@ -367,6 +435,27 @@ def test_ktos_z_is_the_mean_gain_of_the_whole_batch_or_0():
     assert gain[gain > gain.median()].mean() > 0 > gain[gain < gain.median()].mean()
 
 
+def test_crds_centre_has_no_gradient_and_needs_none():
+    g = generator()
+    gain, good = torch.randn(3, 5, generator=g, dtype=torch.float64), torch.rand(3, 5, generator=g).double()
+    real = torch.ones(3, 5, dtype=torch.bool)
+    real[1, 3:] = False
+    gain, good = (gain * real).requires_grad_(), good * real
+    terms = crd_terms(gain, good, real, 0.7, "square")
+    (found,) = torch.autograd.grad(terms.sum(), gain)
+    size = real.sum(1, keepdim=True)
+    through = 0.7 * (gain - gain.sum(1, keepdim=True) / size) - (good - good.sum(1, keepdim=True) / size)
+    whole = (through**2 * real).sum(1) / size[:, 0]
+    (expected,) = torch.autograd.grad(whole.sum(), gain)
+    torch.testing.assert_close((terms, found * real), (whole, expected * real))
+    # Only differences within a group count: a shift of the implicit rewards, or of all alpha, of one group is none.
+    for shifted in (
+        crd_terms(gain + 3 * real, good, real, 0.7, "square"),
+        crd_terms(gain, good + real, real, 0.7, "square"),
+    ):
+        torch.testing.assert_close(shifted, terms)
+
+
 # --- whole losses
 
 
@@ -509,8 +598,11 @@ def test_rows_are_what_the_docstring_says(name):
     samples = ConsistentSamples(drawn, n, pairs, torch.arange(n), torch.zeros(0, 3).long())
     algorithm = ALGORITHMS[name](timesteps=3)
     rows = algorithm.prepare(policy, samples, generator())
-    if name == "dgpo":
-        assert rows["member"].tolist() == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7]] * 3
+    if name in ("dgpo", "crd"):  # those that are alike are pulled together by crd, and left out by dgpo
+        alike = [[8, 9, -1, -1]] * 3 if name == "crd" else []
+        assert rows["member"].tolist() == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7]] * 3 + alike
+        if name == "crd":
+            assert (rows["good"][6:, :2] == 0.5).all() and rows["good"][3, 2] > 0.6 and rows["good"][0, 0] < 0.5
         return
     expected = {"sft": [3, 6], "kto": list(range(8))}.get(name, list(range(10)))
     assert rows["row"].tolist() == [i for i in expected for _ in range(3)]
@@ -537,9 +629,10 @@ def test_the_curves_are_detached_and_say_what_they_are_called(name):
     policy, samples, algorithm, rows = round_of(name)
     metrics = algorithm.loss(policy, samples, rows).metrics
     assert all(not m.requires_grad and m.ndim == 0 for m in metrics.values())
-    if name == "dgpo":
+    if "member" in rows:
         size = rows["member"].shape[1]
-        flat = rows["member"].flatten(), rows["t"].repeat_interleave(size), rows["noise"].repeat_interleave(size)
+        noise = rows["noise"] if name == "crd" else rows["noise"][:, None].expand(rows["member"].shape)
+        flat = rows["member"].flatten(), rows["t"].repeat_interleave(size), noise.flatten()
     else:
         flat = rows["row"], rows["t"], rows["noise"]
     here = at(policy, samples, *flat)
@@ -551,6 +644,10 @@ def test_the_curves_are_detached_and_say_what_they_are_called(name):
         "kto": lambda: {"gain": gain.mean(), "accuracy": (label == gain.sign()).float().mean()},
         "dgpo": lambda: {"gain": (rows["advantage"].flatten() * gain).mean(), "drift": squared(output - ref).mean()},
         "nft": lambda: {"moved": squared(output - old).mean(), "drift": squared(output - ref).mean()},
+        "crd": lambda: {
+            "gain": (normalised(old - here.target) - normalised(output - here.target)).mean(),
+            "drift": squared(output - ref).mean(),
+        },
         "awm": lambda: {
             "drift": squared(output - ref).mean(),
             "clipped": (((rows["t"] + 1) / 1000 * (here.d(old) - here.d(output))).expm1().abs() > 0.05).float().mean(),
@@ -567,7 +664,7 @@ def test_the_curves_are_detached_and_say_what_they_are_called(name):
     + [{"timesteps": 0}, {"unknown": 1}],
 )
 def test_wrong_options_are_refused(option):
-    for config in (SFTConfig, RWRConfig, KTOConfig, DGPOConfig, NFTConfig, AWMConfig):
+    for config in (SFTConfig, RWRConfig, KTOConfig, DGPOConfig, NFTConfig, CRDConfig, AWMConfig):
         with pytest.raises(ValidationError):
             config(**option)
 
@@ -689,6 +786,103 @@ def test_nfts_first_gradient_is_that_of_the_advantage_weighted_error(moved, beta
     torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_crds_first_gradient_is_nfts_in_every_space(prediction, beta):
+    """Both are mean A d; the space multiplies d by how much of it a change of the network's output makes (degree 1)."""
+    policy = fake_policy(scheduler=ddim(prediction_type=prediction))
+    shake(policy)
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    for space in ("clean", "velocity", "output"):
+        crd = ALGORITHMS["crd"](beta=beta, kl=0.0, space=space, timesteps=1)
+        groups = crd.prepare(policy, samples, generator())
+        assert groups["good"].min() > 0 and groups["good"].max() < 1  # no advantage is clipped
+        flat = groups["member"].flatten(), groups["t"].repeat_interleave(8), groups["noise"].flatten()
+        assert groups["member"].min() >= 0 and len(flat[0]) == 16
+        _, found = loss_and_gradient(policy, samples, crd, groups)
+        nft = ALGORITHMS["nft"](beta=1.0, kl=0.0, timesteps=1)
+        rows = nft.prepare(policy, samples, generator())
+        place = [rows["row"].tolist().index(i) for i in flat[0].tolist()]
+        rows = {k: v[place] for k, v in rows.items()} | {"t": flat[1], "noise": flat[2]}
+        with policy.holding(policy.weights()):
+            rows["old"] = at(policy, samples, *flat).output(policy)
+        if space == "clean":
+            torch.testing.assert_close(rows["good"], groups["good"].flatten())
+            _, expected = loss_and_gradient(policy, samples, nft, rows)
+        else:
+            a, b = policy.levels.signal[flat[1]], policy.levels.noise[flat[1]]
+            own = b / a if prediction == "epsilon" else b  # d x_0 / d output
+            factor = 1 / own if space == "output" else (a + b) / b
+            here = at(policy, samples, *flat)
+            error = factor * normalised(here.clean_hat(here.output(policy)) - here.clean)
+            (standardised(samples, flat[0], per_prompt=False) * error).mean().backward()
+            expected = gradient(policy)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_crds_first_value_is_the_spread_of_alpha_and_a_shift_of_rewards_changes_nothing():
+    policy = before()
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    algorithm = ALGORITHMS["crd"](kl=0.0)
+    rows = algorithm.prepare(policy, samples, generator())
+    value, found = loss_and_gradient(policy, samples, algorithm, rows)
+    spread = rows["good"].var(1, correction=0).mean()
+    assert float(value) == pytest.approx(float(5 / 0.6 * spread), rel=1e-4)
+    two = torch.tensor([p == "two" for p in samples.samples.prompts])
+    kept = ALGORITHMS["crd"](kl=0.0, spread="prompt").prepare(policy, samples, generator())
+    samples.samples.rewards += torch.where(two, 2.0, 0.0)  # which the round's spread would see
+    again = ALGORITHMS["crd"](kl=0.0, spread="prompt").prepare(policy, samples, generator())
+    torch.testing.assert_close(again, kept)
+    assert found.norm() > 1e-3
+
+
+def test_crd_in_other_spaces_and_with_the_cross_entropy_is_that_of_the_formula():
+    for options in ({"space": "velocity"}, {"space": "clean"}, {"space": "velocity", "form": "bce"}):
+        policy, samples, algorithm, rows = round_of("crd", levels=(0.2, 0.9), **options)
+        expected = crd_a_second_time(policy, samples, rows, fake_policy(), before(), **options)
+        expected.backward()
+        expected = expected.detach(), gradient(policy)
+        found = loss_and_gradient(policy, samples, algorithm, rows)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3)
+
+
+def test_crds_group_shares_a_level_but_no_noise_and_pads_nothing_into_the_loss():
+    policy = fake_policy()
+    drawn = draw(policy, ["one"] * 2 + ["two"] * 5, [0.0, 3.0, 1.0, 1.5, 4.0, 1.0, 0.5])
+    samples = ConsistentSamples(drawn, 7, torch.zeros(0, 2).long(), torch.arange(7), torch.zeros(0, 3).long())
+    policy, samples, algorithm, rows = round_of("crd", policy=policy, samples=samples)
+    assert algorithm.samples_per_row == 5 and rows["noise"].shape == (8, 5) and rows["t"].shape == (8,)
+    assert len(rows["noise"].unique()) == 40
+    expected = a_second_time("crd", policy, samples, rows)
+    expected.backward()
+    expected = expected.detach(), gradient(policy)
+    torch.testing.assert_close(loss_and_gradient(policy, samples, algorithm, rows), expected, rtol=1e-3, atol=1e-4)
+    alone = {k: v[:4] for k, v in rows.items()}  # "one" alone, with its three places of padding or without
+    trimmed = {k: v[:, :2] if v.ndim > 1 else v for k, v in alone.items()}
+    torch.testing.assert_close(
+        loss_and_gradient(policy, samples, algorithm, trimmed), loss_and_gradient(policy, samples, algorithm, alone)
+    )
+
+
+def test_crds_base_may_be_guided_otherwise():
+    policy = before()
+    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+    found = []
+    for guidance in (None, 1.0, 4.5):
+        algorithm = ALGORITHMS["crd"](kl_guidance=guidance)
+        algorithm.setup(policy, RED)
+        found.append(algorithm.prepare(policy, samples, generator())["base"])
+        assert (policy.guidance, policy.branches) == (1, 1)
+    assert torch.equal(found[0], found[1])
+    real, flat = each_member(algorithm.prepare(policy, samples, generator()))
+    base, guided = fake_policy(), fake_policy(guidance=4.5)
+    here = at(base, samples, *flat)
+    with torch.no_grad():
+        torch.testing.assert_close(found[0][real], here.output(base), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[2][real], here.output(guided), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found[0], found[2], atol=1e-2)
+
+
 def test_dgpos_first_gradient_is_half_that_of_the_advantage_weighted_error():
     policy = fake_policy()
     samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
@@ -746,6 +940,33 @@ def test_nft_collects_with_the_average_and_trains_the_policy():
             torch.testing.assert_close(p.data, 0.5 * old[k] + 0.5 * trained[k])
 
 
+def test_crd_draws_with_one_average_and_compares_with_another():
+    policy = fake_policy()
+    algorithm = ALGORITHMS["crd"](
+        old_start=0.1, old_rate=0.2, old_most=0.6, rollout_delay=1, rollout_rate=0.3, rollout_most=0.5
+    )
+    old = rollout = policy.weights()
+    # Decays after 0, 1, 2 and 4 steps: old .1, .3, .5, .6; rollout 0 (not -.3), 0, .3, .5.
+    for steps, (own, drawing) in zip((0, 1, 1, 2), ((0.1, 0.0), (0.3, 0.0), (0.5, 0.3), (0.6, 0.5)), strict=True):
+        for _ in range(steps):
+            shake(policy, seed=steps)
+            algorithm.stepped(policy)
+        now = policy.weights()
+        old = {k: own * old[k] + (1 - own) * now[k] for k in now}
+        rollout = {k: drawing * rollout[k] + (1 - drawing) * now[k] for k in now}
+        with algorithm.collecting(policy):
+            torch.testing.assert_close(policy.weights(), rollout)
+            samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
+        assert all(torch.equal(v, now[k]) for k, v in policy.weights().items())
+    rows = algorithm.prepare(policy, samples, generator())
+    real, flat = each_member(rows)
+    before_ = fake_policy()
+    with before_.holding(old):
+        here = at(before_, samples, *flat)
+        expected = normalised(here.output(before_) - here.target)
+    torch.testing.assert_close(rows["old"][real], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_awm_holds_to_the_average_as_it_is_at_the_start_of_the_round():
     policy = fake_policy()
     samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
@@ -776,7 +997,7 @@ def test_the_state_survives_a_kill(name, trained, tmp_path):
             shake(policy, seed=seed)
             algorithm.stepped(policy)
     files.save_tensors(tmp_path / "state.safetensors", algorithm.state())
-    assert bool(algorithm.state()) == (name in ("nft", "awm"))
+    assert bool(algorithm.state()) == (name in ("nft", "crd", "awm"))
     rest.load_state(files.load_tensors(tmp_path / "state.safetensors")[0])
     found = []
     for a in (algorithm, rest):
@@ -814,6 +1035,7 @@ BANDITS = {
     "kto": {"beta": 2.0, "desirable": 1.0, "undesirable": 1.0},
     "dgpo": {"beta": 2.0, "kl": 0.0},
     "nft": {"beta": 1.0, "kl": 1e-4},
+    "crd": {"beta": 1.0, "kl": 1e-2},
     "awm": {"clip": 1.0, "weight": "one", "kl": 1e-3, "kl_ema": 1.0},
 }
 
@@ -834,6 +1056,7 @@ def test_a_bandit_is_learned(name):
         ("dgpo", {"beta": 200.0}),
         ("dgpo", {"kl": 50.0}),
         ("nft", {"kl": 100.0}),
+        ("crd", {"kl": 100.0}),
         ("awm", {"kl": 30.0}),
     ],
 )

@@ -65,6 +65,7 @@ class Adapter(ABC):
     pipelines: ClassVar[tuple[str, ...]]  # names of the diffusers classes served
     network_name: ClassVar[str]  # the pipeline's attribute: "unet", "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    sha256 = "none"  # of the files that it was loaded from
     distilled = False  # whether the network is told the guidance scale and needs no unconditional branch
 
     def __init__(self, pipe: Any):

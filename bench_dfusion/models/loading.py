@@ -73,6 +73,7 @@ def load_adapter(
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = cls.read_scheduler(pipe.scheduler)
     adapter = cls(pipe)
+    adapter.sha256 = digest
     if model.resolution is not None:
         adapter.set_resolution(model.resolution)
     if model.vae_tile is not None:

@@ -11,11 +11,11 @@ from bench_dfusion.policy import Policy
 class Average:
     """The average of a policy's weights; the policy's own ones until the first `update`.
 
-    Its decay grows with the optimiser's steps so far: min(rate · steps, most).
+    Its decay grows with the optimiser's steps so far: min(start + rate · steps, most), and 0 where that is less.
     """
 
-    def __init__(self, rate: float, most: float):
-        self.rate, self.most, self.steps = rate, most, 0
+    def __init__(self, rate: float, most: float, start: float = 0.0):
+        self.rate, self.most, self.start, self.steps = rate, most, start, 0
         self._weights: dict[str, Tensor] | None = None
 
     def weights(self, policy: Policy) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ class Average:
         self._weights = {k: decay * old[k].to(new) + (1 - decay) * new for k, new in policy.weights().items()}
 
     def decay(self) -> float:
-        return min(self.rate * self.steps, self.most)
+        return max(0.0, min(self.start + self.rate * self.steps, self.most))
 
     def state(self) -> dict[str, Tensor]:
         return {"steps": torch.tensor(self.steps), **{f"average.{k}": v for k, v in (self._weights or {}).items()}}

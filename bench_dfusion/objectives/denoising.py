@@ -75,6 +75,11 @@ def mean_square(difference: Tensor) -> Tensor:
     return (difference**2).flatten(1).mean(1)
 
 
+def self_normalised(difference: Tensor) -> Tensor:
+    """mean e^2 / max(mean |e|, 1e-5) of differences e [B, ...], the divisor without gradient: [B] (DiffusionNFT's code)."""
+    return mean_square(difference) / difference.abs().flatten(1).mean(1).clamp(min=1e-5).detach()
+
+
 def draw_levels(policy: Policy, rows: int, levels: Where, generator: torch.Generator) -> Rows:
     """For each of `rows` a level of the policy's and a noise's seed. Levels are uniform over the share `levels` of the
     training timesteps (0 the cleanest) or over the steps of the policy's sampler."""
