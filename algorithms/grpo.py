@@ -13,13 +13,13 @@ bases under D-Fusion, and pi_old is the plain policy at the start of the round (
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows, StepwiseAlgorithm
+from bench_dfusion.algorithm import AlgorithmConfig, Between, Loss, Rows, StepwiseAlgorithm
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import SPREADS, ComponentsConfig, Spread, advantages
 from bench_dfusion.objectives.gardo import Gardo, GardoOption
@@ -41,7 +41,7 @@ from bench_dfusion.samplers import gaussian_kl
 
 class GRPOConfig(GardoOption, ComponentsConfig, PolicyGradientConfig):
     spread: Spread = Field("prompt", description=f"{SPREADS} (papers: prompt; Flow-GRPO's code also round)")
-    kl: float = Field(
+    kl: Annotated[float, Between(1e-3, 1.0)] = Field(
         0.04,
         ge=0,
         description="weight of the KL to the base (advantages per nat; Flow-GRPO: 0.04 or 0.01, DanceGRPO: 0)",

@@ -13,13 +13,13 @@ and guidance are the track's, as for every algorithm; the paper samples by an OD
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
@@ -31,8 +31,10 @@ from bench_dfusion.reward import Reward
 
 class NFTConfig(GardoOption, AdvantageConfig):
     spread: Spread = Field("round", description=f"{SPREADS} (paper: round, a global one)")
-    beta: float = Field(1.0, gt=0, description="how far the implicit policies lie from the old one (1; its beta, 1)")
-    kl: float = Field(
+    beta: Annotated[float, Between(0.1, 10.0)] = Field(
+        1.0, gt=0, description="how far the implicit policies lie from the old one (1; its beta, 1)"
+    )
+    kl: Annotated[float, Between(1e-5, 0.1)] = Field(
         1e-4, ge=0, description="weight of the squared distance to the base's prediction (1; official: 1e-4)"
     )
     decay_rate: float = Field(
