@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from bench_dfusion import __version__, checks, companions, leaderboard, records
 from bench_dfusion.files import json_text
 from bench_dfusion.leaderboard import Board, Row
-from bench_dfusion.pictures import evenly
+from bench_dfusion.pictures import evenly, prompts_of
 from bench_dfusion.records import Record, Unfinished
 from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.track import JudgedSampler, SamplerSection, Track
@@ -389,12 +389,14 @@ def _json(value: Any) -> str:
 def sample_rows(record: Record, pictures: Mapping[str, bytes]) -> bytes:
     """The pictures of a run, by kind, as a Parquet file of the config `samples`."""
     heldout = _track(record).prompts.heldout
-    shown = "\n".join(" ".join(heldout[i].split()) for i in evenly(len(heldout)))
-    rows = [
-        {**_cell(record), "kind": kind, "image": {"bytes": data, "path": None}}
-        | ({"prompts": shown} if kind == "base_trained" else {})
-        for kind, data in pictures.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for kind, data in pictures.items():
+        row = {**_cell(record), "kind": kind, "image": {"bytes": data, "path": None}}
+        if kind == "base_trained":  # sheets that do not say what is on them are of before they did
+            said = prompts_of(data) or []
+            shown = said if said and {*said} <= {*heldout} else [heldout[i] for i in evenly(len(heldout))]
+            row["prompts"] = "\n".join(" ".join(prompt.split()) for prompt in shown)
+        rows.append(row)
     return parquet(pa.Table.from_pylist(rows, SCHEMAS["samples"]))
 
 

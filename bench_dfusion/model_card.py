@@ -17,7 +17,8 @@ from bench_dfusion.track import LOCAL
 
 README = "README.md"
 PICTURES = {
-    "base_trained.png": "base (left) and trained (right) on the same noise",
+    "base_trained.png": "base (left) and trained (right) on the same noise: above the prompts whose picture changed most, below "
+    "others, evenly taken",
     "triples.png": "reference, its mask, base and target of the last training round, with rewards",
 }
 PUSHED = (README, *companions.HASHES, "config.json", "record.json", *PICTURES, "peft/*", ".eval_results/*")
