@@ -9,13 +9,13 @@ It trains on all drawn samples of vanilla, on targets and bases of dfusion.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
@@ -34,10 +34,10 @@ class AWMConfig(AdvantageConfig):
     power: float = Field(
         1.0, gt=0, le=1, description="p: 1 for the squared error, less for a robust one (1; official runs: 0.25)"
     )
-    kl: float = Field(
+    kl: Annotated[float, Between(1e-4, 0.1)] = Field(
         1e-3, ge=0, description="weight of the squared distance to the base's prediction (1; its beta, 0.001)"
     )
-    kl_ema: float = Field(
+    kl_ema: Annotated[float, Between(0.01, 10.0)] = Field(
         1.0, ge=0, description="weight of the squared distance to the averaged weights' prediction (1; official: 1)"
     )
     decay_rate: float = Field(

@@ -17,7 +17,7 @@ samples that go through the network together, whatever their prompts, and guides
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bench_dfusion import samplers
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages, prompt_groups
 from bench_dfusion.objectives.averages import Average
@@ -46,7 +46,7 @@ LEAST_KL = 1e-4  # the weight of the distance to the base where alpha is 0 (offi
 
 class CRDConfig(AdvantageConfig):
     spread: Spread = Field("round", description=f"{SPREADS} (official: round, of all)")
-    beta: float = Field(
+    beta: Annotated[float, Between(0.1, 10.0)] = Field(
         1.0, gt=0, description="implicit rewards are matched to 1 / beta of the rewards (error units; official: 1)"
     )
     form: Literal["square", "bce"] = Field(
@@ -54,7 +54,7 @@ class CRDConfig(AdvantageConfig):
         description="how they are matched: by the squared difference, or by the binary cross-entropy of their sigmoids "
         "(official: square, bce an option)",
     )
-    kl: float = Field(
+    kl: Annotated[float, Between(1e-3, 1.0)] = Field(
         0.1,
         ge=0,
         description="weight of the squared distance to the base's prediction where alpha is 1; it falls to 1e-4 where alpha "

@@ -12,13 +12,13 @@ alike is left out.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import AdvantageConfig, advantages, prompt_groups
 from bench_dfusion.objectives.denoising import all_errors, all_outputs, draw_levels, mean_square, noised
@@ -27,7 +27,9 @@ from bench_dfusion.policy import Policy
 
 
 class DGPOConfig(AdvantageConfig):
-    beta: float = Field(100.0, gt=0, description="strength of the implicit KL, per mean squared error (official: 100)")
+    beta: Annotated[float, Between(1.0, 1000.0)] = Field(
+        100.0, gt=0, description="strength of the implicit KL, per mean squared error (official: 100)"
+    )
     clip: float = Field(
         0.05, gt=0, lt=1, description="a sample counts no more once e^{d_old - d} leaves 1 ± this (1; official: 0.05)"
     )

@@ -13,13 +13,13 @@ step of the optimiser.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.denoising import LevelsConfig, Noised, all_errors, draw_levels, noised
 from bench_dfusion.objectives.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
@@ -27,7 +27,9 @@ from bench_dfusion.policy import Policy
 
 
 class DiffusionDPOConfig(PreferenceConfig, LevelsConfig):
-    beta: float = Field(5000.0, gt=0, description="strength of the implicit KL, per mean squared error (paper: 5000)")
+    beta: Annotated[float, Between(10.0, 5000.0)] = Field(
+        5000.0, gt=0, description="strength of the implicit KL, per mean squared error (paper: 5000)"
+    )
     timesteps: int = Field(4, ge=1, description="noise levels drawn for each pair (count; paper: 1)")
 
 

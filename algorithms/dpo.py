@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import (
     AlgorithmConfig,
+    Between,
     Loss,
     Rows,
     StepwiseAlgorithm,
@@ -37,7 +38,7 @@ from bench_dfusion.policy import Policy
 
 
 class DPOConfig(PreferenceConfig, StepwiseConfig):
-    beta: float = Field(
+    beta: Annotated[float, Between(0.01, 100.0)] = Field(
         0.1,
         gt=0,
         description="strength of the implicit KL, in units of log-probs averaged over the latent (D3PO: 0.1; D-Fusion "

@@ -9,13 +9,13 @@ paper's raw reward or learned value function.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig
 from pydantic import Field
 
-from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.stepwise import all_means, stored_steps
 from bench_dfusion.policy import Policy
@@ -23,7 +23,7 @@ from bench_dfusion.samplers import gaussian_kl
 
 
 class DPOKConfig(DDPOConfig):
-    kl: float = Field(
+    kl: Annotated[float, Between(0.01, 10.0)] = Field(
         0.1,
         ge=0,
         description="weight of the KL to the base (advantages of 1 standard deviation per nat; ours: 1 lets a reward "

@@ -8,20 +8,20 @@ scored for nothing here. Each sample it passes through the reward counts as one 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
 from bench_dfusion import samplers
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Among, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
 from bench_dfusion.reward import Reward, scored_with_gradient
 
 
 class DRaFTConfig(AlgorithmConfig):
-    last_steps: int = Field(
+    last_steps: Annotated[int, Among(1, 2, 4)] = Field(
         1, ge=1, description="K, denoising steps that the gradient passes through (count; paper: 1 is best per cost)"
     )
     draw_last_steps: bool = Field(

@@ -13,14 +13,14 @@ Of other builders the pairs are the best and the worst ending, or the references
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion import samplers
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share, window_steps
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows, Share, window_steps
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.denoising import mean_square
 from bench_dfusion.objectives.stepwise import stored_output
@@ -30,7 +30,7 @@ EPSILON = 1e-6  # where both members are one picture
 
 
 class FDFOConfig(AlgorithmConfig):
-    trust: float = Field(
+    trust: Annotated[float, Between(0.01, 0.3)] = Field(
         0.03, gt=0, description="c: how far from 1 the ratio rho may go (1; official: 0.03); the optimum is 1 ± c"
     )
     kl: float = Field(0.0, ge=0, description="weight of the squared distance to the base's velocity (1; official: 0)")

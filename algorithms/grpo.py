@@ -13,15 +13,16 @@ bases under D-Fusion, and pi_old is the plain policy at the start of the round (
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows, StepwiseAlgorithm
+from bench_dfusion.algorithm import AlgorithmConfig, Between, Loss, Rows, StepwiseAlgorithm
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import SPREADS, ComponentsConfig, Spread, advantages
+from bench_dfusion.objectives.gardo import Gardo, GardoOption
 from bench_dfusion.objectives.policy_gradient import (
     PolicyGradientConfig,
     at_each_step,
@@ -34,12 +35,13 @@ from bench_dfusion.objectives.policy_gradient import (
 )
 from bench_dfusion.objectives.stepwise import all_means, stored_steps
 from bench_dfusion.policy import Policy
+from bench_dfusion.reward import Reward
 from bench_dfusion.samplers import gaussian_kl
 
 
-class GRPOConfig(ComponentsConfig, PolicyGradientConfig):
+class GRPOConfig(GardoOption, ComponentsConfig, PolicyGradientConfig):
     spread: Spread = Field("prompt", description=f"{SPREADS} (papers: prompt; Flow-GRPO's code also round)")
-    kl: float = Field(
+    kl: Annotated[float, Between(1e-3, 1.0)] = Field(
         0.04,
         ge=0,
         description="weight of the KL to the base (advantages per nat; Flow-GRPO: 0.04 or 0.01, DanceGRPO: 0)",
@@ -93,10 +95,32 @@ class GRPO(StepwiseAlgorithm):
     summary = "group-relative policy gradient on drawn samples (vanilla) or targets and bases (dfusion); GRPO-Guard and Flow-DPPO as options"
     paper = (
         "Liu et al. 2025 (Flow-GRPO, 2505.05470); Xue et al. 2025 (DanceGRPO, 2505.07818); GRPO-Guard (2510.22319); "
-        "Flow-DPPO (2606.11025)"
+        "Flow-DPPO (2606.11025); GARDO (2512.24138)"
     )
     Config: ClassVar[type[AlgorithmConfig]] = GRPOConfig
     config: GRPOConfig
+
+    def __init__(self, config: GRPOConfig):
+        super().__init__(config)
+        self._gardo = None if config.gardo is None else Gardo(config.gardo)
+
+    def setup(self, policy: Policy, reward: Reward) -> None:
+        super().setup(policy, reward)
+        if self._gardo is not None:
+            self._gardo.setup(reward)
+
+    def stepped(self, policy: Policy) -> None:
+        if self._gardo is not None:
+            self._gardo.updates += 1
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._gardo is None else self._gardo.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self._gardo is None:
+            super().load_state(state)
+        else:
+            self._gardo.load_state(state)
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = sample_steps(policy, samples, self.config)
@@ -105,13 +129,25 @@ class GRPO(StepwiseAlgorithm):
         advantage = advantages(
             samples.samples, samples.train, self.config.advantage_clip, self.config.spread, self.config.components
         )
+        if self._gardo is not None:
+            advantage = self._gardo.advantages(advantage, samples)
         rows["advantage"] = at_each_step(advantage, rows)
         if self.config.guard or self.config.divergence is not None:
             rows["old_mean"] = all_means(policy, samples, rows["row"], rows["step"])
         if self.config.kl:
-            with policy.reference():
+            with policy.reference() if self._gardo is None else self._gardo.reference(policy):
                 rows["ref_mean"] = all_means(policy, samples, rows["row"], rows["step"])
+        if self._gardo is not None:
+            self._hold(self._gardo, policy, samples, rows)
         return rows
+
+    def _hold(self, gardo: Gardo, policy: Policy, samples: ConsistentSamples, rows: Rows) -> None:
+        """Which rows GARDO's KL holds, and to which reference."""
+        rows["held"] = at_each_step(gardo.gate(samples), rows)
+        now = rows["old_mean"] if "old_mean" in rows else all_means(policy, samples, rows["row"], rows["step"])
+        distances = gaussian_kl(now, rows["ref_mean"], policy.schedule.std.cpu()[rows["step"]])
+        if len(distances) and gardo.resets(policy, float(distances.mean())):
+            rows["ref_mean"] = now
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
         config, at = self.config, stored_steps(policy, samples, rows["row"], rows["step"])
@@ -135,6 +171,8 @@ class GRPO(StepwiseAlgorithm):
         if config.kl:
             kl = gaussian_kl(at.mean, rows["ref_mean"], at.std)
             metrics["kl"] = kl.detach().mean()
+            if self._gardo is not None:
+                kl, metrics["held"] = kl * rows["held"], rows["held"].float().mean()
             terms = terms + config.kl * (kl if config.kl_form == "exact" else kl * rows["size"])
         return Loss((rows["weight"] * terms).mean(), metrics)
 

@@ -8,13 +8,13 @@ It trains on all drawn samples of vanilla, on targets and bases of dfusion; a sa
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import advantages
 from bench_dfusion.objectives.denoising import LevelsConfig, all_errors, at_levels, noised
@@ -22,7 +22,7 @@ from bench_dfusion.policy import Policy
 
 
 class KTOConfig(LevelsConfig):
-    beta: float = Field(
+    beta: Annotated[float, Between(10.0, 5000.0)] = Field(
         5000.0, gt=0, description="strength of the implicit KL, per mean squared error (as Diffusion-DPO: 5000)"
     )
     desirable: float = Field(1.0, ge=0, description="weight of desirable samples (1; Ethayarajh et al. 2024: 1)")

@@ -13,24 +13,28 @@ and guidance are the track's, as for every algorithm; the paper samples by an OD
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import all_outputs, at_levels, mean_square, noised, self_normalised
+from bench_dfusion.objectives.gardo import Gardo, GardoOption
 from bench_dfusion.policy import Policy
+from bench_dfusion.reward import Reward
 
 
-class NFTConfig(AdvantageConfig):
+class NFTConfig(GardoOption, AdvantageConfig):
     spread: Spread = Field("round", description=f"{SPREADS} (paper: round, a global one)")
-    beta: float = Field(1.0, gt=0, description="how far the implicit policies lie from the old one (1; its beta, 1)")
-    kl: float = Field(
+    beta: Annotated[float, Between(0.1, 10.0)] = Field(
+        1.0, gt=0, description="how far the implicit policies lie from the old one (1; its beta, 1)"
+    )
+    kl: Annotated[float, Between(1e-5, 0.1)] = Field(
         1e-4, ge=0, description="weight of the squared distance to the base's prediction (1; official: 1e-4)"
     )
     decay_rate: float = Field(
@@ -42,13 +46,18 @@ class NFTConfig(AdvantageConfig):
 class NFT(Algorithm):
     name = "nft"
     summary = "negative-aware fine-tuning on drawn samples (vanilla) or targets and bases (dfusion), no likelihoods"
-    paper = "Zheng et al. 2025 (DiffusionNFT, 2509.16117)"
+    paper = "Zheng et al. 2025 (DiffusionNFT, 2509.16117); GARDO (2512.24138)"
     Config: ClassVar[type[AlgorithmConfig]] = NFTConfig
     config: NFTConfig
 
     def __init__(self, config: NFTConfig):
         super().__init__(config)
         self._old = Average(config.decay_rate, config.decay_most)
+        self._gardo = None if config.gardo is None else Gardo(config.gardo)
+
+    def setup(self, policy: Policy, reward: Reward) -> None:
+        if self._gardo is not None:
+            self._gardo.setup(reward)
 
     def collecting(self, policy: Policy) -> AbstractContextManager[None]:
         self._old.update(policy)  # once a round, with what the round before has trained
@@ -56,17 +65,26 @@ class NFT(Algorithm):
 
     def stepped(self, policy: Policy) -> None:
         self._old.steps += 1
+        if self._gardo is not None:
+            self._gardo.updates += 1
 
     def prepare(self, policy: Policy, samples: ConsistentSamples, generator: torch.Generator) -> Rows:
         rows = at_levels(policy, samples.train, self.config, generator)
         clip = self.config.advantage_clip
         advantage = advantages(samples.samples, samples.train, clip, self.config.spread, self.config.components)
+        if self._gardo is not None:
+            advantage = self._gardo.advantages(advantage, samples)
         rows["good"] = (advantage / (2 * clip) + 0.5).repeat_interleave(self.config.timesteps)
         where = rows["row"], rows["t"], rows["noise"]
         with policy.holding(self._old.weights(policy)):
             rows["old"] = all_outputs(policy, samples, *where)
-        with policy.reference():
+        with policy.reference() if self._gardo is None else self._gardo.reference(policy):
             rows["ref"] = all_outputs(policy, samples, *where)
+        if self._gardo is not None:
+            rows["held"] = self._gardo.gate(samples).repeat_interleave(self.config.timesteps)
+            now = all_outputs(policy, samples, *where)
+            if len(now) and self._gardo.resets(policy, float(mean_square(now - rows["ref"]).mean())):
+                rows["ref"] = now
         return rows
 
     def loss(self, policy: Policy, samples: ConsistentSamples, rows: Rows) -> Loss:
@@ -76,13 +94,18 @@ class NFT(Algorithm):
         terms = nft_terms(at.clean_of(policy, output), at.clean_of(policy, old), at.clean, good, self.config.beta)
         drift = mean_square(output - ref)
         metrics = {"moved": mean_square(output - old).detach().mean(), "drift": drift.detach().mean()}
+        if self._gardo is not None:
+            held = rows["held"].to(output.device)
+            drift, metrics["held"] = drift * held, held.float().mean()
         return Loss((self.config.advantage_clip * terms + self.config.kl * drift).mean(), metrics)
 
     def state(self) -> dict[str, Tensor]:
-        return self._old.state()
+        return self._old.state() | ({} if self._gardo is None else self._gardo.state())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._old.load_state(state)
+        if self._gardo is not None:
+            self._gardo.load_state(state)
 
 
 def nft_terms(clean: Tensor, old: Tensor, truth: Tensor, good: Tensor, beta: float) -> Tensor:

@@ -8,13 +8,13 @@ It trains on all drawn samples of vanilla, on targets and bases of dfusion.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.objectives.advantages import AdvantageConfig, advantages, prompt_groups
 from bench_dfusion.objectives.denoising import at_levels, noised
@@ -22,7 +22,7 @@ from bench_dfusion.policy import Policy
 
 
 class RWRConfig(AdvantageConfig):
-    tau: float = Field(
+    tau: Annotated[float, Between(0.1, 10.0)] = Field(
         1.0, gt=0, description="temperature of the weights, in advantages (spreads of the reward; own choice: 1)"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -38,12 +38,42 @@ def _share(value: tuple[float, float]) -> tuple[float, float]:
 Share = Annotated[tuple[float, float], AfterValidator(_share)]
 
 
+@dataclass(frozen=True)
+class Between:
+    """Where tuning looks for an option: from `low` to `high`, evenly in the logarithm. `Annotated[float, Between(...)]`."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, init=False)
+class Among:
+    """The values of an option that tuning tries. `Annotated[..., Among(...)]`."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, *values: Any):
+        object.__setattr__(self, "values", values)
+
+
+def search_space(config: type[BaseModel]) -> dict[str, Between | Among]:
+    """The options of an algorithm that are worth tuning, by name, and where to look; the others are as published."""
+    return {
+        name: where
+        for name, info in config.model_fields.items()
+        for where in info.metadata
+        if isinstance(where, Between | Among)
+    }
+
+
 class AlgorithmConfig(BaseModel):
     """Options of every algorithm: the optimiser's, which the loop reads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate (1; D-Fusion on SD 2.1: 1e-4)")
+    learning_rate: Annotated[float, Between(1e-5, 1e-2)] = Field(
+        1e-3, gt=0, description="AdamW's learning rate (1; D-Fusion on SD 2.1: 1e-4)"
+    )
     updates: int = Field(2, ge=1, description="optimiser steps in one pass over a round's rows (count)")
     inner_epochs: int = Field(1, ge=1, description="passes over a round's rows (count; D-Fusion: 2)")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay (1; ddpo-pytorch: 1e-4)")
@@ -61,6 +91,16 @@ class AlgorithmConfig(BaseModel):
     @property
     def needs_components(self) -> bool:
         """Whether it takes the rewards of a weighted sum apart: `Samples.components`."""
+        return False
+
+    @property
+    def needs_auxiliary(self) -> bool:
+        """Whether it takes auxiliary rewards, those of a sum that have the weight 0."""
+        return False
+
+    @property
+    def needs_embedding(self) -> bool:
+        """Whether one of the sum's rewards must embed pictures."""
         return False
 
 
@@ -95,12 +135,12 @@ class SDEWindow(BaseModel):
 class StepwiseConfig(AlgorithmConfig):
     """Options of the algorithms whose loss is a sum over denoising steps."""
 
-    step_weight: Literal["one", "sigma"] = Field(
+    step_weight: Annotated[Literal["one", "sigma"], Among("one", "sigma")] = Field(
         "one",
         description="weight of a step's loss: 1, or sigma_t scaled to mean 1 (late steps have gradients much "
         "larger and little signal: docs/micro.md)",
     )
-    window: Share = Field(
+    window: Annotated[Share, Among((0.0, 1.0), (0.0, 0.5), (0.5, 1.0))] = Field(
         (0.0, 1.0),
         description="share of the steps trained on, [from, to) within 0 and 1, in sampling order, 0 the noisiest "
         "(D-Fusion: all)",

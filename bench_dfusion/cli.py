@@ -676,7 +676,7 @@ def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
         for column in ("option", "default", "meaning (unit; source)"):
             grid.add_column(column, overflow="fold")
         for option, info in fields.items():
-            text = "; ".join(t for t in (info.description, _range(info.metadata)) if t)
+            text = "; ".join(t for t in (info.description, _range(info.metadata), _searched(info.metadata)) if t)
             grid.add_row(f"{section}.{option}", str(info.default), escape(text))
         out.print(grid)
         _suggestions(kind, name)
@@ -701,6 +701,18 @@ def _describe_track(source: str) -> None:
     else:
         out.print("leaves the model and the prompts to you: --model DIR_OR_HUB_ID, --prompts FILE", soft_wrap=True)
     out.print_json(json.dumps(content, default=str))
+
+
+def _searched(metadata: Sequence[Any]) -> str:
+    """Where tuning looks for an option."""
+    from bench_dfusion.algorithm import Among, Between
+
+    for where in metadata:
+        if isinstance(where, Between):
+            return f"tuned from {where.low:g} to {where.high:g}"
+        if isinstance(where, Among):
+            return f"tuned among {', '.join(map(str, where.values))}"
+    return ""
 
 
 def _range(metadata: Sequence[Any]) -> str:

@@ -294,8 +294,29 @@ def _fit(
             f"{algorithm.name} learns from samples that the policy draws, and {builder.name} pairs are only pictures; "
             f"these learn from them: {', '.join(_able('algorithms', 'offline'))}"
         )
+    parts = reward.parts if issubclass(reward, weighted_sum.WeightedSum) else {}
+    auxiliary = [name for name, part in parts.items() if not part.weight]
+    if len(auxiliary) == len(parts) > 0:
+        raise Misfit(f"{reward.name}: one of the weights must be a number other than 0")
+    if auxiliary and not config.needs_auxiliary:
+        raise Misfit(
+            f"the weight of {auxiliary[0]} must be a number other than 0: without weight it is an auxiliary reward, and "
+            f"{algorithm.name} with these options takes none"
+        )
+    if config.needs_auxiliary and not auxiliary:
+        raise Misfit(
+            f"{algorithm.name} with these options compares the reward with auxiliary ones, of weight 0, and {reward.name} has "
+            "none: give --reward NAME:1,OTHER:0"
+        )
+    if config.needs_embedding and not any(hasattr(part.reward, "embed") for part in parts.values()):
+        raise Misfit(
+            f"{algorithm.name} with these options takes the embedding of a reward of the sum, and none of {', '.join(parts)} "
+            "has one: add one that has (clip:0), or leave the option out that asks for it (algo.gardo.diversity=none)"
+        )
     if config.needs_components and not builder.draws:
-        raise Misfit(f"{builder.name} pairs hold no score of each reward of a sum: leave algo.components out")
+        raise Misfit(
+            f"{builder.name} pairs hold no score of each reward of a sum: leave algo.components and algo.gardo out"
+        )
     if config.needs_components and not issubclass(reward, weighted_sum.WeightedSum):
         raise Misfit(
             f"algo.components = each takes a sum's rewards apart, and {reward.name} is one reward: "

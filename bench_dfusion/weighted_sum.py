@@ -72,7 +72,7 @@ class Component:
 
 
 class ComponentConfig(RewardConfig):
-    weight: float = Field(description="its weight, not 0")
+    weight: float = Field(description="its weight; 0 for an auxiliary reward, which only an algorithm that asks takes")
     mean: float = Field(0.0, description="subtracted from its score first (its unit)")
     sd: float = Field(1.0, gt=0, description="its score is divided by this (its unit)")
     options: SerializeAsAny[RewardConfig] = Field(description="its own options")
@@ -127,7 +127,8 @@ class WeightedSum(Reward):
                     f"reward {name} returned shape {tuple(scores.shape)} for {len(images)} images: one score for each"
                 )
             total += torch.where(applies, self._term(name, scores), 0.0)
-            any_applies |= applies
+            if self.config.components[name].weight:
+                any_applies |= applies
             apart.append(torch.where(applies, scores, torch.nan))
         if not any_applies.all():
             prompt = prompts[int((~any_applies).nonzero()[0])]
@@ -205,8 +206,8 @@ def of(parts: Sequence[tuple[str, type[Reward], float]]) -> type[WeightedSum]:
     parts = sorted(parts, key=lambda p: (-p[2], p[1].name))
     names = [cls.name for _, cls, _ in parts]
     for text, cls, weight in parts:
-        if not math.isfinite(weight) or weight == 0:
-            raise UsageError(f"the weight of {text} must be a number other than 0, not {weight:g}")
+        if not math.isfinite(weight):
+            raise UsageError(f"the weight of {text} must be a number, not {weight:g}")
         if names.count(cls.name) > 1:
             raise UsageError(f"{cls.name} is in the sum twice: add its weights")
     name = "+".join(f"{cls.name}-{weight:.12g}" for _, cls, weight in parts)

@@ -179,7 +179,7 @@ def noticed(module: str, source: str, tests: list[str]) -> bool:
             exec(compile(source, spec.origin, "exec"), changed.__dict__)
             package, _, name = module.rpartition(".")
             setattr(importlib.import_module(package), name, changed)
-            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+            code = int(pytest.main(["-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]))
         except BaseException:
             code = 1
         os._exit(1 if code else 0)

@@ -12,6 +12,7 @@ from processes import SETTINGS
 
 import bench_dfusion
 from bench_dfusion import registry, track
+from bench_dfusion.algorithm import Among, search_space
 
 SEEDS = (0, 1, 2)
 ROUNDS, PROMPTS, EACH = 8, 24, 8
@@ -29,6 +30,20 @@ def test_the_algorithms_are_those_a_researcher_looks_for() -> None:
             assert "(" in text or option in ("step_weight", "window"), f"{name}.{option} has no unit and no source"
         # Those that take no pairs say what they do with consistent samples.
         assert cls.needs_pairs or "dfusion" in cls.summary or "trains on drawn samples" in cls.summary
+
+
+def test_each_says_where_tuning_looks_and_that_holds_what_is_published() -> None:
+    for name in ALGORITHMS:
+        cls = registry.load("algorithms", name)
+        space = search_space(cls.Config)
+        assert "learning_rate" in space and len(space) >= (1 if name in ("sft", "opd") else 2)
+        published = cls.Config(**({"teachers": ["one"]} if name == "opd" else {}))
+        for option, where in space.items():
+            value = getattr(published, option)
+            ends = where.values if isinstance(where, Among) else (where.low, where.high)
+            for end in ends:
+                assert getattr(cls.Config(**{option: end}), option) == end
+            assert value in ends if isinstance(where, Among) else where.low <= value <= where.high, f"{name}.{option}"
 
 
 # Each with one builder in turn; the other half is slow.

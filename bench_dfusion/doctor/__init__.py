@@ -483,7 +483,7 @@ class _Doctor:
         whole = Trajectory(latents, torch.zeros(len(old), steps), old.seeds, old.prompts)
         apart = built.samples.rewards[:, None].expand(-1, 2)
         components = (
-            Components({"one": 1.0, "two": 1.0}, apart) if self.cell.algorithm_config.needs_components else None
+            Components({"one": 1.0, "two": 0.0}, apart) if self.cell.algorithm_config.needs_components else None
         )
         return dataclasses.replace(
             built, samples=dataclasses.replace(built.samples, trajectory=whole, components=components)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Rows, StepwiseConfig, all_log_probs, every_step, step_weights, window_steps
+from bench_dfusion.algorithm import Between, Rows, StepwiseConfig, all_log_probs, every_step, step_weights, window_steps
 from bench_dfusion.consistent import ConsistentSamples
 from bench_dfusion.policy import Policy
 
 
 class PolicyGradientConfig(StepwiseConfig):
-    clip: float = Field(1e-4, gt=0, lt=1, description="the ratio is clipped to 1 ± this (DDPO, Flow-GRPO: 1e-4)")
+    clip: Annotated[float, Between(1e-5, 0.1)] = Field(
+        1e-4, gt=0, lt=1, description="the ratio is clipped to 1 ± this (DDPO, Flow-GRPO: 1e-4)"
+    )
     advantage_clip: float = Field(
         5.0, gt=0, description="advantages are clipped to ± this, in standard deviations (DDPO, Flow-GRPO: 5)"
     )
