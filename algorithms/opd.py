@@ -73,7 +73,9 @@ class OPD(Algorithm):
         assert isinstance(config, OPDConfig)
         count, prompts = len(config.teachers), track.budget.prompts_per_round
         if not count:
-            raise UsageError("opd distils the LoRAs of other runs: give --teacher RUN_OR_LORA, once for each")
+            raise UsageError(
+                "opd distils the LoRAs of other runs: give --teacher RUN_OR_LORA, once for each; in a sweep --set algo.teachers"
+            )
         if not track.lora.rank:
             raise UsageError("opd's teachers are LoRAs as the student is one: give track.lora.rank as of theirs, not 0")
         if count > prompts:

@@ -313,6 +313,7 @@ def doctor(
     algo: Annotated[str, typer.Option(help="Training backend (bench-dfusion list algorithms).")] = "dpo",
     reward: Annotated[str | None, typer.Option(help="Training reward, as in run (default: clip).")] = None,
     builder: Annotated[str | None, typer.Option(help="Builder of the consistent samples (default: dfusion).")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="A run or LoRA to learn from, as in run.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Training prompts, as in run.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="SECTION.OPTION=VALUE: algo., builder., reward., track.")
@@ -347,6 +348,7 @@ def doctor(
         algo=algo,
         builder=builder,
         reward=reward,
+        teachers=teacher,
     )
     found = doctors.estimate(cell, where, memory_gb)
     found.notes[:0] = notes

@@ -19,6 +19,7 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from processes import command
 from safetensors.torch import load_file, save_file
+from tiny import policy_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -268,11 +269,16 @@ def test_where_parts_lie_while_they_are_offloaded(pixart_dir: Path) -> None:
     assert {parts["transformer"] for parts in layout.values()} == {others + 2 * block}
 
 
-@pytest.mark.parametrize(("algo", "builder"), [("draft", "vanilla"), ("dgpo", "dfusion"), ("nft", "branch")])
-def test_any_algorithm_and_builder_can_be_estimated(algo: str, builder: str, pixart_dir: Path) -> None:
-    reward = "clip" if algo == "draft" else "jpeg-compressibility"
-    settings = [*SMALL, "track.rewards.clip.model=micro"]
-    cell, _ = doctor.resolve(model=str(pixart_dir), algo=algo, builder=builder, settings=settings, reward=reward)
+@pytest.mark.parametrize(
+    ("algo", "builder"), [("draft", "vanilla"), ("dgpo", "dfusion"), ("crd", "branch"), ("opd", "vanilla")]
+)
+def test_any_algorithm_and_builder_can_be_estimated(algo: str, builder: str, pixart_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"reward": "clip" if algo == "draft" else "jpeg-compressibility"}
+    if algo == "opd":
+        policy_of(pixart_dir, rank=4).save(tmp_path)
+        options["teachers"] = [str(tmp_path)] * 2
+    settings = [*SMALL, "track.rewards.clip.model=micro", "track.lora.rank=4"]
+    cell, _ = doctor.resolve(model=str(pixart_dir), algo=algo, builder=builder, settings=settings, **options)
     found = doctor._Doctor(cell, CPU, fresh=False)
     train, decode = found._trace("train", cell.track), found._trace("decode", cell.track)
     assert 0 < train.kept <= train.peak and train.cost.flops > 0 and found.rounds > 0

@@ -167,6 +167,7 @@ def resolve(
     algo: str = "dpo",
     builder: str | None = None,
     reward: str | None = None,
+    teachers: Sequence[str] | None = None,
 ) -> tuple[Cell, list[str]]:
     """The cell as `run` would have it, and remarks; prompts stand in where the track leaves them to the user."""
     source = track_source or default_track(model)
@@ -189,6 +190,7 @@ def resolve(
         algo=algo,
         builder=builder,
         reward=reward or "clip",
+        teachers=teachers,
     )
     if not cell.builder.draws:
         raise UsageError(f"builder {cell.builder.name} is of offline pairs: the doctor estimates builders that draw")
