@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -73,7 +74,23 @@ COLUMNS = {
     ),
 }
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-SCHEMA = pa.schema([(n, IMAGE if d == "image" else pa.type_for_alias(d)) for n, (d, _) in COLUMNS.items()])
+
+
+def columns_of(components: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """`COLUMNS`, and for each reward of a sum what it said of both pictures."""
+    own = {
+        f"{score}_{name}": (
+            "float32",
+            f"the {end}'s score by {name}, a reward of the sum; none where it does not apply",
+        )
+        for name in components
+        for score, end in zip(SCORES, ("winner", "loser"), strict=True)
+    }
+    return COLUMNS | own
+
+
+def schema_of(columns: Mapping[str, tuple[str, str]]) -> pa.Schema:
+    return pa.schema([(n, IMAGE if d == "image" else pa.type_for_alias(d)) for n, (d, _) in columns.items()])
 
 
 # ---------------------------------------------------------------- what the loop keeps
@@ -90,7 +107,9 @@ def keep(folder: Path, samples: ConsistentSamples, reward: str, number: int, whi
         which = "all" if max(samples.samples.images.shape[1:3]) <= SMALL else "last"
     if which == "none":
         return
-    table = pa.Table.from_pylist(rows_of(samples, reward, number), SCHEMA)
+    components = samples.samples.components
+    schema = schema_of(columns_of(components.weights if components else ()))
+    table = pa.Table.from_pylist(rows_of(samples, reward, number), schema)
     data = io.BytesIO()
     pq.write_table(table, data, row_group_size=max(1, int(GROUP * len(table) // max(1, table.nbytes))))
     files.write_atomic(path_of(folder, number), data.getvalue())
@@ -106,7 +125,7 @@ def path_of(folder: Path, number: int) -> Path:
 
 
 def rows_of(samples: ConsistentSamples, reward: str, number: int) -> list[dict[str, object]]:
-    """The pairs of a round as rows of `SCHEMA`."""
+    """The pairs of a round as rows of `columns_of`."""
     scored, trajectory = samples.samples, samples.samples.trajectory
     pictures: dict[int, dict[str, object]] = {}
 
@@ -122,6 +141,11 @@ def rows_of(samples: ConsistentSamples, reward: str, number: int) -> list[dict[s
     rows: list[dict[str, object]] = []
     for winner, loser in samples.pairs.tolist():
         mask = masks.get((winner, loser))
+        apart: dict[str, object] = {}
+        for score, row in zip(SCORES, (winner, loser), strict=True):
+            if scored.components is not None:
+                own = zip(scored.components.weights, scored.components.scores[row].tolist(), strict=True)
+                apart |= {f"{score}_{name}": None if math.isnan(value) else value for name, value in own}
         rows.append(
             {
                 "prompt": trajectory.prompts[winner],
@@ -134,6 +158,7 @@ def rows_of(samples: ConsistentSamples, reward: str, number: int) -> list[dict[s
                 "reward": reward,
                 "round": number,
                 "mask": None if mask is None else png((mask.clamp(0, 1) * 255).round().byte()),
+                **apart,
             }
         )
     return rows
@@ -171,7 +196,8 @@ def export(run: Path, out: Path | None = None, rounds: Rounds = "all") -> Export
     found = _kept(run, record)
     if rounds == "last":
         found = dict(list(found.items())[-1:])
-    pairs = {n: _count(path, record.rounds[n].pairs) for n, path in found.items()}
+    columns = _columns(record, list(found.values()))
+    pairs = {n: _count(path, record.rounds[n].pairs, schema_of(columns)) for n, path in found.items()}
     if not sum(pairs.values()):
         raise UsageError(_why_none(run, record, found))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +207,7 @@ def export(run: Path, out: Path | None = None, rounds: Rounds = "all") -> Export
         for n, path in found.items():
             if pairs[n]:
                 shutil.copyfile(path, made / "data" / f"train-{path.name.removeprefix('round-')}")
-        (made / "README.md").write_text(_card(record, pairs), encoding="utf-8")
+        (made / "README.md").write_text(_card(record, pairs, columns), encoding="utf-8")
         made.chmod(0o755)
         made.replace(out)
     except BaseException:
@@ -208,13 +234,22 @@ def _kept(run: Path, record: Record) -> dict[int, Path]:
     return {n: path for n, path in paths.items() if path.exists()}
 
 
-def _count(path: Path, expected: int) -> int:
+def _columns(record: Record, paths: Sequence[Path]) -> dict[str, tuple[str, str]]:
+    """The columns that the first of the files has: runs of sums did not always keep each reward's."""
+    apart = columns_of(record.provenance.reward_components)
+    with suppress(pa.ArrowInvalid, OSError):  # `_count` says what is wrong
+        if paths and pq.read_schema(paths[0]).equals(schema_of(apart)):
+            return apart
+    return COLUMNS
+
+
+def _count(path: Path, expected: int, columns: pa.Schema) -> int:
     """How many pairs a round's file holds. Raises UsageError if it cannot be read or is not the record's."""
     try:
         schema, count = pq.read_schema(path), pq.read_metadata(path).num_rows
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
-    if not schema.equals(SCHEMA):
+    if not schema.equals(columns):
         raise UsageError(f"{path} is of another version of bench-dfusion: its columns are {', '.join(schema.names)}")
     if count != expected:
         raise UsageError(f"{path} holds {count} pairs, the record says {expected}: it is not of this run")
@@ -230,10 +265,10 @@ def _why_none(run: Path, record: Record, found: Mapping[int, Path]) -> str:
     return f"{run} kept no pairs; a new run keeps them with bench-dfusion run --keep-pairs all"
 
 
-def _card(record: Record, pairs: Mapping[int, int]) -> str:
+def _card(record: Record, pairs: Mapping[int, int], columns: Mapping[str, tuple[str, str]]) -> str:
     """The README: YAML that declares the columns, and what the pairs are."""
-    features = "".join(f"  - name: {name}\n    dtype: {dtype}\n" for name, (dtype, _) in COLUMNS.items())
-    columns = "".join(f"| `{name}` | {meaning} |\n" for name, (_, meaning) in COLUMNS.items())
+    features = "".join(f"  - name: {name}\n    dtype: {dtype}\n" for name, (dtype, _) in columns.items())
+    described = "".join(f"| `{name}` | {meaning} |\n" for name, (_, meaning) in columns.items())
     of = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     missing = len(record.rounds) - len(pairs)
     kept = f"rounds {', '.join(map(str, pairs))} of {len(record.rounds)}" if missing else f"all {len(pairs)} rounds"
@@ -260,7 +295,7 @@ The chosen picture scored above the rejected one of the same prompt before the t
 
 | column | what it is |
 |---|---|
-{columns}
+{described}
 | the run | |
 |---|---|
 | status | {record.status} |

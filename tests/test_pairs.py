@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,7 +25,7 @@ from torch import Tensor
 from trl import unpair_preference_dataset
 
 from bench_dfusion import pairs, records, registry
-from bench_dfusion.consistent import ConsistentSamples, Samples
+from bench_dfusion.consistent import Components, ConsistentSamples, Samples
 from bench_dfusion.policy import Trajectory
 from bench_dfusion.registry import UsageError
 
@@ -32,6 +34,7 @@ RUN = ("run", "--algo", "dpo", "--reward", "clip", *TINY)
 DYING = '''
 import os, signal
 from pathlib import Path
+from typing import Any
 from bench_dfusion import pairs
 from bench_dfusion.reward_models.clip import Clip
 
@@ -331,6 +334,31 @@ def test_without_fusion_there_is_no_mask_and_empty_rounds_do_no_harm(copy: Path,
     assert list(dataset["mask"]) == [None] * 3 and list(dataset["round"]) == [0, 2, 2]
     assert list(dataset["prompt"]) == ["prompt “1”", "prompt “2”", "prompt “3”"]
     assert len(unpair_preference_dataset(dataset)) == 6
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_each_reward_of_a_sum_stands_beside_it(kept: bool, copy: Path, tmp_path: Path) -> None:
+    samples = made([(1, 0), (3, 2)], [])
+    if kept:
+        scores = torch.tensor([[0.5, 1.5], [2.5, 3.5], [4.5, math.nan], [6.5, 7.5]])
+        samples.samples.components = Components({"aesthetic": 0.7, "red": 0.3}, scores)
+    for n in range(4):
+        pairs.keep(copy / "pairs", samples, "aesthetic-0.7+red-0.3", n, "all")
+
+    def of_a_sum(content: dict[str, Any]) -> None:
+        content["provenance"]["reward_components"] = {"aesthetic": "0" * 64, "red": "1" * 64}
+        for entry in content["rounds"]:
+            entry["pairs"] = 2
+
+    edit_record(copy, of_a_sum)
+    pairs.export(copy, tmp_path / "mine", rounds="last")
+    dataset = loaded(tmp_path / "mine", tmp_path / "cache")
+    names = [f"{side}_score_{name}" for side in ("chosen", "rejected") for name in ("aesthetic", "red")]
+    assert set(names) <= set(dataset.column_names) if kept else not set(names) & set(dataset.column_names)
+    if kept:
+        assert [list(dataset[name]) for name in names] == [[2.5, 6.5], [3.5, 7.5], [0.5, 4.5], [1.5, None]]
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert ("`chosen_score_red` | the winner's score by red" in card) == kept
 
 
 @pytest.mark.parametrize(
