@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def card(folder: Path, record: Record) -> str:
 
 {"".join(f"![{PICTURES[p]}]({p}){chr(10)}{chr(10)}" for p in seen)}## Use
 ```python
-{_usage(base, on_hub, in_diffusers, _class_of(folder) if whole else None)}
+{_usage(base, on_hub, in_diffusers, _class_of(folder) if whole else None, track["sampler"])}
 ```
 
 ## Training
@@ -123,10 +124,16 @@ def _class_of(folder: Path) -> str:
     return str(json.loads((folder / "config.json").read_bytes())["_class_name"])
 
 
-def _usage(base: str, on_hub: bool, in_diffusers: bool, network: str | None) -> str:
+def _usage(base: str, on_hub: bool, in_diffusers: bool, network: str | None, sampler: Mapping[str, Any]) -> str:
     """How to load the LoRA, or the weights of a class `network`, of a base on the Hub, of an embedded one, or of a
     directory, which is not told."""
     embedded = base in micro.PIPELINES
+    draw = ""
+    if embedded:  # its pictures are smaller than PixArt's bins, its texts shorter
+        draw = (
+            f"\n\npipe(PROMPT, num_inference_steps={sampler['steps']}, guidance_scale={sampler['guidance']:g}, "
+            "max_sequence_length=16, use_resolution_binning=False)"
+        )
     source = f'micro.PIPELINES["{base}"]' if embedded else repr(base) if on_hub else '"DIRECTORY_OF_THE_BASE_MODEL"'
     if network is not None:
         part = "unet" if network.startswith("UNet") else "transformer"
@@ -134,7 +141,7 @@ def _usage(base: str, on_hub: bool, in_diffusers: bool, network: str | None) -> 
             ("from bench_dfusion import micro\n" if embedded else "")
             + f"from diffusers import DiffusionPipeline, {network}\n\n"
             f'{part} = {network}.from_pretrained("OWNER/NAME")  # this repository\n'
-            f"pipe = DiffusionPipeline.from_pretrained({source}, {part}={part})"
+            f"pipe = DiffusionPipeline.from_pretrained({source}, {part}={part})" + draw
         )
     if in_diffusers:
         return (
@@ -149,7 +156,7 @@ def _usage(base: str, on_hub: bool, in_diffusers: bool, network: str | None) -> 
         f"pipe = DiffusionPipeline.from_pretrained({source})\n"
         "# diffusers has no LoRA loader for this pipeline\n"
         'adapter = snapshot_download("OWNER/NAME", allow_patterns="peft/*") + "/peft"  # this repository\n'
-        "pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)"
+        "pipe.transformer = PeftModel.from_pretrained(pipe.transformer, adapter)" + draw
     )
 
 
