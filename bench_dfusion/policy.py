@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bench_dfusion import arithmetic, files, lora, parallel, samplers
 from bench_dfusion.models.base import NETWORK_FIX, Adapter, Conditioning, finite, guided
 from bench_dfusion.samplers import Levels, Schedule
+
+if TYPE_CHECKING:  # peft takes seconds to import, and only what trains or samples needs it: tables and checks do not
+    from peft import LoraConfig
 
 
 @dataclass
@@ -61,12 +63,18 @@ class Trajectory:
 
 def remove_lora(network: nn.Module) -> None:
     """Undo what a Policy has done to its network: the modules are those it had before."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    for name, layer in _lora_layers(network):
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(network, "peft_config"):
         del network.peft_config
+
+
+def _lora_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """The layers of a network that a LoRA has wrapped, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 @torch.no_grad()
@@ -114,6 +122,8 @@ class Policy:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ):
+        from peft import LoraConfig, inject_adapter_in_model
+
         self.adapter, self.guidance, self.batch, self.autocast = adapter, guidance, batch, autocast
         self.device = torch.device(device)
         schedule, training = adapter.schedule(steps, eta, kind), adapter.levels()
@@ -272,7 +282,7 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the network is the frozen base: the LoRA is off and no gradient is recorded."""
-        layers = [m for m in self.adapter.network.modules() if isinstance(m, BaseTunerLayer)]
+        layers = [layer for _, layer in _lora_layers(self.adapter.network)]
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -303,11 +313,15 @@ class Policy:
 
     def state(self) -> dict[str, Tensor]:
         """The LoRA's weights in peft's naming."""
+        from peft import get_peft_model_state_dict
+
         state = get_peft_model_state_dict(self.adapter.network)
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned. Raises ValueError where names or shapes are not this LoRA's."""
+        from peft import set_peft_model_state_dict
+
         own = self.state()
         for name in sorted(own.keys() ^ state.keys()):
             raise ValueError(

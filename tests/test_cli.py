@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,23 @@ RUN = ("run", "--algo", "dpo", "--reward", "clip")
 def test_a_mistake_is_one_line_and_status_2(words: tuple[str, ...], expected: str, refused, tmp_path: Path) -> None:
     assert expected in refused(*words, cwd=tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_mistakes_and_lists_import_nothing_that_runs_need() -> None:
+    code = f"""
+import sys
+from bench_dfusion import cli, config, registry
+sys.argv = {["bench-dfusion", "run", "--algo", "dpo", "--reward", "clip", "--set", "algo.betta=1"]}
+try:
+    cli.main()
+finally:
+    for kind in registry.KINDS:
+        for plugin in registry.plugins(kind).values():
+            plugin.load()
+    print(sorted({{"diffusers", "transformers", "peft", "datasets", "open_clip", "ray"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean beta" in done.stderr and done.stdout == "[]\n"
 
 
 def test_oracle_refuses_prompts_it_cannot_read_before_any_compute(refused, tmp_path: Path) -> None:
