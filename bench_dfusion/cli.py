@@ -134,10 +134,7 @@ def run(
     if push is not None and len(numbers) > 1:
         raise UsageError("--push-to-hub takes one run: give --seed N, and a repository for each")
     from bench_dfusion import config as configs
-    from bench_dfusion import display, parallel
-    from bench_dfusion.leaderboard import Board
-    from bench_dfusion.loaded import Loaded
-    from bench_dfusion.trainer import run_cell
+    from bench_dfusion import parallel
 
     cells = [
         configs.resolve(
@@ -167,6 +164,12 @@ def run(
         hub = connect(push)
     if processes > 1 and parallel.size() == 1:
         raise typer.Exit(parallel.launch(processes, sys.argv[1:]))
+    # Only now: they import what runs need, which takes longer than to find a mistake.
+    from bench_dfusion import display
+    from bench_dfusion.leaderboard import Board
+    from bench_dfusion.loaded import Loaded
+    from bench_dfusion.trainer import run_cell
+
     records = []
     loaded = context.obj or Loaded()
     for cell in cells:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,6 +18,8 @@ from bench_dfusion import files
 from bench_dfusion.registry import UsageError
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from bench_dfusion.models.base import Adapter
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA file
@@ -201,6 +201,9 @@ def _config(
     ranks: Mapping[str, int], alphas: Mapping[str, float], given: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> LoraConfig:
     """A LoRA on just these modules. Ranks are the weights' own; an alpha that is given nowhere is its rank."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
     patterns = given.get("alpha_pattern") or {}
     common = given.get("lora_alpha")
     found: dict[str, float] = {}

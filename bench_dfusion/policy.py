@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bench_dfusion import arithmetic, files, lora, parallel, samplers
 from bench_dfusion.models.base import NETWORK_FIX, Adapter, Conditioning, finite, guided
 from bench_dfusion.samplers import Levels, Schedule
+
+if TYPE_CHECKING:  # peft takes seconds to import, and only what trains or samples needs it: tables and checks do not
+    from peft import LoraConfig
 
 
 @dataclass
@@ -73,12 +74,18 @@ def _own_parameters(network: nn.Module, targets: Sequence[str] | None) -> dict[s
 
 def remove_lora(network: nn.Module) -> None:
     """Undo what a Policy has done to its network: the modules are those it had before."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    for name, layer in _lora_layers(network):
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(network, "peft_config"):
         del network.peft_config
+
+
+def _lora_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """The layers of a network that a LoRA has wrapped, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 @torch.no_grad()
@@ -126,6 +133,8 @@ class Policy:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ):
+        from peft import LoraConfig, inject_adapter_in_model
+
         self.adapter, self.kind, self.guidance, self.batch, self.autocast = adapter, kind, guidance, batch, autocast
         self.device = torch.device(device)
         schedule, training = adapter.schedule(steps, eta, kind), adapter.levels()
@@ -322,7 +331,7 @@ class Policy:
             with self.holding(self._base):
                 yield
             return
-        layers = [m for m in self.adapter.network.modules() if isinstance(m, BaseTunerLayer)]
+        layers = [layer for _, layer in _lora_layers(self.adapter.network)]
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -353,6 +362,8 @@ class Policy:
 
     def state(self) -> dict[str, Tensor]:
         """What is trained, on the CPU: the LoRA's weights in peft's naming, or the network's own."""
+        from peft import get_peft_model_state_dict
+
         state = get_peft_model_state_dict(self.adapter.network) if self.lora_config else self.parameters
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
@@ -363,6 +374,8 @@ class Policy:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned. Raises ValueError where names or shapes are others than what is trained here."""
+        from peft import set_peft_model_state_dict
+
         own, kind = self.state(), "LoRA" if self.lora_config else "own weights"
         for name in sorted(own.keys() ^ state.keys()):
             raise ValueError(

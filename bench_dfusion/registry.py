@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,7 @@ def plugins(kind: str) -> dict[str, Plugin]:
     if kind not in KINDS:
         raise ValueError(f"no plugin kind {kind!r}: {', '.join(KINDS)}")
     found: dict[str, Plugin] = {}
-    for entry in entry_points(group=f"bench_dfusion.{kind}"):
-        source = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+    for entry, source in _installed(f"bench_dfusion.{kind}", _places()):
         if entry.name in found and found[entry.name].entry != entry:
             raise PluginError(
                 f"two distributions register the {kind[:-1]} {entry.name!r}: {found[entry.name].source} and {source}; "
@@ -86,6 +87,25 @@ def plugins(kind: str) -> dict[str, Plugin]:
                 raise PluginError(f"{plugin.source} registers the {kind[:-1]} {name!r}, which {found[name].source} has")
             found[name] = plugin
     return dict(sorted(found.items()))
+
+
+@cache
+def _installed(group: str, places: tuple[tuple[str, int], ...]) -> tuple[tuple[EntryPoint, str], ...]:
+    """The entry points of a group with the distributions they are of. To find them the metadata of everything installed are
+    read, so they are read again only where `places` differ."""
+    return tuple(
+        (entry, f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution")
+        for entry in entry_points(group=group)
+    )
+
+
+def _places() -> tuple[tuple[str, int], ...]:
+    """Where Python looks for distributions, and when something was last installed or removed there (ns)."""
+    found = []
+    for path in map(os.path.abspath, sys.path):
+        with suppress(OSError):
+            found.append((path, os.stat(path).st_mtime_ns))
+    return tuple(found)
 
 
 def load(kind: str, name: str) -> Any:

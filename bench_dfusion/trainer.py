@@ -9,10 +9,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from bench_dfusion import (
@@ -43,6 +42,9 @@ from bench_dfusion.reward import dealt_out, fault
 from bench_dfusion.seeds import passes, seed_of
 from bench_dfusion.track import Track, check_rung
 from bench_dfusion.weighted_sum import WeightedSum, scored_apart
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CHECKPOINT = "checkpoint.safetensors"
 

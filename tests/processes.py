@@ -1,7 +1,7 @@
 """The command line as a process, on the embedded world with a tiny budget.
 
-Importing what a run needs takes seconds, so `command` forks its processes from one that has it all imported. What is read
-at import (`FRESH`) needs an interpreter of its own.
+Importing what a run needs takes seconds, so `command` forks its processes from one that has it all imported, and so are
+the processes that those start (`Forking`). What is read at import (`FRESH`) needs an interpreter of its own.
 """
 
 from __future__ import annotations
@@ -9,18 +9,24 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 SETTINGS = [
     "track.model.autocast=null",  # bfloat16 is slow on CPUs that have none
-    "track.budget.reward_queries=48",
+    "track.sampler.steps=4",
+    "track.budget.reward_queries=24",  # three rounds of drawn samples, two of D-Fusion's
     "track.budget.prompts_per_round=2",
     "track.budget.samples_per_prompt=4",
     "track.evaluation.images_per_prompt=2",
@@ -88,6 +94,7 @@ def _serve() -> None:
     import bench_dfusion.rescore
     import bench_dfusion.trainer  # noqa: F401
 
+    subprocess.Popen = Forking  # type: ignore[misc]
     answers = os.fdopen(os.dup(1), "w")
     while line := os.read(0, 1 << 20).decode():  # one order at a time: its asker waits for the answer
         while not line.endswith("\n"):
@@ -103,19 +110,50 @@ def _run(order: dict[str, object]) -> None:
     """Be `bench-dfusion WORDS`, and end."""
     from bench_dfusion import cli
 
+    for number, name, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, order["out"], os.O_WRONLY),
+        (2, order["err"], os.O_WRONLY),
+    ):
+        os.dup2(os.open(str(name), flags), number)
+    os.chdir(str(order["cwd"]))
+    _become(cli.main, ["bench-dfusion", *order["words"]], order["env"])  # type: ignore[misc, arg-type]
+
+
+class Forking(subprocess.Popen):  # type: ignore[type-arg]
+    """`python -m bench_dfusion.…` as a fork of this process; any other program as always."""
+
+    def __init__(self, args: list[str], **options: Any) -> None:
+        if args[:2] == [sys.executable, "-m"] and args[2].startswith("bench_dfusion."):
+            sys.stdout.flush()  # what lies in a buffer would be written by both
+            sys.stderr.flush()
+            main = functools.partial(runpy.run_module, args[2], run_name="__main__", alter_sys=True)
+            environment = options.get("env") or dict(os.environ)
+            # Called when the streams are in place; what would close the rest and read the environment comes after it.
+            options["preexec_fn"] = lambda: _begin(main, args[2:], environment, options.get("pass_fds", ()))
+        super().__init__(args, **options)
+
+
+def _begin(main: Callable[[], object], words: list[str], environment: dict[str, str], fds: Sequence[int]) -> NoReturn:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    gc.enable()
+    warnings.filterwarnings("ignore", ".*found in sys.modules.*", RuntimeWarning)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _become(main, words, environment)
+
+
+def _become(main: Callable[[], object], words: list[str], environment: dict[str, str]) -> NoReturn:
+    """Be a process of this program, with these arguments and this environment, and end."""
     code = 1
     try:
-        for number, name, flags in (
-            (0, os.devnull, os.O_RDONLY),
-            (1, order["out"], os.O_WRONLY),
-            (2, order["err"], os.O_WRONLY),
-        ):
-            os.dup2(os.open(str(name), flags), number)
         os.environ.clear()
-        os.environ.update(order["env"])  # type: ignore[call-overload]
-        os.chdir(str(order["cwd"]))
-        sys.argv = ["bench-dfusion", *order["words"]]  # type: ignore[misc]
-        cli.main()
+        os.environ.update(environment)
+        sys.argv = words
+        main()
+        code = 0
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException:

@@ -278,10 +278,11 @@ def test_steps_that_a_pair_shares_have_no_gradient_in_dpo() -> None:
 )
 def test_a_run_counts_every_ending_in_its_budget(builder: str, algorithm: str, each: int, tmp_path: Path) -> None:
     words = ("run", "--algo", algorithm, "--reward", "oracle", "--builder", builder, *TINY)
+    words += ("--set=track.budget.reward_queries=40",)
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ((_, record),) = records.find(tmp_path)
-    assert len(record.rounds) == 48 // each and record.cost.reward_queries == len(record.rounds) * each
+    assert len(record.rounds) == 40 // each == 2 and record.cost.reward_queries == len(record.rounds) * each
     assert all(r.pairs + r.dropped == (4 if builder == "branch" else 8) for r in record.rounds)
     assert all(r.winner_reward >= r.base_reward for r in record.rounds)
 

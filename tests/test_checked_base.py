@@ -31,7 +31,6 @@ from bench_dfusion.trainer import make_policy
 
 OWN = [
     *SETTINGS,
-    "track.budget.reward_queries=24",
     "track.evaluation.base_images_per_prompt=4",
     'track.prompts.clusters={"a red circle": "red", "a red ring above a blue cross": "red"}',
     "algo.learning_rate=0.05",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny import policy_of
+from tiny import policy_of, tokenizers_read_once
 
 import bench_dfusion
 from bench_dfusion import records, trainer
@@ -17,7 +19,7 @@ from bench_dfusion.records import Record
 
 def run(folder: Path, out: Path, algo: str, builder: str, *more: str) -> Record:
     """Two rounds."""
-    prompts = out.parent / "prompts.txt"
+    prompts = folder.with_name("prompts.txt")
     prompts.write_text("\n".join(f"a {colour} bus" for colour in ("red", "blue", "green")))
     settings = [
         "track.budget.prompts_per_round=1",
@@ -31,15 +33,30 @@ def run(folder: Path, out: Path, algo: str, builder: str, *more: str) -> Record:
         "track.rewards.clip.model=micro",
         "track.model.resolution=32",
     ]
-    return bench_dfusion.run(
-        algo=algo,
-        builder=builder,
-        reward="clip",
-        model=str(folder),
-        prompts=prompts,
-        settings=[*settings, *more],
-        out=out,
-    )
+    names: dict[str, Any] = {"algo": algo, "builder": builder, "reward": "clip"}
+    with tokenizers_read_once():
+        return bench_dfusion.run(**names, model=str(folder), prompts=prompts, settings=[*settings, *more], out=out)
+
+
+def trains_and_leaves_a_lora_for_diffusers(model: Path, out: Path, record: Record) -> None:
+    assert record.status == "finished" and len(record.rounds) == 2 and record.cost.updates > 0
+    assert record.rounds[0].reward_sd and record.verdicts[0].gain.mean != 0
+    ((path, _),) = records.find(out)
+    DiffusionPipeline.from_pretrained(model).load_lora_weights(path.parent)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Record]:
+    """A run of a checkpoint, algorithm and builder that nothing disturbs, the same for all tests that ask."""
+
+    @cache
+    def found(folder: Path, algo: str, builder: str, *more: str) -> Record:
+        out = tmp_path_factory.mktemp("calm") / "runs"
+        record = run(folder, out, algo, builder, *more)
+        trains_and_leaves_a_lora_for_diffusers(folder, out, record)
+        return record
+
+    return found
 
 
 @pytest.mark.parametrize(
@@ -56,13 +73,13 @@ def test_a_stopped_run_resumes_to_the_same_record(
     algo: str,
     builder: str,
     more: list[str],
+    calm: Callable[..., Record],
     request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = request.getfixturevalue(f"{name}_dir")
-    expected = run(folder, tmp_path / "calm", algo, builder, *more)
-    assert expected.status == "finished" and len(expected.rounds) == 2 and expected.cost.updates > 0
+    expected = calm(folder, algo, builder, *more)
     improve = trainer.Run._improve
 
     def stopped(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
@@ -80,21 +97,24 @@ def test_a_stopped_run_resumes_to_the_same_record(
 
 @pytest.mark.parametrize(
     ("name", "algo", "builder"),
-    [("sdxl", "ddpo", "vanilla"), ("sd3", "ddpo", "vanilla"), ("flux", "dpo", "dfusion")],
+    [
+        ("sdxl", "ddpo", "vanilla"),
+        pytest.param("sd3", "ddpo", "vanilla", marks=pytest.mark.slow),  # the calm ones above are of these families
+        pytest.param("flux", "dpo", "dfusion", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_trains_and_leaves_a_lora_for_diffusers(
     name: str, algo: str, builder: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(f"{name}_dir")
     record = run(folder, tmp_path / "runs", algo, builder)
-    assert record.status == "finished" and len(record.rounds) == 2 and record.cost.updates > 0
-    assert record.rounds[0].reward_sd and record.verdicts[0].gain.mean != 0
-    ((path, _),) = records.find(tmp_path)
-    DiffusionPipeline.from_pretrained(folder).load_lora_weights(path.parent)
+    trains_and_leaves_a_lora_for_diffusers(folder, tmp_path / "runs", record)
 
 
-def test_what_saves_memory_changes_no_number(sd3_dir: Path, tmp_path: Path) -> None:
-    plain = run(sd3_dir, tmp_path / "plain", "dpo", "dfusion")
+def test_what_saves_memory_changes_no_number(
+    calm: Callable[[Path, str, str], Record], sd3_dir: Path, tmp_path: Path
+) -> None:
+    plain = calm(sd3_dir, "dpo", "dfusion")
     options = ("drop_text", "offload_vae", "offload_rewards", "offload_text")
     saved = run(sd3_dir, tmp_path / "saved", "dpo", "dfusion", *(f"track.memory.{o}=true" for o in options))
     assert saved.verdicts == plain.verdicts and [r.metrics for r in saved.rounds] == [r.metrics for r in plain.rounds]

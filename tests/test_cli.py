@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from processes import TINY, command
+from processes import TINY
+
+from bench_dfusion import cli, registry
 
 RUN = ("run", "--algo", "dpo", "--reward", "clip")
 
@@ -39,54 +45,79 @@ def test_a_mistake_is_one_line_and_status_2(words: tuple[str, ...], expected: st
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_oracle_refuses_prompts_it_cannot_read_before_any_compute(tmp_path: Path) -> None:
+def test_mistakes_and_lists_import_nothing_that_runs_need() -> None:
+    code = f"""
+import sys
+from bench_dfusion import cli, config, registry
+sys.argv = {["bench-dfusion", "run", "--algo", "dpo", "--reward", "clip", "--set", "algo.betta=1"]}
+try:
+    cli.main()
+finally:
+    for kind in registry.KINDS:
+        for plugin in registry.plugins(kind).values():
+            plugin.load()
+    print(sorted({{"diffusers", "transformers", "peft", "datasets", "open_clip", "ray"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean beta" in done.stderr and done.stdout == "[]\n"
+
+
+def test_oracle_refuses_prompts_it_cannot_read_before_any_compute(refused, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a photo of a dog\n")
-    done = command("run", "--algo", "dpo", "--reward", "oracle", "--prompts", "mine.txt", cwd=tmp_path)
-    assert done.returncode == 2 and "a photo of a dog" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = ("run", "--algo", "dpo", "--reward", "oracle", "--prompts", "mine.txt")
+    assert "a photo of a dog" in refused(*words, cwd=tmp_path)
 
 
-def test_list_shows_every_plugin_and_options_with_their_source(tmp_path: Path) -> None:
-    shown = command("list", cwd=tmp_path)
-    assert shown.returncode == 0
+def test_list_shows_every_plugin_and_options_with_their_source(said: Callable[..., Any]) -> None:
+    shown = said("list")
+    assert shown.status == 0
     for name in ("dpo", "diffusion-dpo", "ddpo", "clip", "oracle", "dfusion", "vanilla", "micro"):
-        assert name in shown.stdout
-    dpo = command("list", "algorithms", "dpo", cwd=tmp_path).stdout
+        assert name in shown.out
+    dpo = said("list", "algorithms", "dpo").out
     assert "algo.beta" in dpo and "D3PO" in dpo
-    assert "ViT-H-14" in command("list", "rewards", "clip", cwd=tmp_path).stdout
+    assert "ViT-H-14" in said("list", "rewards", "clip").out
 
 
-def plugin_package(folder: Path, name: str = "noop", broken: bool = False) -> Path:
-    """A third-party distribution as pip would lay it out."""
-    folder.mkdir()
-    body = "raise RuntimeError('boom')" if broken else (Path(__file__).parent / "plugin_example.py").read_text()
-    (folder / f"{name}_plugin.py").write_text(body)
-    info = folder / f"{name}_plugin-1.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(f"[bench_dfusion.algorithms]\n{name} = {name}_plugin:Noop\n")
-    return folder
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs a third-party distribution as pip would lay it out, for this test."""
+    monkeypatch.setattr(registry, "others", set())
+    monkeypatch.setattr(cli.out, "width", 160)
+    folder = tmp_path / "site"
+
+    def lay_out(name: str, body: str) -> None:
+        folder.mkdir()
+        (folder / f"{name}_plugin.py").write_text(body)
+        info = folder / f"{name}_plugin-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[bench_dfusion.algorithms]\n{name} = {name}_plugin:Noop\n")
+        monkeypatch.syspath_prepend(folder)
+
+    return lay_out
 
 
-def test_a_third_party_algorithm_is_listed_and_runs(tmp_path: Path) -> None:
-    env = {"PYTHONPATH": str(plugin_package(tmp_path / "site"))}
-    listed = command("list", "algorithms", cwd=tmp_path, env=env).stdout
+EXAMPLE = (Path(__file__).parent / "plugin_example.py").read_text()
+
+
+def test_a_third_party_algorithm_is_listed_and_runs(install: Any, said: Callable[..., Any], tmp_path: Path) -> None:
+    install("noop", EXAMPLE)
+    listed = said("list", "algorithms").out
     assert "noop" in listed and "noop-plugin 1.2" in listed
-    done = command("run", "--algo", "noop", "--reward", "oracle", *TINY, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "held-out prompts" in done.stdout
+    done = said("run", "--algo", "noop", "--reward", "oracle", *TINY, cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "held-out prompts" in done.out and registry.others == {"noop-plugin 1.2"}
 
 
-def test_a_broken_plugin_breaks_only_its_own_run(tmp_path: Path) -> None:
-    env = {"PYTHONPATH": str(plugin_package(tmp_path / "site", "broken", broken=True))}
-    listed = command("list", "algorithms", cwd=tmp_path, env=env)
-    assert listed.returncode == 0 and "dpo" in listed.stdout
-    done = command("run", "--algo", "broken", "--reward", "oracle", *TINY, cwd=tmp_path, env=env)
-    assert done.returncode == 2 and "broken-plugin 1.2" in done.stderr and "boom" in done.stderr
+def test_a_broken_plugin_breaks_only_its_own_run(install: Any, said: Callable[..., Any], tmp_path: Path) -> None:
+    install("broken", "raise RuntimeError('boom')")
+    listed = said("list", "algorithms")
+    assert listed.status == 0 and "dpo" in listed.out and "broken: " in listed.out
+    done = said("run", "--algo", "broken", "--reward", "oracle", *TINY, cwd=tmp_path)
+    assert done.status == 2 and "broken-plugin 1.2" in done.err and "boom" in done.err
 
 
-def test_two_distributions_of_one_name_are_refused(tmp_path: Path) -> None:
-    first = plugin_package(tmp_path / "a", "dpo")
-    done = command("list", "algorithms", cwd=tmp_path, env={"PYTHONPATH": str(first)})
-    assert done.returncode == 2
-    assert "dpo-plugin 1.2" in done.stderr and "bench-dfusion" in done.stderr
+def test_two_distributions_of_one_name_are_refused(install: Any, refused: Callable[..., str]) -> None:
+    install("dpo", EXAMPLE)
+    line = refused("list", "algorithms")
+    assert "dpo-plugin 1.2" in line and "bench-dfusion" in line

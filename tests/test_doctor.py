@@ -17,7 +17,6 @@ from bench_dfusion.reward_models.clip import Clip, ClipConfig
 from bench_dfusion.reward_models.jpeg import JpegCompressibility
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from processes import command
 from safetensors.torch import load_file, save_file
 from tiny import policy_of
 from torch import Tensor, nn
@@ -382,16 +381,17 @@ def test_a_config_that_is_not_of_its_weights_is_told(sd_dir: Path, tmp_path: Pat
     assert not doctor._Doctor(cell_of(sd_dir), GPU, fresh=True).notes
 
 
-def test_a_model_of_the_hub_is_estimated_without_its_weights(pixart_dir: Path, hub: Any, tmp_path: Path) -> None:
+def test_a_model_of_the_hub_is_estimated_without_its_weights(
+    pixart_dir: Path, hub: Any, hub_home: Path, said: Any
+) -> None:
     files = {str(p.relative_to(pixart_dir)): p.read_bytes() for p in pixart_dir.rglob("*") if p.is_file()}
     hub.create("org/tiny", files)
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     words = ("doctor", "--device", "cpu", "--json", *(f"--set={s}" for s in SMALL), "--reward", "jpeg-compressibility")
-    done = command(*words, "--model", "org/tiny", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    there, here = json.loads(done.stdout), doctor.estimate(cell_of(pixart_dir), CPU)
+    done = said(*words, "--model", "org/tiny")
+    assert done.status == 0, done.err
+    there, here = json.loads(done.out), doctor.estimate(cell_of(pixart_dir), CPU)
     assert there["parameters"] == here.parameters and there["on_disk"] == here.on_disk and there["notes"] == here.notes
-    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert list(hub_home.rglob("config.json")) and not list(hub_home.rglob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- parts that leave the device

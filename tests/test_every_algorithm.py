@@ -56,11 +56,11 @@ def test_each_says_where_tuning_looks_and_that_holds_what_is_published() -> None
     ],
 )
 def test_it_runs_with_clip_on_consistent_and_on_drawn_samples(name: str, builder: str, tmp_path: Path) -> None:
-    settings = [*SETTINGS, "track.budget.reward_queries=24"]
+    settings = [*SETTINGS, "track.budget.reward_queries=20"]  # a round or two
     record = bench_dfusion.run(algo=name, builder=builder, reward="clip", settings=settings, out=tmp_path)
     assert record.status == "finished" and record.cost.updates > 0 and record.drift is not None
     assert 0 < record.drift.kl < 1
-    assert 0 < record.cost.reward_queries <= 24
+    assert 0 < record.cost.reward_queries <= 20
 
 
 # What imitates the policy's own samples declines here whatever its options (leaderboards/TUNING.md): measured z -0.95

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from bench_dfusion.reward_models.clip import Clip
-from processes import SETTINGS, TINY, command
+from processes import SETTINGS as SHORT
+from processes import command
 from torch import Tensor
 
 import bench_dfusion
@@ -26,6 +27,8 @@ from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
 
 pytestmark = pytest.mark.slow
+SETTINGS = [*SHORT, "track.budget.reward_queries=48"]  # four rounds of D-Fusion's samples
+TINY = [f"--set={setting}" for setting in SETTINGS]
 
 
 def run(out: Path, **options: Any) -> Record:

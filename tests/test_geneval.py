@@ -406,6 +406,7 @@ def test_a_run_trains_on_it_and_is_judged_by_it(
     own = [f"--set=reward.{k}={v}" for k, v in {**options, "threshold": 0, "score": "share"}.items()]
     judge = [f"--set=track.rewards.geneval.{k}={v}" for k, v in {**options, "threshold": 0}.items()]
     sizes = ["budget.reward_queries=8", "budget.prompts_per_round=1", "budget.samples_per_prompt=4"]
+    sizes += ["sampler.steps=4", "evaluation.base_images_per_prompt=null"]
     prompts = [
         "prompts.train=['a photo of a dog', 'a photo of a red bus']",
         "prompts.heldout=['a photo of a cat', 'a photo of two cats']",

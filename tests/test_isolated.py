@@ -361,7 +361,7 @@ def test_a_run_trains_on_an_isolated_reward(
     assert done.status == 0, done.err
     (path,) = tmp_path.glob("*/*/record.json")
     record = json.loads(path.read_text())
-    assert record["cost"]["reward_queries"] == 48 and record["rounds"][0]["reward_sd"] > 0
+    assert record["cost"]["reward_queries"] == 24 and record["rounds"][0]["reward_sd"] > 0
     provenance = record["provenance"]
     assert provenance["versions"]["toy/toypkg"] == "1.0" and len(provenance["reward_fingerprint"]) == 64
 

@@ -22,7 +22,7 @@ from bench_dfusion.policy import remove_lora
 from bench_dfusion.trainer import Run, run_cell
 
 CPU = torch.device("cpu")
-SHORT = [*SETTINGS, "track.budget.reward_queries=16", "track.sampler.steps=4", "track.model.autocast=bfloat16"]
+SHORT = [*SETTINGS, "track.budget.reward_queries=16", "track.model.autocast=bfloat16"]
 
 
 def cell_of(folder: Path, *settings: str, **options: Any) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,11 @@ def only_refusal(done: merge.Merged) -> str:
 
 def test_published_records_come_in_as_they_are_and_only_once(tmp_path: Path, said) -> None:
     into = tmp_path / "board"
-    published = LEADERBOARDS / "micro-v1"
+    published = tmp_path / "micro-v1"
+    for folder in (LEADERBOARDS / "micro-v1").glob("dpo-*"):
+        shutil.copytree(folder, published / folder.name)
     n = len(list(published.iterdir()))
+    assert n == 20
     code, out, _ = said("merge", published, "--into", into, "--dry-run")
     assert code == 0 and f"{n} to add, 0 there already, 0 refused; nothing written" in out and not into.exists()
     code, out, _ = said("merge", published, "--into", into)

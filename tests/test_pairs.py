@@ -29,7 +29,7 @@ from bench_dfusion.consistent import Components, ConsistentSamples, Samples
 from bench_dfusion.policy import Trajectory
 from bench_dfusion.registry import UsageError
 
-RUN = ("run", "--algo", "dpo", "--reward", "clip", *TINY)
+RUN = ("run", "--algo", "dpo", "--reward", "clip", *TINY, "--set=track.budget.prompts_per_round=1")  # four rounds
 
 DYING = '''
 import os, signal

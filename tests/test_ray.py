@@ -34,6 +34,7 @@ class Slow(Oracle):
         return super().score(images, prompts)
 """
 WORDS = ("sweep", "micro", "--algo", "ddpo", "--builder", "vanilla", "--reward", "slow", "--seeds", "2")
+LONG = "--set=track.budget.reward_queries=48"
 ROUNDS = 6
 # Seconds rather than a minute until a silent node counts as dead; nothing here needs Ray's politeness of nice 15.
 SYSTEM = {
@@ -77,7 +78,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def sweep(where: Path, *words: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bench_dfusion.cli", *WORDS, "--plugin", "slow.py", *TINY, *map(str, words)]
+    command = [sys.executable, "-m", "bench_dfusion.cli", *WORDS, "--plugin", "slow.py", *TINY, LONG, *map(str, words)]
     return subprocess.Popen(command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

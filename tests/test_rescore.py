@@ -39,7 +39,7 @@ from bench_dfusion.track import Track
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny run."""
     out = tmp_path_factory.mktemp("runs")
-    settings = [*SETTINGS, "algo.learning_rate=0.05", "track.budget.reward_queries=24"]
+    settings = [*SETTINGS, "algo.learning_rate=0.05"]
     bench_dfusion.run(algo="diffusion-dpo", builder="vanilla", reward="clip", settings=settings, out=out)
     ((path, _),) = records.find(out)
     return path.parent
@@ -416,7 +416,7 @@ def test_what_is_judged_is_drawn_by_the_evaluations_sampler(tmp_path: Path, monk
     ]
     names: dict[str, Any] = {"algo": "diffusion-dpo", "builder": "vanilla", "reward": "oracle"}
     record = bench_dfusion.run(**names, settings=settings, out=tmp_path)
-    training, judging = (8, 1.0, 1), (3, 2.0, 2)
+    training, judging = (4, 1.0, 1), (3, 2.0, 2)
     assert set(seen) == {training, judging} and seen[-1] == judging
     assert record.drift is not None and record.drift.kl > 0  # of steps without a density: by the family's own noise
     ((path, _),) = records.find(tmp_path)

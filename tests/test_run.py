@@ -72,15 +72,15 @@ def test_a_run_leaves_record_lora_and_pictures_and_is_only_read_again(tmp_path: 
     names = ("record.json", "pytorch_lora_weights.safetensors", "base_trained.png", "triples.png", "cell.json")
     assert all((folder / n).stat().st_size for n in names)
     assert Image.open(folder / "base_trained.png").size[0] > 100
-    assert record.cost.reward_queries == 48 and len(record.rounds) == 6
-    assert record.cost.updates == 12
+    assert record.cost.reward_queries == 24 and len(record.rounds) == 3
+    assert record.cost.updates == 6
     judged = {v.judge: v for v in record.verdicts}
     assert judged["clip"].trained_on and not judged["oracle"].trained_on
     gains = np.array([t - b for b, t in judged["oracle"].per_prompt])
     assert judged["oracle"].gain.mean == pytest.approx(gains.mean())
-    # by hand, one branch: 6 rounds x 8 samples x (8 steps drawn + 4 in the window trained on),
-    # 6 evaluation images x 8 steps x 2 policies, 3 images x 8 steps x 2 policies for the KL
-    assert record.cost.network_evaluations == 6 * 8 * (8 + 4) + 6 * 8 * 2 + 3 * 8 * 2
+    # by hand, one branch: 3 rounds x 8 samples x (4 steps drawn + 2 in the window trained on),
+    # 6 evaluation images x 4 steps x 2 policies, 3 images x 4 steps x 2 policies for the KL
+    assert record.cost.network_evaluations == 3 * 8 * (4 + 2) + 6 * 4 * 2 + 3 * 4 * 2
     stamp = (folder / "record.json").stat().st_mtime_ns
     again = command(*words, cwd=tmp_path)
     assert again.returncode == 0 and (folder / "record.json").stat().st_mtime_ns == stamp
@@ -94,7 +94,7 @@ def test_sigkill_in_every_phase_ends_with_the_same_record(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
     calm = command(*words, "--out", "calm/runs", cwd=tmp_path, env={"DIE_HERE": str(tmp_path / "calm")})
     assert calm.returncode == 0, calm.stderr
-    # dfusion: 4 rounds of 8 + 4 queries, two score calls each and one for the base where a prompt is new; die while
+    # dfusion: 2 rounds of 8 + 4 queries, two score calls each and one for the base where a prompt is new; die while
     # scoring, twice, in the middle of an update, and while judging
     env = {"DIE_HERE": str(tmp_path / "killed"), "DIE_AT": "score:2,score:5,loss:3,judge:1"}
     codes = []
@@ -107,8 +107,8 @@ def test_sigkill_in_every_phase_ends_with_the_same_record(tmp_path: Path) -> Non
     folder, record = only_record(tmp_path / "killed")
     assert record.comparable() == expected.comparable()
     spent = [len((tmp_path / n / "queries").read_text()) for n in ("calm", "killed")]
-    # 48 queries, and one picture of the base for each of the three prompts, at most two new ones in a round
-    assert spent[0] == 48 + 3 and spent[1] - spent[0] <= 3 * (12 + 2), "each kill may cost no more than its round"
+    # 24 queries, and one picture of the base for each of the three prompts, at most two new ones in a round
+    assert spent[0] == 24 + 3 and spent[1] - spent[0] <= 3 * (12 + 2), "each kill may cost no more than its round"
     assert not [p for p in folder.iterdir() if p.name.startswith(".") and p.name != ".lock"], "no temporary files"
 
 
@@ -125,7 +125,8 @@ def test_a_non_finite_reward_fails_with_evidence_and_counts_as_a_miss(tmp_path: 
 
 
 def test_seeds_give_a_table_and_the_leaderboard_reads_the_same_runs(tmp_path: Path) -> None:
-    done = command("run", "--algo", "diffusion-dpo", "--reward", "oracle", "--seeds", "3", *TINY, cwd=tmp_path)
+    words = ("run", "--algo", "diffusion-dpo", "--reward", "oracle", "--seeds", "3", *TINY)
+    done = command(*words, "--set=track.budget.reward_queries=12", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first = command("leaderboard", "--csv", cwd=tmp_path).stdout
     assert first == command("leaderboard", "--csv", cwd=tmp_path).stdout
@@ -137,7 +138,7 @@ def test_prompts_config_and_set_reach_the_record(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a purple cross\n\na blue circle\n")
     (tmp_path / "options.toml").write_text("[algo]\nbeta = 3.0\nupdates = 1\n")
     tiny = [w for w in TINY if "prompts.train" not in w and "prompts.validation" not in w]
-    tiny += ["--set=track.prompts.validation=[]"]
+    tiny += ["--set=track.prompts.validation=[]", "--set=track.budget.reward_queries=12"]
     words = ("--prompts", "mine.txt", "--config", "options.toml", "--set", "algo.beta=4", *tiny)
     done = command("run", "--algo", "dpo", "--reward", "oracle", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -44,7 +44,6 @@ from bench_dfusion.track import read
 LADDER = [8, 16, 24]
 OWN = [
     *SETTINGS,
-    "track.budget.reward_queries=24",
     f"track.budget.rungs={LADDER}",
     'track.evaluation.judges=["oracle"]',
     "track.evaluation.base_images_per_prompt=4",
@@ -126,9 +125,9 @@ def test_the_record_of_a_rung_is_what_a_run_to_it_leaves(runs: dict[str, Any]) -
 
 
 def test_costs_count_the_evaluations_on_the_way(runs: dict[str, Any]) -> None:
-    # By hand, one branch: a round draws 8 samples in 8 steps; its update reads each pair at one step of the network and
+    # By hand, one branch: a round draws 8 samples in 4 steps; its update reads each pair at one step of the network and
     # of the base. Judging draws 6 pictures and reads one of each prompt again for the KL, with both.
-    evaluation = 6 * 8 + 3 * 8 * 2
+    evaluation = 6 * 4 + 3 * 4 * 2
     costs = [runs["record"].at(n).cost for n in (1, 2, 3)]
     rounds = [c.network_evaluations - n * evaluation for n, c in enumerate(costs, 1)]
     assert rounds[1] == 2 * rounds[0] and rounds[2] == 3 * rounds[0]

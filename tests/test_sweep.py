@@ -128,7 +128,8 @@ def test_the_time_left_is_that_of_like_cells_then_of_all_then_of_what_runs(tmp_p
 def test_a_failing_cell_is_reported_and_stops_nothing_and_the_next_sweep_tries_it_again(tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     words = ("sweep", "micro", "--algo", "ddpo", "--builder", "vanilla", "--reward", "failing,oracle", "--seeds", "1")
-    done = command(*words, "--plugin", "failing.py", *TINY, cwd=tmp_path)
+    words += ("--plugin", "failing.py", *TINY, "--set=track.budget.reward_queries=8")
+    done = command(*words, cwd=tmp_path)
     assert done.returncode == 1
     assert "[1/2] ddpo/vanilla/failing, seed 0: error: RuntimeError: no [bold]score[/bold] today" in done.stderr
     assert "[2/2] ddpo/vanilla/oracle, seed 0: finished, oracle" in done.stderr
@@ -140,7 +141,7 @@ def test_a_failing_cell_is_reported_and_stops_nothing_and_the_next_sweep_tries_i
     (tmp_path / "failing.py").write_text(
         FAILING.replace("raise RuntimeError", "return super().score(images, prompts) #")
     )
-    done = command(*words, "--plugin", "failing.py", *TINY, cwd=tmp_path)
+    done = command(*words, cwd=tmp_path)
     assert done.returncode == 0 and "incomplete" not in done.stdout
     assert len(records.find(tmp_path)) == 2 and not list(tmp_path.rglob("error.json"))
 
@@ -148,12 +149,11 @@ def test_a_failing_cell_is_reported_and_stops_nothing_and_the_next_sweep_tries_i
 def test_a_killed_sweep_ends_with_the_same_records(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     words = ("sweep", "micro", "--algo", "ddpo", "--builder", "dfusion", "--reward", "killing", "--seeds", "2")
-    short = "track.budget.reward_queries=24"
     # 2 rounds of two calls a cell; die in the first round of the first cell and in the second round of the second
     env = {"DIE_HERE": str(tmp_path), "DIE_AT": "1,9"}
     codes = []
     for _ in range(4):
-        codes.append(command(*words, *TINY, f"--set={short}", "--plugin=failing.py", cwd=tmp_path, env=env).returncode)
+        codes.append(command(*words, *TINY, "--plugin=failing.py", cwd=tmp_path, env=env).returncode)
         if codes[-1] == 0:
             break
         assert len(list(tmp_path.rglob("cell.json"))) == 2, "registered before the first ran"
@@ -166,7 +166,7 @@ def test_a_killed_sweep_ends_with_the_same_records(tmp_path: Path, monkeypatch) 
     monkeypatch.setenv("DIE_HERE", str(tmp_path))
     monkeypatch.setenv("DIE_AT", "")
     for seed, ours in found.items():
-        options = {"seed": seed, "settings": [*SETTINGS, short], "track_source": "micro", "out": tmp_path / "calm"}
+        options = {"seed": seed, "settings": SETTINGS, "track_source": "micro", "out": tmp_path / "calm"}
         calm = bench_dfusion.run(algo="ddpo", builder="dfusion", reward="killing", **options)
         same, expected = ours.comparable(), calm.comparable()
         for content in (same, expected):

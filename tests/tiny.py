@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from clip_bpe import clip_tokenizer
@@ -32,6 +33,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from bench_dfusion.micro import pretrain
+from bench_dfusion.models import loading
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.policy import Policy
 from bench_dfusion.track import ModelSection
@@ -206,10 +208,31 @@ def tiny_flux(folder: Path) -> Path:
     return folder
 
 
+_tokenizers: dict[tuple[tuple[Path, int], ...], Any] = {}  # by their files and when those were written (ns)
+
+
+@contextmanager
+def tokenizers_read_once() -> Iterator[None]:
+    """CLIP's vocabulary takes as long to read as the rest of a tiny pipeline, and nothing changes a tokenizer."""
+    load = loading._load
+
+    def kept(found: Any, name: str, *rest: Any) -> Any:
+        if not name.startswith("tokenizer"):
+            return load(found, name, *rest)
+        key = tuple((p, p.stat().st_mtime_ns) for p in sorted(found.parts[name].folder.iterdir()))
+        if key not in _tokenizers:
+            _tokenizers[key] = load(found, name, *rest)
+        return _tokenizers[key]
+
+    with patch.object(loading, "_load", kept):
+        yield
+
+
 def policy_of(folder: Path, lora: float = 0.1, **options: Any) -> Policy:
     """The policy of a saved pipeline, its LoRA moved off zero by `lora`; `options` are the Policy's."""
     section = ModelSection(id=str(folder), resolution=options.pop("resolution", None))
-    adapter, _ = load_adapter(section, memory=options.pop("memory", None))
+    with tokenizers_read_once():
+        adapter, _ = load_adapter(section, memory=options.pop("memory", None))
     policy = Policy(adapter, **{"steps": 4, **options})
     if lora:
         shake(policy, lora)

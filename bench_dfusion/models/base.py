@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from bench_dfusion import parallel, samplers
@@ -349,6 +348,8 @@ class Adapter(ABC):
         backward of scaled_dot_product_attention is slow there; from 256 positions on it is the faster one, up to twice
         for a layer of 1024 (benchmarks/peer.py's networks). Channels last make decoding 1.6 times faster.
         """
+        from diffusers.models.attention_processor import AttnProcessor
+
         if math.prod(self.latent_shape[1:]) <= 64:
             cast(Any, self.network).set_attn_processor(AttnProcessor())
         cast(Any, self.pipe.vae).to(memory_format=torch.channels_last)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from bench_dfusion.models.base import Conditioning, TextPart, token_ids, token_limit
@@ -86,6 +85,8 @@ class FluxAdapter(MMDiTAdapter):
     def attention_map(
         self, attn: Any, picture: Tensor, text: Tensor | None, mask: Tensor | None = None, rotary: Any = None
     ) -> Tensor:
+        from diffusers.models.embeddings import apply_rotary_emb
+
         query = attn.norm_q(attn.to_q(picture).unflatten(-1, (-1, attn.head_dim)))
         key = attn.norm_k(attn.to_k(picture).unflatten(-1, (-1, attn.head_dim)))
         of_text = attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, (-1, attn.head_dim)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
-
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from typing import TYPE_CHECKING, Any
 
 from bench_dfusion.registry import UsageError
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 
 def ddim_like(scheduler: Any) -> DDIMScheduler:
@@ -17,6 +17,9 @@ def ddim_like(scheduler: Any) -> DDIMScheduler:
     Settings are those the class itself obeys, its defaults included: some configurations carry keys of other classes,
     and defaults differ between classes. Raises UsageError for a scheduler that is not one over discrete betas.
     """
+    from diffusers import DDIMScheduler
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
     name, config = type(scheduler).__name__, scheduler.config
     discrete = {s.name for s in KarrasDiffusionSchedulers} | {"DDIMScheduler"}
     if name not in discrete or "sigma_data" in config:
@@ -44,6 +47,8 @@ def ddim_like(scheduler: Any) -> DDIMScheduler:
 
 def flow_matching(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a flow-matching checkpoint as it is. Raises UsageError for one whose sigmas are not from 1 to 0."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     name = type(scheduler).__name__
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise UsageError(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
 from bench_dfusion.models.base import Adapter, Conditioning
@@ -65,6 +64,8 @@ class UNetAdapter(Adapter):
 
     def lora_layers(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """diffusers' formats, older ones too, and kohya's."""
+        from diffusers.utils import convert_unet_state_dict_to_peft
+
         layers, alphas = type(self.pipe).lora_state_dict(dict(tensors), unet_config=self.network.config)
         # diffusers gives some alphas by their layer's old name and then finds no module of it, unless all are equal.
         named = convert_unet_state_dict_to_peft({k.removesuffix(".alpha"): v for k, v in (alphas or {}).items()})
