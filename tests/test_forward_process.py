@@ -864,6 +864,20 @@ def test_crds_group_shares_a_level_but_no_noise_and_pads_nothing_into_the_loss()
     )
 
 
+def test_crd_is_held_to_the_base_by_alpha_between_1e_4_and_kl():
+    for kl, low, high in ((0.7, 1e-4, 0.7), (2e-4, 1e-4, 2e-4), (5e-5, 5e-5, 5e-5)):
+        policy, samples, algorithm, rows = round_of("crd", kl=kl)
+        rows["base"] += 30  # far off, so that little weights are seen
+        real, flat = each_member(rows)
+        with torch.no_grad():
+            drift = squared(at(policy, samples, *flat).output(policy) - rows["base"][real])
+            held = algorithm.loss(policy, samples, rows).value
+            algorithm.config = algorithm.config.model_copy(update={"kl": 0.0})
+            free = algorithm.loss(policy, samples, rows).value
+        expected = ((low + rows["good"][real] * (high - low)) * drift).mean()
+        assert float(held - free) == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_crds_base_may_be_guided_otherwise():
     policy = before()
     samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
