@@ -864,6 +864,13 @@ def test_crds_group_shares_a_level_but_no_noise_and_pads_nothing_into_the_loss()
     )
 
 
+def test_crds_centre_has_no_gradient_under_the_cross_entropy_where_it_would_count():
+    gain, good = torch.tensor([[9.0, 0.0, 0.0]], requires_grad=True), torch.tensor([[0.5, 0.5, 0.5]])
+    crd_terms(gain, good, torch.ones(1, 3, dtype=torch.bool), 1.0, "bce").sum().backward()
+    # sigmoid(6) - 1/2 and twice sigmoid(-3) - 1/2, over 3: .4975274, -.4525741, which do not add up to 0.
+    torch.testing.assert_close(gain.grad, torch.tensor([[0.4975274, -0.4525741, -0.4525741]]) / 3)
+
+
 def test_crd_is_held_to_the_base_by_alpha_between_1e_4_and_kl():
     for kl, low, high in ((0.7, 1e-4, 0.7), (2e-4, 1e-4, 2e-4), (5e-5, 5e-5, 5e-5)):
         policy, samples, algorithm, rows = round_of("crd", kl=kl)
