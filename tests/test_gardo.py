@@ -16,7 +16,7 @@ from rounds import PROMPTS, generator, gradient
 from torch import Tensor
 
 import bench_dfusion
-from bench_dfusion import config, trainer
+from bench_dfusion import config, records, trainer
 from bench_dfusion.consistent import Components, ConsistentSamples
 from bench_dfusion.objectives import gardo
 from bench_dfusion.objectives.gardo import Gardo, GardoConfig
@@ -265,6 +265,7 @@ def test_a_run_with_an_auxiliary_reward_resumes_and_no_reward_of_it_ranks(
 
     calm = run("calm")
     assert calm.status == "finished" and calm.reward == "clip-1+oracle-0" and len(calm.rounds) == 3
+    assert list(records.check(calm)) == []
     assert {"held", "reward_clip", "reward_oracle"} <= calm.rounds[-1].metrics.keys()
     trained_on = {v.judge for v in calm.verdicts if v.trained_on}
     assert {"clip", "oracle"} <= trained_on  # what was looked at while training tells nothing

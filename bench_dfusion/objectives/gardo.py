@@ -2,8 +2,8 @@
 
 He et al. 2025 (2512.24138), around grpo or nft. The reward is doubted where a picture beats more of the round's others by
 it than by auxiliary rewards, which are those of weight 0 in the sum: `--reward clip:1,aesthetic:0,hpsv2:0`.
-Their code ranks the other way round and so gates the opposite samples; here as in the paper. Their code's are: the bounds
-of the share, and that what moves it is the mean doubt of the pictures that are doubted (over all it is always 0).
+Their code ranks the other way round and so gates the opposite samples; here as in the paper. Taken from their code: the
+bounds of the share, and that the mean doubt of the doubted pictures moves it (over all pictures the mean is always 0).
 """
 
 from __future__ import annotations
