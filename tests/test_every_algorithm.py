@@ -93,6 +93,7 @@ def test_the_training_reward_of_the_last_quarter_is_above_the_firsts(name: str, 
     for seed in SEEDS:
         record = bench_dfusion.run(
             algo=name,
+            track_source="micro",
             builder="vanilla",
             reward="clip" if name == "draft" else "oracle",
             seed=seed,
