@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 from fakes import draw, fake_policy, shake, with_targets
 from torch import Tensor
 
+from bench_dfusion import trainer
 from bench_dfusion.algorithm import Algorithm, Rows
 from bench_dfusion.builders.vanilla import Vanilla
 from bench_dfusion.consistent import ConsistentSamples, PairConfig
 from bench_dfusion.policy import Policy
 
 PROMPTS = ["one"] * 4 + ["two"] * 4
+
+
+@contextmanager
+def stopped_in_round(number: int) -> Iterator[None]:
+    """Inside, a run is stopped, as by Ctrl-C, before round `number` trains; it must come to that."""
+    improve = trainer.Run._improve
+
+    def stopped(self: trainer.Run, samples: ConsistentSamples, now: int) -> dict[str, float]:
+        if now == number:
+            raise KeyboardInterrupt
+        return improve(self, samples, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Run, "_improve", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def values(*numbers: float, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from rounds import stopped_in_round
 from tiny import policy_of, tokenizers_read_once
 
 import bench_dfusion
-from bench_dfusion import records, trainer
+from bench_dfusion import records
 from bench_dfusion.records import Record
 
 
@@ -76,21 +77,11 @@ def test_a_stopped_run_resumes_to_the_same_record(
     calm: Callable[..., Record],
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = request.getfixturevalue(f"{name}_dir")
     expected = calm(folder, algo, builder, *more)
-    improve = trainer.Run._improve
-
-    def stopped(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
-        if number == 1:
-            raise KeyboardInterrupt
-        return improve(self, samples, number)
-
-    monkeypatch.setattr(trainer.Run, "_improve", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_in_round(1):
         run(folder, tmp_path / "stopped", algo, builder, *more)
-    monkeypatch.undo()
     record = run(folder, tmp_path / "stopped", algo, builder, *more)
     assert record.comparable() == expected.comparable()
 

@@ -18,6 +18,7 @@ import torch
 from bench_dfusion.reward_models.clip import Clip
 from processes import SETTINGS as SHORT
 from processes import command
+from rounds import stopped_in_round
 from torch import Tensor
 
 import bench_dfusion
@@ -41,19 +42,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Record:
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path) -> Path:
     """The directory of a run that was stopped in its second round."""
-    improve = trainer.Run._improve
-
-    def once(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
-        if number == 1:
-            raise KeyboardInterrupt
-        return improve(self, samples, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "_improve", once)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
+    with stopped_in_round(1):
+        run(tmp_path)
     (checkpoint,) = tmp_path.rglob("checkpoint.safetensors")
     return checkpoint.parent
 

@@ -12,11 +12,11 @@ from bench_dfusion.algorithms.nft import NFT, NFTConfig
 from fakes import draw, fake_policy, shake, with_targets
 from processes import SETTINGS
 from pydantic import ValidationError
-from rounds import PROMPTS, generator, gradient
+from rounds import PROMPTS, generator, gradient, stopped_in_round
 from torch import Tensor
 
 import bench_dfusion
-from bench_dfusion import config, records, trainer
+from bench_dfusion import config, records
 from bench_dfusion.consistent import Components, ConsistentSamples
 from bench_dfusion.objectives import gardo
 from bench_dfusion.objectives.gardo import Gardo, GardoConfig
@@ -254,9 +254,7 @@ def test_what_is_wrong_is_refused(option: dict[str, Any]) -> None:
         GRPOConfig(gardo=option)
 
 
-def test_a_run_with_an_auxiliary_reward_resumes_and_no_reward_of_it_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_an_auxiliary_reward_resumes_and_no_reward_of_it_ranks(tmp_path: Path) -> None:
     settings = [*SETTINGS, "track.budget.reward_queries=24", "algo.gardo.reset_kl=1e-9", "algo.learning_rate=0.01"]
 
     def run(out: str) -> Any:
@@ -269,15 +267,6 @@ def test_a_run_with_an_auxiliary_reward_resumes_and_no_reward_of_it_ranks(
     assert {"held", "reward_clip", "reward_oracle"} <= calm.rounds[-1].metrics.keys()
     trained_on = {v.judge for v in calm.verdicts if v.trained_on}
     assert {"clip", "oracle"} <= trained_on  # what was looked at while training tells nothing
-    improve = trainer.Run._improve
-
-    def stopped(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
-        if number == 2:
-            raise KeyboardInterrupt
-        return improve(self, samples, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "_improve", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped")
+    with stopped_in_round(2):
+        run("stopped")
     assert run("stopped").comparable() == calm.comparable()

@@ -13,6 +13,7 @@ import torch
 from bench_dfusion.reward_models.clip import Clip
 from bench_dfusion.reward_models.oracle import Oracle
 from processes import SETTINGS
+from rounds import stopped_in_round
 from tiny import policy_of
 
 from bench_dfusion import config, records
@@ -37,26 +38,15 @@ def left(folder: Path, cell: Cell) -> tuple[dict[str, Any], dict[str, bytes]]:
     return records.read(own / "record.json").comparable(), {name: (own / name).read_bytes() for name in files}
 
 
-def test_cells_one_after_another_end_as_each_alone(
-    pixart_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_one_after_another_end_as_each_alone(pixart_dir: Path, tmp_path: Path) -> None:
     cells = [
         cell_of(pixart_dir, algo="kto", builder="dfusion"),
         cell_of(pixart_dir, algo="draft", seed=1),  # gradients through the decoder and the reward
         # a second set of weights, in the algorithm's state
         cell_of(pixart_dir, "track.lora.rank=2", algo="nft", reward="clip:0.7,oracle:0.3", seed=2),
     ]
-    improve = Run._improve
-
-    def stopped(self: Run, samples: Any, number: int) -> dict[str, float]:
-        if number == 1:
-            raise KeyboardInterrupt
-        return improve(self, samples, number)
-
-    with monkeypatch.context() as patch:  # the last one goes on from its first round
-        patch.setattr(Run, "_improve", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run_cell(cells[-1], tmp_path / "one process", "cpu")
+    with stopped_in_round(1):  # the last one goes on from its first round
+        run_cell(cells[-1], tmp_path / "one process", "cpu")
     loaded = Loaded()
     for cell in cells:
         run_cell(cell, tmp_path / "one process", "cpu", loaded=loaded)

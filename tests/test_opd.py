@@ -13,12 +13,12 @@ from fakes import RED, ddim, draw, fake_policy, shake, with_targets
 from peft import LoraConfig
 from processes import SETTINGS
 from pydantic import ValidationError
-from rounds import PROMPTS, generator, gradient, loss_and_gradient, slope_along_the_gradient
+from rounds import PROMPTS, generator, gradient, loss_and_gradient, slope_along_the_gradient, stopped_in_round
 from tiny import policy_of
 from torch.distributions import Normal, kl_divergence
 
 import bench_dfusion
-from bench_dfusion import files, lora, micro, records, samplers, track, trainer, verify
+from bench_dfusion import files, lora, micro, records, samplers, track, verify
 from bench_dfusion.config import resolve
 from bench_dfusion.objectives.denoising import mean_square
 from bench_dfusion.objectives.stepwise import all_means
@@ -287,24 +287,15 @@ def test_a_run_on_another_base_is_no_teacher(tmp_path):
         OPD(OPDConfig(teachers=[str(own)])).setup(policy, RED)
 
 
-def test_a_run_keeps_its_teachers_hashes_resumes_and_cannot_be_run_again_without_them(trained, tmp_path, monkeypatch):
+def test_a_run_keeps_its_teachers_hashes_resumes_and_cannot_be_run_again_without_them(trained, tmp_path):
     settings = [*SETTINGS, "track.budget.reward_queries=16"]
     given: dict[str, Any] = {"algo": "opd", "builder": "vanilla", "reward": "oracle", "track_source": "micro"}
     given |= {"teachers": [str(p) for p in trained], "settings": settings}
     expected = bench_dfusion.run(out=tmp_path / "calm", **given)
     assert expected.status == "finished" and len(expected.rounds) == 2 and expected.cost.updates == 4
     assert expected.resolved["algorithm"]["sha256"] == [files.sha256(p / lora.FILE) for p in trained]
-    improve = trainer.Run._improve
-
-    def stopped(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
-        if number == 1:
-            raise KeyboardInterrupt
-        return improve(self, samples, number)
-
-    monkeypatch.setattr(trainer.Run, "_improve", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_in_round(1):
         bench_dfusion.run(out=tmp_path / "stopped", **given)
-    monkeypatch.undo()
     record = bench_dfusion.run(out=tmp_path / "stopped", **given)
     assert record.comparable() == expected.comparable()
     assert not records.check(record)

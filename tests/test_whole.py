@@ -11,6 +11,7 @@ import pytest
 import torch
 from fakes import shake
 from processes import SETTINGS
+from rounds import stopped_in_round
 from tiny import policy_of
 from torch import nn
 
@@ -120,9 +121,7 @@ def run(out: Path, model: Path, loaded: Loaded | None = None, seed: int = 0, *mo
     return out / cell.folder, trainer.run_cell(cell, out, "cpu", loaded=loaded)
 
 
-def test_a_run_is_judged_again_resumed_and_leaves_nothing_to_the_next(
-    pixart_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_judged_again_resumed_and_leaves_nothing_to_the_next(pixart_dir: Path, tmp_path: Path) -> None:
     folder, calm = run(tmp_path / "calm", pixart_dir)
     assert calm.status == "finished" and calm.cost.updates > 0 and calm.drift is not None and calm.drift.kl > 0
     assert list(records.check(calm)) == []
@@ -134,17 +133,8 @@ def test_a_run_is_judged_again_resumed_and_leaves_nothing_to_the_next(
     card = (folder / "README.md").read_text()
     assert "PixArtTransformer2DModel.from_pretrained(" in card and "A LoRA" not in card and "- lora" not in card
     assert {p.name for p in model_card._pushed(folder)} >= {lora.WHOLE, "config.json", "record.json"}
-    improve = trainer.Run._improve
-
-    def stopped(self: trainer.Run, samples: Any, number: int) -> dict[str, float]:
-        if number == 1:
-            raise KeyboardInterrupt
-        return improve(self, samples, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "_improve", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "stopped", pixart_dir)
+    with stopped_in_round(1):
+        run(tmp_path / "stopped", pixart_dir)
     loaded = Loaded()
     run(tmp_path / "stopped", pixart_dir, loaded, 1)  # another seed trains the pipeline that is kept
     _, resumed = run(tmp_path / "stopped", pixart_dir, loaded)
