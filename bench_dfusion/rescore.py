@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     if problems:
         return Rescored(record, problems, [], [], {}, False, [])
     policy = make_policy(track, adapter, record.seed, where)
-    _load(policy, file)
+    _load(file, policy.load, file)
     text_limits.say(adapter, track.prompts.heldout)
     trained_on = record.provenance.reward_components or {record.reward: record.provenance.reward_fingerprint}
     done = _evaluated(policy, track, judges, trained_on, base, str(folder))
@@ -365,7 +365,7 @@ def weights(
             own = loras.read(file, adapter)
             shape = Scale(rank=own.config.r, alpha=own.config.lora_alpha, modules=len(own.config.target_modules or ()))
             policy = make_policy(track, adapter, 0, where, own.config)
-            _load(policy, file)
+            _load(file, policy.load_state, own.state)
         else:
             policy = _checkpoint(track, path, make_policy(track, adapter, 0, where), where)
     except UsageError:
@@ -439,9 +439,9 @@ def _judges(track: Track, device: torch.device) -> dict[str, Any]:
         raise UsageError(str(error)) from error
 
 
-def _load(policy: Policy, file: Path) -> None:
+def _load(file: Path, load: Callable[[Any], None], what: Any) -> None:
     try:
-        policy.load(file)
+        load(what)
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from None
 
