@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import all_errors, all_outputs, at_levels, mean_square, noised
 from bench_dfusion.objectives.policy_gradient import clipped_share, clipped_terms
-from bench_dfusion.policy import Policy
 
 
 class AWMConfig(AdvantageConfig):

@@ -24,22 +24,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from bench_dfusion import samplers
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy, in_batches
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages, prompt_groups
 from bench_dfusion.objectives.averages import Average
-from bench_dfusion.objectives.denoising import (
-    Noised,
-    all_outputs,
-    draw_levels,
-    mean_square,
-    noised,
-    self_normalised,
-)
+from bench_dfusion.objectives.denoising import Noised, all_outputs, draw_levels, mean_square, noised, self_normalised
 from bench_dfusion.objectives.groups import each_member, group_rows, padded
-from bench_dfusion.policy import Policy, in_batches
-from bench_dfusion.reward import Reward
+from bench_dfusion.rewards.contract import Reward
 
 LEAST_KL = 1e-4  # the weight of the distance to the base where alpha is 0 (official code)
 

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows, StepwiseAlgorithm
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import PromptAdvantages
 from bench_dfusion.objectives.policy_gradient import (
     PolicyGradientConfig,
@@ -28,7 +29,6 @@ from bench_dfusion.objectives.policy_gradient import (
     scaled,
 )
 from bench_dfusion.objectives.stepwise import Steps, stored_steps
-from bench_dfusion.policy import Policy
 
 
 class DDPOConfig(PolicyGradientConfig):

@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import AdvantageConfig, advantages, prompt_groups
 from bench_dfusion.objectives.denoising import all_errors, all_outputs, draw_levels, mean_square, noised
 from bench_dfusion.objectives.groups import each_member, group_rows, padded
-from bench_dfusion.policy import Policy
 
 
 class DGPOConfig(AdvantageConfig):

@@ -20,10 +20,10 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.denoising import LevelsConfig, Noised, all_errors, draw_levels, noised
 from bench_dfusion.objectives.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
-from bench_dfusion.policy import Policy
 
 
 class DiffusionDPOConfig(PreferenceConfig, LevelsConfig):

@@ -31,10 +31,10 @@ from bench_dfusion.algorithm import (
     step_weights,
     window_steps,
 )
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
 from bench_dfusion.objectives.stepwise import Steps, stored_steps
-from bench_dfusion.policy import Policy
 
 
 class DPOConfig(PreferenceConfig, StepwiseConfig):

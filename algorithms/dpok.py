@@ -16,10 +16,10 @@ from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig
 from pydantic import Field
 
 from bench_dfusion.algorithm import AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.diffusion.samplers import gaussian_kl
 from bench_dfusion.objectives.stepwise import all_means, stored_steps
-from bench_dfusion.policy import Policy
-from bench_dfusion.samplers import gaussian_kl
 
 
 class DPOKConfig(DDPOConfig):

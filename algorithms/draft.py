@@ -13,11 +13,11 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from bench_dfusion import samplers
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Among, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.policy import Policy
-from bench_dfusion.reward import Reward, scored_with_gradient
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.rewards.contract import Reward, scored_with_gradient
 
 
 class DRaFTConfig(AlgorithmConfig):

@@ -20,7 +20,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench_dfusion.algorithm import AlgorithmConfig, Between, Loss, Rows, StepwiseAlgorithm
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.diffusion.samplers import gaussian_kl
 from bench_dfusion.objectives.advantages import SPREADS, ComponentsConfig, Spread, advantages
 from bench_dfusion.objectives.gardo import Gardo, GardoOption
 from bench_dfusion.objectives.policy_gradient import (
@@ -34,9 +36,7 @@ from bench_dfusion.objectives.policy_gradient import (
     unclipped_terms,
 )
 from bench_dfusion.objectives.stepwise import all_means, stored_steps
-from bench_dfusion.policy import Policy
-from bench_dfusion.reward import Reward
-from bench_dfusion.samplers import gaussian_kl
+from bench_dfusion.rewards.contract import Reward
 
 
 class GRPOConfig(GardoOption, ComponentsConfig, PolicyGradientConfig):

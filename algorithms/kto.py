@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import advantages
 from bench_dfusion.objectives.denoising import LevelsConfig, all_errors, at_levels, noised
-from bench_dfusion.policy import Policy
 
 
 class KTOConfig(LevelsConfig):

@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import all_outputs, at_levels, mean_square, noised, self_normalised
 from bench_dfusion.objectives.gardo import Gardo, GardoOption
-from bench_dfusion.policy import Policy
-from bench_dfusion.reward import Reward
+from bench_dfusion.rewards.contract import Reward
 
 
 class NFTConfig(GardoOption, AdvantageConfig):

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import AdvantageConfig, advantages, prompt_groups
 from bench_dfusion.objectives.denoising import at_levels, noised
-from bench_dfusion.policy import Policy
 
 
 class RWRConfig(AdvantageConfig):

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.denoising import LevelsConfig, at_levels, noised
-from bench_dfusion.policy import Policy
 
 
 class SFTConfig(LevelsConfig):

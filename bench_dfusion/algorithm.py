@@ -11,12 +11,12 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy, in_batches
 from bench_dfusion.objectives.stepwise import stored_steps
-from bench_dfusion.policy import Policy, in_batches
-from bench_dfusion.reward import Reward
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.track import Track
+from bench_dfusion.rewards.contract import Reward
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util.seeds import seed_of
 
 Rows = dict[str, Tensor]  # equal first dimensions: one row is one term of the loss
 

@@ -61,7 +61,7 @@ def _contained(what: str, kind: str) -> AbstractContextManager[None]:
     """`foreign.contained`, without torch's import where tracks alone are asked for."""
     if kind == "tracks":
         return nullcontext()
-    from bench_dfusion import foreign
+    from bench_dfusion.util import foreign
 
     return foreign.contained(what)
 
@@ -134,8 +134,8 @@ def plain(text: object) -> str:
 def load_file(path: Path) -> list[Plugin]:
     """Register the algorithms, rewards and builders that one Python file defines."""
     from bench_dfusion.algorithm import Algorithm
-    from bench_dfusion.consistent import Builder
-    from bench_dfusion.reward import Reward
+    from bench_dfusion.builders.contract import Builder
+    from bench_dfusion.rewards.contract import Reward
 
     if not path.is_file():
         raise UsageError(f"no plugin file {path}")

@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench_dfusion import track
-from bench_dfusion.consistent import Samples, references_and_bases
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.contract import Samples, references_and_bases
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.micro import oracle
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy, Trajectory
-from bench_dfusion.progress import bar
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.track import Track
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.tracks import schema
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util.progress import bar
+from bench_dfusion.util.seeds import seed_of
 
 LAYERS = {"all attention": "", "self-attention": "attn1", "cross-attention": "attn2", "cross-attention q, k, v": "QKV"}
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--steps", type=int)
     args = parser.parse_args()
-    content = track.read("micro")
+    content = schema.read("micro")
     content["lora"] = {"rank": content["lora"]["rank"]}  # on every attention layer, so that layers can be compared
     for key in ("guidance", "steps"):
         if getattr(args, key):

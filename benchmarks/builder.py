@@ -18,15 +18,16 @@ import measuring
 import torch
 from torch import Tensor
 
-from bench_dfusion import samplers, track
-from bench_dfusion.consistent import Samples, references_and_bases
-from bench_dfusion.fusion.attention import Taps
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.contract import Samples, references_and_bases
+from bench_dfusion.builders.dfusion.attention import Taps
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy, Trajectory
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.track import Track
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.tracks import schema
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util.seeds import seed_of
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    settings = Track.model_validate(track.read("micro"))
+    settings = Track.model_validate(schema.read("micro"))
     policy = make_policy(settings, load_adapter(settings.model)[0], 0, torch.device("cpu"))
     builder = DFusion(DFusionConfig(**settings.builders["dfusion"]))
     prompts = [p for p in settings.prompts.train[: args.prompts] for _ in range(args.samples)]

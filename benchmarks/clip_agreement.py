@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from scipy import stats
 
-from bench_dfusion import registry, statistics, track
+from bench_dfusion import registry
 from bench_dfusion.micro import scenes
 from bench_dfusion.micro.v2 import grammar, oracle
 from bench_dfusion.micro.v2 import scenes as second
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.results import statistics
+from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.tracks import schema
+from bench_dfusion.util.seeds import seed_of
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("--track", choices=("micro", "micro-v2"), default="micro")
     args = parser.parse_args()
     out = args.out
-    settings = track.validate(track.Track, track.read(args.track), "track")
+    settings = schema.validate(schema.Track, schema.read(args.track), "track")
     world = (scenes, scenes) if args.track == "micro" else (grammar, second)  # of prompts, of pictures
     adapter, _ = load_adapter(settings.model)
     policy = make_policy(settings, adapter, 0, torch.device("cpu"))

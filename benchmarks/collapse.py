@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench_dfusion import files
-from bench_dfusion.baseline import Baseline
-from bench_dfusion.progress import bar
+from bench_dfusion.runs.baseline import Baseline
+from bench_dfusion.util import files
+from bench_dfusion.util.progress import bar
 
 ROUNDS, PROMPTS = 50, 66
 # prompts and samples of a prompt in a round, the base's pictures of a prompt, lognormal spread of the prompts' standard

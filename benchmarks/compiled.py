@@ -19,11 +19,11 @@ import measuring
 import torch
 from torch import Tensor
 
-from bench_dfusion import config
-from bench_dfusion.fusion.attention import Taps
+from bench_dfusion.builders.dfusion.attention import Taps
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.runs import config
+from bench_dfusion.runs.trainer import make_policy
 
 
 def calls(policy: Policy, batch: int) -> dict[str, Callable[[], Tensor]]:

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench_dfusion import statistics, track
-from bench_dfusion.consistent import Samples, references_and_bases
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
-from bench_dfusion.fusion.masks import ItemTokens, Rules
+from bench_dfusion.builders.contract import Samples, references_and_bases
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.dfusion.masks import ItemTokens, Rules
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.micro.v2 import grammar, oracle  # the second world's grammar holds all of the first's
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
-from bench_dfusion.progress import bar
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.track import Track
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.results import statistics
+from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.tracks import schema
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util.progress import bar
+from bench_dfusion.util.seeds import seed_of
 
 
 class RandomMask(DFusion):
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--config", action="append", help="JSON of DFusionConfig fields instead of the grid")
     args = parser.parse_args()
-    content = track.read(args.track)
+    content = schema.read(args.track)
     if args.model:
         content["model"] = {**content["model"], "id": args.model, "sha256": None}
     for key in ("guidance", "steps"):

@@ -37,10 +37,10 @@ from diffusers import (
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.models.loading import adapters_by_pipeline
-from bench_dfusion.policy import Policy, Trajectory
-from bench_dfusion.track import MemorySection
+from bench_dfusion.tracks.schema import MemorySection
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from clip_bpe import clip_tokenizer

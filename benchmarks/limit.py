@@ -23,8 +23,8 @@ import measuring
 import torch
 from torch import Tensor
 
-from bench_dfusion import config
-from bench_dfusion.trainer import Run
+from bench_dfusion.runs import config
+from bench_dfusion.runs.trainer import Run
 
 PARTS = {"sample": "sampling", "build": "building", "prepare": "training", "train": "training", "score": "scoring"}
 

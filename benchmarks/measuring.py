@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from bench_dfusion import files, records
+from bench_dfusion.results import records
+from bench_dfusion.util import files
 
 RESULTS = Path(__file__).parent / "results"
 

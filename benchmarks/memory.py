@@ -34,12 +34,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from bench_dfusion import doctor, files, records
-from bench_dfusion.config import Cell
-from bench_dfusion.consistent import Samples
+from bench_dfusion import doctor
+from bench_dfusion.builders.contract import Samples
 from bench_dfusion.micro import pretrain
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.trainer import Run, round_prompts
+from bench_dfusion.results import records
+from bench_dfusion.runs.config import Cell
+from bench_dfusion.runs.trainer import Run, round_prompts
+from bench_dfusion.util import files
+from bench_dfusion.util.seeds import seed_of
 
 CHECKPOINTED = "track.memory.gradient_checkpointing=true"
 # glibc keeps freed blocks below a threshold, which grows to 32 MB, in a heap full of holes; this fixes it at 1 MB.

@@ -35,11 +35,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peer_trl import synchronize
 
-from bench_dfusion import config, isolated
 from bench_dfusion.micro import pretrain
 from bench_dfusion.models.loading import quiet
-from bench_dfusion.progress import bar
-from bench_dfusion.trainer import Run
+from bench_dfusion.rewards import isolated
+from bench_dfusion.runs import config
+from bench_dfusion.runs.trainer import Run
+from bench_dfusion.util.progress import bar
 
 WORKER = Path(__file__).with_name("peer_trl.py")
 TRL_VERSION = "0.23.0"

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench_dfusion import files
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.micro import pretrain as first
 from bench_dfusion.micro.v2 import grammar, oracle, pretrain, scenes
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
-from bench_dfusion.progress import bar
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.track import ModelSection
+from bench_dfusion.tracks.schema import ModelSection
+from bench_dfusion.util import files
+from bench_dfusion.util.progress import bar
+from bench_dfusion.util.seeds import seed_of
 
 SHARP = 0.8  # IoU of a region with its best template
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bench_dfusion import leaderboard, progress, statistics
+from bench_dfusion.results import leaderboard, statistics
+from bench_dfusion.util import progress
 
 RESULTS = Path(__file__).parent / "results" / "ranking.json"
 RECORDS = Path(__file__).parent.parent / "leaderboards"

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench_dfusion import track
 from bench_dfusion.micro import oracle, scenes
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.progress import bar
-from bench_dfusion.seeds import seed_of
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.tracks import schema
+from bench_dfusion.util.progress import bar
+from bench_dfusion.util.seeds import seed_of
 
 IMAGES = 8  # of each validation prompt
 SAMPLERS = [(1.0, 8), (1.0, 12), (1.5, 5), (1.5, 6), (1.5, 8), (2.0, 8), (4.0, 8)]  # guidance, steps
@@ -27,15 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="write what was measured as JSON")
     out = parser.parse_args().out
-    content = track.read("micro")
+    content = schema.read("micro")
     lines = []
     prompts = [p for p in content["prompts"]["validation"] for _ in range(IMAGES)]
     seeds = torch.tensor([seed_of("samplers", p, i) for i, p in enumerate(prompts)])
     templates = np.array([scenes.parse(p).template for p in prompts])
     with bar("samplers", len(SAMPLERS)) as progress:
         for guidance, steps in SAMPLERS:
-            settings = track.Track.model_validate(
-                track.merge(content, {"sampler": {"guidance": guidance, "steps": steps}})
+            settings = schema.Track.model_validate(
+                schema.merge(content, {"sampler": {"guidance": guidance, "steps": steps}})
             )
             adapter, _ = load_adapter(settings.model)
             policy = make_policy(settings, adapter, 0, torch.device("cpu"))

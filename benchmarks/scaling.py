@@ -23,11 +23,11 @@ import measuring
 import pandas as pd
 import torch
 
-from bench_dfusion import track
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
-from bench_dfusion.track import Track
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.tracks import schema
+from bench_dfusion.tracks.schema import Track
 
 VALUES: dict[str, tuple[int, ...]] = {
     "samples": (48, 96, 192),
@@ -39,7 +39,7 @@ VALUES: dict[str, tuple[int, ...]] = {
 
 
 def policy_of(**changes: Any) -> Policy:
-    content = track.read("micro")
+    content = schema.read("micro")
     content["model"] |= {"sha256": None}
     for key, value in changes.items():
         section, _, option = key.partition("_")

@@ -21,7 +21,7 @@ from typing import Any
 
 import measuring
 
-from bench_dfusion import records
+from bench_dfusion.results import records
 
 ALGORITHMS, BUILDERS = ("dpo", "ddpo"), ("dfusion", "vanilla")
 

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import bench_dfusion
-from bench_dfusion import config, records, registry, track
-from bench_dfusion.records import Record
+from bench_dfusion import registry
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.results.records import Record
+from bench_dfusion.runs import config
+from bench_dfusion.tracks import schema
 
 MOST = 5
 IMAGES = 12  # of each validation prompt: judged more finely than a table's 4
@@ -105,7 +108,7 @@ def trial(algorithm: str, builder: str, options: dict[str, Any]) -> dict[str, An
     """What `bench_dfusion.run` needs for a trial: nothing in it depends on the options that the track has now."""
     own = registry.load("algorithms", algorithm).Config(**options).model_dump(mode="json")
     settings = [f"algo.{name}={json.dumps(value)}" for name, value in own.items()]
-    validation = track.read("micro")["prompts"]["validation"]
+    validation = schema.read("micro")["prompts"]["validation"]
     settings += [
         f"track.prompts.heldout={json.dumps(validation)}",
         "track.prompts.validation=[]",

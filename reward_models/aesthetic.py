@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench_dfusion import weights
-from bench_dfusion.images import prepare
 from bench_dfusion.registry import UsageError
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards import weights
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.rewards.preprocessing import prepare
 
 WIDTHS = (768, 1024, 128, 64, 16, 1)
 PLACES = (0, 2, 4, 6, 7)  # upstream's numbers of the layers in `layers`: dropout stands between

@@ -16,10 +16,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bench_dfusion import files, hub, micro, weights
-from bench_dfusion.images import prepare
+from bench_dfusion import micro
 from bench_dfusion.registry import UsageError, unknown
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards import weights
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.rewards.preprocessing import prepare
+from bench_dfusion.util import files, hub
 
 
 def open_clip_model(

@@ -23,10 +23,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bench_dfusion import hub, weights
-from bench_dfusion.images import prepare
 from bench_dfusion.registry import UsageError
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards import weights
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.rewards.preprocessing import prepare
+from bench_dfusion.util import hub
 
 CLASSES = (  # noqa: SIM905 - COCO's, in its order, by GenEval's names
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards.contract import Reward, RewardConfig
 
 
 class Given(Reward):

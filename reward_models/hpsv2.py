@@ -14,9 +14,9 @@ from bench_dfusion.reward_models.clip import Clip, image_size, open_clip_model
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion import weights
-from bench_dfusion.images import prepare
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards import weights
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.rewards.preprocessing import prepare
 
 
 class HPSv2Config(RewardConfig):

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from bench_dfusion.isolated import IsolatedConfig, IsolatedReward
-from bench_dfusion.reward import RewardConfig
+from bench_dfusion.rewards.contract import RewardConfig
+from bench_dfusion.rewards.isolated import IsolatedConfig, IsolatedReward
 
 
 class HPSv3Config(IsolatedConfig):

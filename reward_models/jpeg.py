@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards.contract import Reward, RewardConfig
 
 QUALITY = 95
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.micro.v2 import grammar, oracle  # the second world's grammar holds all of the first's
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards.contract import Reward, RewardConfig
 
 RULES = 1  # version of what the oracle decides
 # By version and score. Version 1's are hashes of the source it had when the first records were made.

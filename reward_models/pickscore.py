@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bench_dfusion import hub, weights
-from bench_dfusion.images import prepare
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards import weights
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.rewards.preprocessing import prepare
+from bench_dfusion.util import hub
 
 
 class PickScoreConfig(RewardConfig):

@@ -22,10 +22,11 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion import files, hub, texts, weights
-from bench_dfusion.prompts import same
 from bench_dfusion.registry import UsageError
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards import weights
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.tracks.prompts import same
+from bench_dfusion.util import files, hub, texts
 
 SPELLINGS = ("{}", " {}")  # of each of yes, Yes and YES
 ASKED = "{question} Please answer yes or no."

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bench_dfusion import files, records
-from bench_dfusion.records import Record
-from bench_dfusion.track import Track
+from bench_dfusion.results import records
+from bench_dfusion.results.records import Record
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util import files
 
 WITHOUT_BETA = {"sft", "rwr", "ddpo", "dpok", "grpo", "nft", "awm", "draft"}
 HELDOUT = {"a red ring": "single", "a blue ring": "single", "two red rings": "count", "two blue rings": "count"}

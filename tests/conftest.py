@@ -21,7 +21,7 @@ def _network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What one test finds out about the network, the next does not know."""
     from huggingface_hub import constants
 
-    from bench_dfusion import hub
+    from bench_dfusion.util import hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
     if "datasets" in sys.modules:
@@ -130,12 +130,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from hub_server import TOKEN, Hub
     from huggingface_hub import constants
 
-    from bench_dfusion import publish
+    from bench_dfusion.publish import repository
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(publish, "WAIT", 0.02)
+    monkeypatch.setattr(repository, "WAIT", 0.02)
     with Hub() as server:
         yield server
 

@@ -11,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from bench_dfusion.consistent import ConsistentSamples, Samples
+from bench_dfusion.builders.contract import ConsistentSamples, Samples
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.models.base import Adapter, Conditioning
-from bench_dfusion.policy import Policy, Trajectory
-from bench_dfusion.reward import Reward, RewardConfig
+from bench_dfusion.rewards.contract import Reward, RewardConfig
 
 WIDTH = 8
 

@@ -205,7 +205,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.list:  # shared by every fork
-        for heavy in ("torch", "diffusers", "peft", "hypothesis", "pytest", "bench_dfusion.policy", "fakes"):
+        for heavy in ("torch", "diffusers", "peft", "hypothesis", "pytest", "bench_dfusion.diffusion.policy", "fakes"):
             importlib.import_module(heavy)
     survivors = 0
     for path in files:

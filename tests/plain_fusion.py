@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]  # by layer, each [positions, width]
 

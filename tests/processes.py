@@ -90,9 +90,9 @@ def _serve() -> None:
     import bench_dfusion.reward_models.clip
 
     import bench_dfusion.cli
-    import bench_dfusion.display
-    import bench_dfusion.rescore
-    import bench_dfusion.trainer  # noqa: F401
+    import bench_dfusion.cli.display
+    import bench_dfusion.runs.rescore
+    import bench_dfusion.runs.trainer  # noqa: F401
 
     subprocess.Popen = Forking  # type: ignore[misc]
     answers = os.fdopen(os.dup(1), "w")

@@ -10,11 +10,11 @@ import torch
 from fakes import draw, fake_policy, shake, with_targets
 from torch import Tensor
 
-from bench_dfusion import trainer
 from bench_dfusion.algorithm import Algorithm, Rows
+from bench_dfusion.builders.contract import ConsistentSamples, PairConfig
 from bench_dfusion.builders.vanilla import Vanilla
-from bench_dfusion.consistent import ConsistentSamples, PairConfig
-from bench_dfusion.policy import Policy
+from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.runs import trainer
 
 PROMPTS = ["one"] * 4 + ["two"] * 4
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from tiny import policy_of
 
-from bench_dfusion import parallel
-from bench_dfusion.track import MemorySection
+from bench_dfusion.tracks.schema import MemorySection
+from bench_dfusion.util import parallel
 
 PROMPTS = ["a cat on a mat", "two dogs"] * 2
 

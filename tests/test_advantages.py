@@ -12,7 +12,7 @@ from rounds import PROMPTS, generator
 from torch import Tensor
 
 from bench_dfusion import registry
-from bench_dfusion.consistent import Components, Samples
+from bench_dfusion.builders.contract import Components, Samples
 from bench_dfusion.objectives.advantages import advantages
 
 WITH_COMPONENTS = [n for n, p in registry.plugins("algorithms").items() if "components" in p.load().Config.model_fields]

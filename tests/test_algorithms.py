@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope_along_the_gradient, values
 
-from bench_dfusion import files
 from bench_dfusion.algorithm import all_log_probs, every_step, step_log_prob, step_weights, window_steps
+from bench_dfusion.builders.contract import ConsistentSamples, PairConfig
 from bench_dfusion.builders.vanilla import Vanilla
-from bench_dfusion.consistent import ConsistentSamples, PairConfig
 from bench_dfusion.objectives.policy_gradient import clipped_terms
+from bench_dfusion.util import files
 
 ALGORITHMS = {
     "dpo": lambda **o: DPO(DPOConfig(**{"beta": 5.0, "ratio_clamp": 0.0, **o})),

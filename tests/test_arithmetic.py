@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench_dfusion.arithmetic import RoundedProducts, products
+from bench_dfusion.diffusion.arithmetic import RoundedProducts, products
 
 PLACE = 2.0**-7  # of a bfloat16 number: neighbours differ by this share of it at most
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench_dfusion import config, records
-from bench_dfusion.baseline import Baseline, pictures_per_prompt
-from bench_dfusion.records import Round
+from bench_dfusion.results import records
+from bench_dfusion.results.records import Round
+from bench_dfusion.runs import config
+from bench_dfusion.runs.baseline import Baseline, pictures_per_prompt
 
 
 def test_the_mean_is_of_the_rounds_own_prompts() -> None:

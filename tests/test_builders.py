@@ -18,13 +18,15 @@ from processes import TINY, command
 from pydantic import ValidationError
 from torch import Tensor
 
-from bench_dfusion import records, registry, samplers
+from bench_dfusion import registry
 from bench_dfusion.algorithm import all_log_probs
 from bench_dfusion.builders.branch import Branch, BranchConfig, endings
+from bench_dfusion.builders.contract import Builder, ConsistentSamples
 from bench_dfusion.builders.same_noise import SameNoise, SameNoiseConfig
-from bench_dfusion.consistent import Builder, ConsistentSamples
-from bench_dfusion.policy import Policy
-from bench_dfusion.seeds import seed_of
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.results import records
+from bench_dfusion.util.seeds import seed_of
 
 PROMPTS = ["one"] * 4 + ["two"] * 4
 

@@ -10,10 +10,10 @@ import pytest
 from processes import SETTINGS
 
 import bench_dfusion
-from bench_dfusion import records
-from bench_dfusion.config import Cell, resolve
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.runs.config import Cell, resolve
 
 CAT, BUS, DOG, TREE = "a cat eating a sandwich", "a black and woolen bus", "the dog above the table", "a gnarly tree"
 TRACK = f"""

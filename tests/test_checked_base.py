@@ -20,14 +20,16 @@ from processes import SETTINGS
 from torch import Tensor
 
 import bench_dfusion
-from bench_dfusion import checked_base, checks, config, evaluation, files, leaderboard, records, statistics
-from bench_dfusion.checked_base import CheckedBase
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
-from bench_dfusion.reward import Reward, RewardConfig
-from bench_dfusion.track import Track
-from bench_dfusion.trainer import make_policy
+from bench_dfusion.results import checked_base, checks, leaderboard, records, statistics
+from bench_dfusion.results.checked_base import CheckedBase
+from bench_dfusion.results.records import Record
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.runs import config, evaluation
+from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util import files
 
 OWN = [
     *SETTINGS,

@@ -14,8 +14,8 @@ from rounds import stopped_in_round
 from tiny import policy_of, tokenizers_read_once
 
 import bench_dfusion
-from bench_dfusion import records
-from bench_dfusion.records import Record
+from bench_dfusion.results import records
+from bench_dfusion.results.records import Record
 
 
 def run(folder: Path, out: Path, algo: str, builder: str, *more: str) -> Record:

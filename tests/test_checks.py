@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from boards import leave, place
 
-from bench_dfusion import checks, leaderboard, merge, publish, records, registry, track
-from bench_dfusion.leaderboard import Board
-from bench_dfusion.records import Record
+from bench_dfusion import registry
+from bench_dfusion.publish import repository
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import content_sha256
+from bench_dfusion.results import checks, leaderboard, merge, records
+from bench_dfusion.results.leaderboard import Board
+from bench_dfusion.results.records import Record
+from bench_dfusion.tracks import schema
+from bench_dfusion.tracks.schema import content_sha256
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
 Content = dict[str, Any]
@@ -208,9 +211,9 @@ def test_the_known_hashes_are_those_of_the_shipped_tracks() -> None:
     """A track that changes needs another version; where it does, its hash comes into tracks/known.json."""
     complete = {}
     for name in registry.plugins("tracks"):
-        content = track.read(name)
+        content = schema.read(name)
         if "model" in content and "source" not in content.get("prompts", {"source": ""}):
-            settings = track.Track.model_validate(content)
+            settings = schema.Track.model_validate(content)
             complete[settings.id] = settings.hash
     assert complete.items() <= {name: known["hash"] for name, known in checks.KNOWN.items()}.items()
     assert {"micro-v1", "micro-fast-v1"} <= complete.keys()
@@ -315,7 +318,7 @@ def test_every_command_refuses_what_is_bent(case: str, tmp_path: Path, refused, 
         assert expected in message and str(place(theirs, bad)) in message and bad.name in message
     boards = [Board(cells) for cells in ((bad,), real()[1:])]
     with pytest.raises(UsageError, match="diffusion-dpo/vanilla/clip/seed 0"):
-        publish.to_directory(boards, tmp_path / "published")
+        repository.to_directory(boards, tmp_path / "published")
     code, out, _ = said("merge", theirs, "--into", tmp_path / "into")
     assert code == 2 and expected in out and str(place(theirs, bad)) in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"], "nothing is written"
@@ -327,7 +330,7 @@ def test_every_command_but_the_owners_tables_refuses_doctored_provenance(tmp_pat
     code, out, _ = said("leaderboard", own)
     assert code == 0 and "not to be published: diffusion-dpo/vanilla/clip: provenance.dirty" in out
     with pytest.raises(UsageError, match=r"seed 0 cannot be published: provenance\.dirty"):
-        publish.to_directory(leaderboard.boards(own), tmp_path / "published")
+        repository.to_directory(leaderboard.boards(own), tmp_path / "published")
     done = merge.merge([own], tmp_path / "into")
     ((path, reason),) = done.refused
     assert path == place(own, bad) and reason.startswith("not to be published: provenance.dirty")

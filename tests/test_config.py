@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from bench_dfusion import files, track
-from bench_dfusion.config import _settings, resolve, resolve_track
 from bench_dfusion.models import layout
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import PromptsSection, Track
+from bench_dfusion.runs.config import _settings, resolve, resolve_track
+from bench_dfusion.tracks import schema
+from bench_dfusion.tracks.schema import PromptsSection, Track
+from bench_dfusion.util import files
 
 TRACK = """
 name = "toy"
@@ -297,7 +298,7 @@ def test_prompt_files_without_prompts_or_with_one_twice(toy: str, tmp_path: Path
 def test_prompt_sets_are_disjoint_and_without_repetition(sets: dict, expected: str) -> None:
     whole = {"train": ["a", "b"], "validation": ["v"], "heldout": ["x", "y"], **sets}
     with pytest.raises(UsageError) as refused:
-        track.validate(PromptsSection, whole, "")
+        schema.validate(PromptsSection, whole, "")
     assert expected in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
@@ -353,8 +354,8 @@ def test_a_model_is_what_it_holds_however_it_is_named(
     )
     assert cell(toy, model=str(copy)).track.hash != first.track.hash
     # A record reads as it is, wherever it is read.
-    read = track.Track.model_validate(first.resolved["track"])
-    assert read.hash == first.track.hash == track.hash_of(first.resolved["track"])
+    read = schema.Track.model_validate(first.resolved["track"])
+    assert read.hash == first.track.hash == schema.hash_of(first.resolved["track"])
 
 
 def test_the_hash_is_of_what_was_resolved(toy: str, tmp_path: Path) -> None:

@@ -22,16 +22,17 @@ from tiny import policy_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_dfusion import doctor, evaluation, trainer
-from bench_dfusion.config import Cell
-from bench_dfusion.consistent import ConsistentSamples, Samples
+from bench_dfusion import doctor
+from bench_dfusion.builders.contract import ConsistentSamples, Samples
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.doctor import device
 from bench_dfusion.doctor.trace import Cost, tracing
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy, Trajectory
 from bench_dfusion.registry import UsageError
-from bench_dfusion.reward import Reward, RewardConfig
-from bench_dfusion.track import MemorySection, ModelSection
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.runs import evaluation, trainer
+from bench_dfusion.runs.config import Cell
+from bench_dfusion.tracks.schema import MemorySection, ModelSection
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROMPTS = ["a red circle", "two blue rings", "a green cross", "a cat and a dog"]

@@ -7,9 +7,9 @@ import torch
 from bench_dfusion.algorithms.draft import DRaFT, DRaFTConfig
 from fakes import RED, draw, fake_policy, shake
 
+from bench_dfusion.builders.contract import ConsistentSamples, PairConfig
 from bench_dfusion.builders.vanilla import Vanilla
-from bench_dfusion.config import Misfit, resolve
-from bench_dfusion.consistent import ConsistentSamples, PairConfig
+from bench_dfusion.runs.config import Misfit, resolve
 
 PROMPTS = ["one"] * 4 + ["two"] * 4
 

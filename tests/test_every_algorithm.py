@@ -11,8 +11,9 @@ import pytest
 from processes import SETTINGS
 
 import bench_dfusion
-from bench_dfusion import registry, track
+from bench_dfusion import registry
 from bench_dfusion.algorithm import Among, search_space
+from bench_dfusion.tracks import schema
 
 SEEDS = (0, 1, 2)
 ROUNDS, PROMPTS, EACH = 8, 24, 8
@@ -77,7 +78,7 @@ DECLINES = pytest.mark.xfail(
 def test_the_training_reward_of_the_last_quarter_is_above_the_firsts(name: str, tmp_path: Path) -> None:
     # One-sided z test at .05 of the means of the drawn samples' rewards: 3 seeds × 2 rounds × 192 samples a side. The
     # same prompts in every round, so that only the policy changes; their spread is in the variance all the same.
-    content = track.read("micro")
+    content = schema.read("micro")
     samples = PROMPTS * EACH
     queries = samples * (2 if name == "draft" else 1)  # its differentiated pictures count too
     settings = [

@@ -18,9 +18,9 @@ from bench_dfusion.algorithms.opd import OPD, OPDConfig
 from fakes import RED, shake
 from tiny import policy_of
 
+from bench_dfusion.builders.contract import Components, ConsistentSamples, PairConfig, Samples
 from bench_dfusion.builders.vanilla import Vanilla
-from bench_dfusion.consistent import Components, ConsistentSamples, PairConfig, Samples
-from bench_dfusion.policy import Policy
+from bench_dfusion.diffusion.policy import Policy
 
 GARDO: dict[str, Any] = {"share": 0.5, "reset_kl": 1e-9, "diversity": "none"}
 STEPS: dict[str, Any] = {

@@ -22,10 +22,12 @@ from rounds import stopped_in_round
 from torch import Tensor
 
 import bench_dfusion
-from bench_dfusion import baseline, files, records, trainer
 from bench_dfusion.models.pixart import PixArtAdapter
-from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.results.records import Record
+from bench_dfusion.runs import baseline, trainer
+from bench_dfusion.util import files
 
 pytestmark = pytest.mark.slow
 SETTINGS = [*SHORT, "track.budget.reward_queries=48"]  # four rounds of D-Fusion's samples

@@ -9,7 +9,7 @@ from fakes import ddim, draw, fake_policy, shake, with_targets
 from pydantic import ValidationError
 from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope_along_the_gradient
 
-from bench_dfusion import samplers
+from bench_dfusion.diffusion import samplers
 
 REWARDS = [0.0, 1.0, 1.0, 4.0, 2.0, 2.5, 7.0, 3.0]
 

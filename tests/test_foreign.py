@@ -14,9 +14,11 @@ import torch
 from fakes import RED, Red
 from torch import Tensor
 
-from bench_dfusion import foreign, registry, reward, user_function, weighted_sum
+from bench_dfusion import registry
 from bench_dfusion.registry import PluginError
-from bench_dfusion.reward import RewardConfig
+from bench_dfusion.rewards import contract, sums, user_function
+from bench_dfusion.rewards.contract import RewardConfig
+from bench_dfusion.util import foreign
 
 CHANGES = [
     lambda: torch.set_grad_enabled(False),
@@ -109,26 +111,26 @@ def pictures(value: int = 51) -> Tensor:
 
 def test_pictures_and_scores_are_copies() -> None:
     blank, images, prompts = Blank(RewardConfig()), pictures(), ["a", "b"]
-    first = reward.dealt_out(blank, images, prompts)
+    first = contract.dealt_out(blank, images, prompts)
     assert first.tolist() == pytest.approx([0.2, 0.2]) and torch.equal(images, pictures())
-    reward.dealt_out(blank, pictures(255), prompts)
+    contract.dealt_out(blank, pictures(255), prompts)
     assert first.tolist() == pytest.approx([0.2, 0.2])
-    scores, applies = reward.scored_where_applicable(blank, images, prompts)
+    scores, applies = contract.scored_where_applicable(blank, images, prompts)
     assert applies.all() and torch.equal(images, pictures()) and scores.tolist() == pytest.approx([0.2, 0.2])
-    reward.embedded(blank, images)
+    contract.embedded(blank, images)
     assert torch.equal(images, pictures())
 
 
 def test_no_component_of_a_sum_sees_what_another_wrote() -> None:
-    kind = weighted_sum.of([("blank", Blank, 1.0), ("red", Red, 1.0)])
+    kind = sums.of([("blank", Blank, 1.0), ("red", Red, 1.0)])
     total = object.__new__(kind)
-    total.config = weighted_sum.SumConfig(
-        components={n: weighted_sum.ComponentConfig(weight=1.0, options=RewardConfig()) for n in ("blank", "red")}
+    total.config = sums.SumConfig(
+        components={n: sums.ComponentConfig(weight=1.0, options=RewardConfig()) for n in ("blank", "red")}
     )
     total.components = {"blank": Blank(RewardConfig()), "red": RED}
     assert total.score(pictures(), ["a", "b"]).tolist() == pytest.approx([0.4, 0.4])
     images = torch.full((2, 3, 4, 4), 0.2, requires_grad=True)
-    scores = reward.scored_with_gradient(total, images.sigmoid(), ["a", "b"])
+    scores = contract.scored_with_gradient(total, images.sigmoid(), ["a", "b"])
     assert scores.tolist() == pytest.approx((2 * torch.tensor([0.2, 0.2]).sigmoid()).tolist())
     scores.sum().backward()
     assert images.grad is not None and (images.grad[:, 0] > 0).all()
@@ -149,8 +151,8 @@ def test_what_is_no_score_is_named() -> None:
 
     words = Words(RewardConfig())
     with pytest.raises(PluginError, match="reward words returned list, not a tensor of numbers"):
-        reward.dealt_out(words, pictures(), ["a", "b"])
+        contract.dealt_out(words, pictures(), ["a", "b"])
     with pytest.raises(PluginError, match="reward words says it is differentiable"):
-        reward.scored_with_gradient(words, torch.zeros(2, 3, 4, 4, requires_grad=True), ["a", "b"])
+        contract.scored_with_gradient(words, torch.zeros(2, 3, 4, 4, requires_grad=True), ["a", "b"])
     with pytest.raises(PluginError, match="reward words: its image embedding is not finite"):
-        reward.embedded(words, pictures())
+        contract.embedded(words, pictures())

@@ -20,15 +20,16 @@ from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slop
 from torch.distributions import Normal
 from torch.nn.functional import softplus
 
-from bench_dfusion import files, samplers
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion import samplers
 from bench_dfusion.objectives.advantages import advantages, prompt_groups, win_rates
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
 from bench_dfusion.objectives.groups import each_member
 from bench_dfusion.objectives.policy_gradient import clipped_terms
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import validate
+from bench_dfusion.tracks.schema import validate
+from bench_dfusion.util import files
 
 ALGORITHMS = {
     "sft": lambda **o: SFT(SFTConfig(**o)),

@@ -18,13 +18,13 @@ from pydantic import ValidationError
 from tiny import policy_of
 from torch import Tensor, nn
 
-from bench_dfusion import samplers
+from bench_dfusion.builders.contract import PairConfig, Samples, references_and_bases, winning_pairs
+from bench_dfusion.builders.dfusion.attention import Taps, resize_mask
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.dfusion.masks import ItemTokens, Rules, item_mask, threshold
 from bench_dfusion.builders.vanilla import Vanilla
-from bench_dfusion.consistent import PairConfig, Samples, references_and_bases, winning_pairs
-from bench_dfusion.fusion.attention import Taps, resize_mask
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
-from bench_dfusion.fusion.masks import ItemTokens, Rules, item_mask, threshold
-from bench_dfusion.policy import Policy, Trajectory
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 
 STEPS = 4
 TOLERANCE = 1e-4  # of the largest magnitude, for float32 (the worst seen is 2e-5, at guidance 5)

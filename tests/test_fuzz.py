@@ -23,9 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 from PIL import ImageOps
 
-from bench_dfusion import config, pairs, picture_reader, prompts, records, registry, track
+from bench_dfusion import registry
 from bench_dfusion.micro import tracks
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.runs import config, pairs
+from bench_dfusion.tracks import prompts, schema
+from bench_dfusion.util import picture_reader
 
 fuzz = settings(
     max_examples=60,
@@ -159,7 +163,7 @@ HOW = st.sampled_from(["replace", "replace", "remove", "add"])
 @given(st.data(), VALUES, HOW)
 def test_a_track_changed_anywhere(data: st.DataObject, value: Any, how: str) -> None:
     content = changed(a_track(), data.draw(st.sampled_from(places(a_track()))), value, how)
-    tried(track.validate, track.Track, content, "track")
+    tried(schema.validate, schema.Track, content, "track")
 
 
 @fuzz
@@ -182,10 +186,10 @@ def test_any_bytes_as_a_record(content: bytes) -> None:
 
 def used(folder: Path) -> None:
     """Load a checkpoint as a run does, up to its first sample, and as the doctor does."""
+    from bench_dfusion.diffusion.policy import Policy
     from bench_dfusion.models.loading import load_adapter
-    from bench_dfusion.policy import Policy
 
-    section = track.ModelSection(id=str(folder))
+    section = schema.ModelSection(id=str(folder))
     for device in ("meta", "cpu"):
         adapter, _ = load_adapter(section, device)
         try:

@@ -16,12 +16,13 @@ from rounds import PROMPTS, generator, gradient, stopped_in_round
 from torch import Tensor
 
 import bench_dfusion
-from bench_dfusion import config, records
-from bench_dfusion.consistent import Components, ConsistentSamples
+from bench_dfusion.builders.contract import Components, ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives import gardo
 from bench_dfusion.objectives.gardo import Gardo, GardoConfig
-from bench_dfusion.policy import Policy
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.runs import config
 
 ALGORITHMS: dict[str, Any] = {"grpo": (GRPO, GRPOConfig), "nft": (NFT, NFTConfig)}
 both = pytest.mark.parametrize("name", ALGORITHMS)

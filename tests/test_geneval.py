@@ -30,8 +30,8 @@ from bench_dfusion.reward_models.geneval import (
 from PIL import Image
 from torch.nn import functional
 
-from bench_dfusion import records
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
 
 # --- prompts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from bench_dfusion import hub
+from bench_dfusion.util import hub
 
 
 @pytest.fixture(autouse=True)

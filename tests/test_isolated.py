@@ -24,9 +24,9 @@ import torch
 from conftest import Said
 from processes import TINY
 
-from bench_dfusion import isolated
-from bench_dfusion.isolated import IsolatedReward, ScorerError
 from bench_dfusion.registry import UsageError
+from bench_dfusion.rewards import isolated
+from bench_dfusion.rewards.isolated import IsolatedReward, ScorerError
 
 HERE = Path(__file__).parent
 

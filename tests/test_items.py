@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from bench_dfusion.fusion.items import find_items, item_tokens
 from bench_dfusion.micro.pretrain import make_tokenizer
 from bench_dfusion.micro.prompts import SPLITS, compositions, prompts
 from bench_dfusion.micro.scenes import PLURALS, TEMPLATES, Spec, parse, random_spec
+from bench_dfusion.tracks.items import find_items, item_tokens
 
 MICRO = make_tokenizer()
 CLIP = clip_tokenizer()

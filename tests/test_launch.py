@@ -18,11 +18,12 @@ import pytest
 from processes import TINY, command
 from test_sweep import jobs
 
-from bench_dfusion import __version__, records, sweeps
-from bench_dfusion.launch import local, node, storage
-from bench_dfusion.launch.local import Local
-from bench_dfusion.launch.storage import Life, Storage, begin
+from bench_dfusion import __version__
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.sweeps import local, node, queue, storage
+from bench_dfusion.sweeps.local import Local
+from bench_dfusion.sweeps.storage import Life, Storage, begin
 
 SWEEP = ("sweep", "micro", "--algo", "dpo", "--reward", "clip")
 
@@ -101,16 +102,16 @@ WAIT = "print('waits', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrup
 
 
 @pytest.fixture
-def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], sweeps.Job]:
+def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], queue.Job]:
     """`cell("code")`: the job of a cell that runs this code."""
     monkeypatch.setattr(local, "_command", lambda fd: [sys.executable, "-c", CELL, str(fd)])
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is still in a buffer at a cell's end is the cell's
     (planned,), made = jobs(tmp_path, algorithms=["dpo"], seeds=1), itertools.count()
 
-    def of(code: str = "") -> sweeps.Job:
+    def of(code: str = "") -> queue.Job:
         number = next(made)
         (tmp_path / str(number)).write_text(code)
-        job = sweeps.Job(planned.cell, tmp_path / f"out{number}", ["--config", str(tmp_path / str(number))])
+        job = queue.Job(planned.cell, tmp_path / f"out{number}", ["--config", str(tmp_path / str(number))])
         (job.folder / "error.json").parent.mkdir(parents=True)
         (job.folder / "error.json").touch()
         return job
@@ -118,7 +119,7 @@ def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], swe
     return of
 
 
-def ends(where: Local, *own: sweeps.Job) -> list[str | None]:
+def ends(where: Local, *own: queue.Job) -> list[str | None]:
     """How the started cells end."""
     until, found = time.monotonic() + 60, {}
     while len(found) < len(own) and time.monotonic() < until:
@@ -127,11 +128,11 @@ def ends(where: Local, *own: sweeps.Job) -> list[str | None]:
     return [found.get(j.folder) for j in own]
 
 
-def log(job: sweeps.Job) -> str:
+def log(job: queue.Job) -> str:
     return (job.folder / "log.txt").read_text()
 
 
-def begun(job: sweeps.Job, word: str = "waits") -> int:
+def begun(job: queue.Job, word: str = "waits") -> int:
     """The process of a cell that waits."""
     until = time.monotonic() + 60
     while word not in log(job) and time.monotonic() < until:
@@ -202,7 +203,7 @@ def test_a_sweep_goes_on_after_a_process_that_died(cell) -> None:
         cell("ctypes.CDLL(None).printf(b'last')"),
     ]
     with Local(["cpu"]) as where:
-        assert not sweeps.Sweep(planned, where).run(), "these leave no records"
+        assert not queue.Sweep(planned, where).run(), "these leave no records"
     assert [job.error for job in planned] == ["first (status 0)", "it said nothing (signal SIGKILL)", "last (status 0)"]
     assert not any(job.locked() for job in planned)
 
@@ -445,7 +446,7 @@ def test_a_node_says_what_it_cannot_run(order, tmp_path: Path) -> None:
 
 def test_a_cell_whose_worker_was_killed_ends_too(tmp_path: Path) -> None:
     child = "import os, sys, time; print(os.getpid(), flush=True)\n"
-    child += "from bench_dfusion.launch import node; node._end_with(int(sys.argv[1]))"
+    child += "from bench_dfusion.sweeps.launcher import node; node._end_with(int(sys.argv[1]))"
     parent = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as worker:
         number = int(worker.stdout.readline())  # type: ignore[union-attr]

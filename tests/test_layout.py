@@ -20,7 +20,7 @@ from bench_dfusion.models import layout
 from bench_dfusion.models.base import Adapter, square, token_limit
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.registry import UsageError, plain
-from bench_dfusion.track import ModelSection
+from bench_dfusion.tracks.schema import ModelSection
 
 Damage = Callable[[Path], Any]
 
@@ -356,7 +356,7 @@ def test_the_hash_is_of_what_is_taken(folder: Path) -> None:
 
 
 def test_the_embedded_models_hash_is_its_tracks() -> None:
-    from bench_dfusion import files
+    from bench_dfusion.util import files
 
     assert layout.read(micro.PIPELINE).sha256() == files.tree_sha256(micro.PIPELINE)
 

@@ -13,11 +13,12 @@ import pytest
 from boards import changed, digest, leave, place, record, register, track
 from rich.console import Console
 
-from bench_dfusion import display, leaderboard, records, statistics
-from bench_dfusion.leaderboard import Board
-from bench_dfusion.records import Record
+from bench_dfusion.cli import display
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report import leaderboard_picture
+from bench_dfusion.results import leaderboard, records, statistics
+from bench_dfusion.results.leaderboard import Board
+from bench_dfusion.results.records import Record
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
 WIGGLE = np.array([0.02, -0.02, 0.01, -0.01])  # sums to nothing over prompts

@@ -16,11 +16,12 @@ from processes import SETTINGS
 from rounds import stopped_in_round
 from tiny import policy_of
 
-from bench_dfusion import config, records
-from bench_dfusion.config import Cell
-from bench_dfusion.loaded import Loaded
-from bench_dfusion.policy import remove_lora
-from bench_dfusion.trainer import Run, run_cell
+from bench_dfusion.diffusion.policy import remove_lora
+from bench_dfusion.results import records
+from bench_dfusion.runs import config
+from bench_dfusion.runs.config import Cell
+from bench_dfusion.runs.loaded import Loaded
+from bench_dfusion.runs.trainer import Run, run_cell
 
 CPU = torch.device("cpu")
 SHORT = [*SETTINGS, "track.budget.reward_queries=16", "track.model.autocast=bfloat16"]

@@ -14,12 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
-from bench_dfusion import lora
+from bench_dfusion.diffusion import lora
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import ModelSection
+from bench_dfusion.tracks.schema import ModelSection
 
 PROMPTS = ["a red circle", "two blue rings"]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from boards import changed, digest, leave, place, record, track
 
-from bench_dfusion import checked_base, companions, files, leaderboard, merge, records
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import checked_base, companions, leaderboard, merge, records
+from bench_dfusion.util import files
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
 

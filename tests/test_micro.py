@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench_dfusion import files, micro
+from bench_dfusion import micro
 from bench_dfusion.micro import oracle, prompts, scenes
 from bench_dfusion.micro.scenes import Placed, Scene, Spec, Thing
+from bench_dfusion.util import files
 
 TONES = ((0.5, 0.5, 0.5), (0.6, 0.6, 0.6))
 
@@ -161,12 +162,12 @@ def test_scene_rendering_is_repeatable_and_keeps_objects_apart() -> None:
 
 
 def test_shipped_weights_are_small_and_are_what_the_track_fixes() -> None:
-    from bench_dfusion import track
+    from bench_dfusion.tracks import schema
 
     weights = [p for p in (micro.HERE / "weights").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in weights) <= 16e6
     assert not [p for p in weights if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
-    content = track.read("micro")
+    content = schema.read("micro")
     assert content["model"]["sha256"] == files.tree_sha256(micro.PIPELINE)
 
 
@@ -213,10 +214,10 @@ def test_open_clip_loads_the_clip_and_it_knows_the_world(tmp_path: Path) -> None
 
 def test_our_sampling_equals_the_plain_pipeline() -> None:
     """The Policy's steps are the pipeline's own DDIM steps, given the same noise."""
-    from bench_dfusion import samplers
+    from bench_dfusion.diffusion import samplers
+    from bench_dfusion.diffusion.policy import Policy
     from bench_dfusion.models.loading import load_adapter
-    from bench_dfusion.policy import Policy
-    from bench_dfusion.track import ModelSection
+    from bench_dfusion.tracks.schema import ModelSection
 
     adapter, _ = load_adapter(ModelSection(id="micro"))
     policy = Policy(adapter, steps=8, guidance=2.0)

@@ -12,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench_dfusion import config, files, micro
+from bench_dfusion import micro
 from bench_dfusion.micro import oracle as first_oracle
 from bench_dfusion.micro import pretrain as first
 from bench_dfusion.micro.scenes import Thing
 from bench_dfusion.micro.v2 import grammar, listening, oracle, pretrain, scenes
 from bench_dfusion.registry import UsageError
+from bench_dfusion.runs import config
+from bench_dfusion.util import files
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
 
@@ -273,7 +275,7 @@ def test_the_base_draws_sharply_and_the_clip_knows_it() -> None:
     from bench_dfusion.reward_models.clip import Clip, ClipConfig
 
     from bench_dfusion.models.loading import load_adapter
-    from bench_dfusion.trainer import make_policy
+    from bench_dfusion.runs.trainer import make_policy
 
     settings = config.resolve_track("micro-v2")
     adapter, _ = load_adapter(settings.model)

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from tiny import policy_of
 from torch import Tensor
 
-from bench_dfusion import samplers
-from bench_dfusion.consistent import ConsistentSamples, Samples
-from bench_dfusion.fusion.attention import Taps
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.contract import ConsistentSamples, Samples
+from bench_dfusion.builders.dfusion.attention import Taps
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.flux import pack, unpack
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.models.schedulers import flow_matching
-from bench_dfusion.policy import Policy
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import ModelSection
+from bench_dfusion.tracks.schema import ModelSection
 
 PROMPTS = ["a red circle", "a capybara and an axolotl"]
 SEEDS = torch.tensor([3, 4])

@@ -15,9 +15,11 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from bench_dfusion import companions, model_card, publish, records
-from bench_dfusion.records import Record
+from bench_dfusion.publish import repository
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import companions, records
+from bench_dfusion.results.records import Record
+from bench_dfusion.runs import model_card
 
 REPO = "somebody/lora"
 
@@ -38,7 +40,7 @@ def on(model: str, **changes) -> Record:
 
 
 def push(hub: Hub, folder: Path, **options) -> str:
-    return model_card.push(folder, REPO, hub=publish.connect(REPO, hub.url), **options)
+    return model_card.push(folder, REPO, hub=repository.connect(REPO, hub.url), **options)
 
 
 def test_the_header_is_what_the_hub_reads(tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ import torch
 from fakes import RED, Red, ddim, draw, fake_policy
 from torch import Tensor
 
-from bench_dfusion import config, evaluation, parallel, rescore
-from bench_dfusion.evaluation import Drawn
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.base import Adapter, NotFinite, finite
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
 from bench_dfusion.registry import PluginError, UsageError
-from bench_dfusion.reward import RewardConfig
-from bench_dfusion.track import ModelSection
+from bench_dfusion.rewards.contract import RewardConfig
+from bench_dfusion.runs import config, evaluation, rescore
+from bench_dfusion.runs.evaluation import Drawn
+from bench_dfusion.tracks.schema import ModelSection
+from bench_dfusion.util import parallel
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,13 @@ from rounds import PROMPTS, generator, loss_and_gradient
 from tiny import policy_of, tiny_sd
 
 import bench_dfusion
-from bench_dfusion import config, micro, pairs, records, registry
+from bench_dfusion import micro, registry
+from bench_dfusion.builders.contract import ConsistentSamples, Samples
 from bench_dfusion.builders.offline import Offline, OfflineConfig
-from bench_dfusion.consistent import ConsistentSamples, Samples
-from bench_dfusion.policy import Trajectory
+from bench_dfusion.diffusion.policy import Trajectory
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.runs import config, pairs
 
 ABLE = ("diffusion-dpo", "kto", "rwr", "sft")
 FEATURES = Features(prompt=Value("string"), chosen=Image(), rejected=Image())

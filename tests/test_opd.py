@@ -18,13 +18,18 @@ from tiny import policy_of
 from torch.distributions import Normal, kl_divergence
 
 import bench_dfusion
-from bench_dfusion import files, lora, micro, records, samplers, track, verify
-from bench_dfusion.config import resolve
+from bench_dfusion import micro
+from bench_dfusion.diffusion import lora, samplers
 from bench_dfusion.objectives.denoising import mean_square
 from bench_dfusion.objectives.stepwise import all_means
+from bench_dfusion.publish import verify
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.runs.config import resolve
+from bench_dfusion.tracks import schema
+from bench_dfusion.util import files
 
-LORA = track.read("micro")["lora"]
+LORA = schema.read("micro")["lora"]
 
 
 def leave(policy, folder):

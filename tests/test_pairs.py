@@ -24,10 +24,12 @@ from processes import TINY, command
 from torch import Tensor
 from trl import unpair_preference_dataset
 
-from bench_dfusion import pairs, records, registry
-from bench_dfusion.consistent import Components, ConsistentSamples, Samples
-from bench_dfusion.policy import Trajectory
+from bench_dfusion import registry
+from bench_dfusion.builders.contract import Components, ConsistentSamples, Samples
+from bench_dfusion.diffusion.policy import Trajectory
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
+from bench_dfusion.runs import pairs
 
 RUN = ("run", "--algo", "dpo", "--reward", "clip", *TINY, "--set=track.budget.prompts_per_round=1")  # four rounds
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from processes import TINY, command
 
-from bench_dfusion import files, parallel, records
-from bench_dfusion.records import Record
-from bench_dfusion.reward import Reward, RewardConfig, dealt_out
+from bench_dfusion.results import records
+from bench_dfusion.results.records import Record
+from bench_dfusion.rewards.contract import Reward, RewardConfig, dealt_out
+from bench_dfusion.util import files, parallel
 
 # Batches smaller than a round's samples, so that there is something to deal out.
 WORDS = ("run", "--reward", "clip", "--device", "cpu", *TINY, "--set=track.batch=3", "--keep-pairs=none")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from bench_dfusion import picture_reader
-from bench_dfusion.picture_reader import PictureError
+from bench_dfusion.util import picture_reader
+from bench_dfusion.util.picture_reader import PictureError
 
 RAMP = np.linspace(0, 1, 1024).reshape(32, 32)
 ORIENTATION = 0x0112

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench_dfusion import pictures
+from bench_dfusion.runs import pictures
 
 
 def changed(count: int, changes: dict[int, int]) -> tuple[Tensor, Tensor, list[str]]:

@@ -10,8 +10,9 @@ import torch
 from processes import command
 from tiny import policy_of
 
-from bench_dfusion import evaluation, records
-from bench_dfusion.policy import Policy, remove_lora
+from bench_dfusion.diffusion.policy import Policy, remove_lora
+from bench_dfusion.results import records
+from bench_dfusion.runs import evaluation
 
 PROMPTS = ["a red circle", "two blue rings", "a green cross", "a red ring above a blue cross", "a cyan square"]
 SEEDS = torch.tensor([1, 2, 3, 4, 5])

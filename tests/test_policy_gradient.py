@@ -13,13 +13,13 @@ from fakes import ddim, draw, fake_policy, shake, with_targets
 from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, round_of, slope_along_the_gradient
 from torch.distributions import Normal, kl_divergence
 
-from bench_dfusion import samplers
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion import samplers
 from bench_dfusion.objectives.advantages import PromptAdvantages, advantages
 from bench_dfusion.objectives.policy_gradient import unclipped_terms
 from bench_dfusion.objectives.stepwise import Steps, all_means, stored_steps
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import validate
+from bench_dfusion.tracks.schema import validate
 
 EARLIER = {"buffer": 4, "min_count": 4}
 SCORE = {"estimator": "score", "updates": 1}

@@ -14,12 +14,12 @@ from fakes import ddim, draw, fake_policy, shake, with_targets
 from pydantic import ValidationError
 from rounds import PROMPTS, bandit, generator, loss_and_gradient, round_of, slope_along_the_gradient, values
 
-from bench_dfusion import samplers
 from bench_dfusion.algorithm import all_log_probs
-from bench_dfusion.consistent import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion import samplers
 from bench_dfusion.objectives.preference import LOSSES, REFUSED, loser_scale, preference_terms, scale_gradient
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import validate
+from bench_dfusion.tracks.schema import validate
 
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.1}
 ALGORITHMS = {

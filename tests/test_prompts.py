@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench_dfusion import prompt_sources, track
-from bench_dfusion.prompts import read_prompts, same, shared, twice, unique
 from bench_dfusion.registry import UsageError
+from bench_dfusion.tracks import schema, sources
+from bench_dfusion.tracks.prompts import read_prompts, same, shared, twice, unique
 
 # ---------------------------------------------------------------- the same prompt
 
@@ -89,7 +89,7 @@ def test_twins_and_lists_without_them() -> None:
 
 def section(**sets: Any) -> Any:
     content = {"train": ["a red bus"], "heldout": ["a purple cup", "two horses"], **sets}
-    return track.validate(track.PromptsSection, content, "track.prompts")
+    return schema.validate(schema.PromptsSection, content, "track.prompts")
 
 
 @pytest.mark.parametrize(
@@ -240,16 +240,16 @@ def test_tracks_and_the_source_lines_read_every_form(tmp_path: Path) -> None:
     toml = '\ufeffname = "own"\r\nversion = 1\r\nextends = "micro"\r\n[prompts]\r\n'
     toml += 'validation = []\r\ntrain = "train.jsonl"\r\nheldout = "held.parquet"\r\n'
     (tmp_path / "own.toml").write_bytes(toml.encode())
-    found = track.read(tmp_path / "own.toml")["prompts"]
+    found = schema.read(tmp_path / "own.toml")["prompts"]
     assert found["heldout"] == words and set(found["templates"].values()) == {"llamas"} and len(found["train"]) == 9
-    rows = prompt_sources.resolve({"source": "lines", "heldout": 3}, tmp_path / "held.parquet", "own")
+    rows = sources.resolve({"source": "lines", "heldout": 3}, tmp_path / "held.parquet", "own")
     assert sorted(rows["train"] + rows["heldout"]) == words and set(rows["templates"]) == set(rows["heldout"])
 
 
 def test_a_copy_takes_each_prompt_once_and_its_split_is_where_it_was(tmp_path: Path) -> None:
     def split(*lines: str) -> dict[str, Any]:
         (tmp_path / "p.txt").write_text("\n".join(lines))
-        return prompt_sources.resolve({"source": "lines", "heldout": 2, "validation": 1}, tmp_path / "p.txt", "own")
+        return sources.resolve({"source": "lines", "heldout": 2, "validation": 1}, tmp_path / "p.txt", "own")
 
     words = [f"a llama, number {i}" for i in range(6)]
     found = split(*words)

@@ -22,10 +22,12 @@ from hub_server import TOKEN, Handler, Hub
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from bench_dfusion import checked_base, companions, dataset, leaderboard, publish, records, rescore, verify
-from bench_dfusion.leaderboard import Board
-from bench_dfusion.records import Record
+from bench_dfusion.publish import dataset, repository, verify
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import checked_base, companions, leaderboard, records
+from bench_dfusion.results.leaderboard import Board
+from bench_dfusion.results.records import Record
+from bench_dfusion.runs import rescore
 
 REPO = "somebody/table"
 HELDOUT = {"a red ring": "single", "a cyan square": "single", "two blue rings": "count"}
@@ -40,8 +42,8 @@ def board(*cells: Record) -> Board:
     return Board(cells)
 
 
-def put(hub: Hub, cells: list[Record], **options: object) -> publish.Published:
-    return publish.to_hub([board(*cells)], REPO, endpoint=hub.url, **options)
+def put(hub: Hub, cells: list[Record], **options: object) -> repository.Published:
+    return repository.to_hub([board(*cells)], REPO, endpoint=hub.url, **options)
 
 
 def hashes(files: dict[str, bytes]) -> set[str]:
@@ -198,14 +200,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path):
         server = request.getfixturevalue("hub")
 
         def to_hub(found: list[leaderboard.Board], replace: bool = False) -> dict[str, bytes]:
-            publish.to_hub(found, REPO, replace=replace, endpoint=server.url)
+            repository.to_hub(found, REPO, replace=replace, endpoint=server.url)
             return server.repos[REPO].files
 
         return to_hub
 
     def to_directory(found: list[leaderboard.Board], replace: bool = False) -> dict[str, bytes]:
         folder = tmp_path / "out"
-        publish.to_directory(found, folder, replace)
+        repository.to_directory(found, folder, replace)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -299,7 +301,7 @@ def test_a_companion_that_is_not_the_records_is_refused_before_anything_is_writt
     field = {companions.LORA: "lora_sha256", checked_base.SCORES: "scores_sha256"}[name]
     assert f"provenance.{field}: " in message and f"{name} is another file" in message
     with pytest.raises(UsageError, match=f"{name} is another file"):
-        publish.to_hub(leaderboard.boards(tmp_path / "runs"), REPO, endpoint=hub.url)
+        repository.to_hub(leaderboard.boards(tmp_path / "runs"), REPO, endpoint=hub.url)
     assert not (tmp_path / "out").exists() and not hub.repos
 
 
@@ -308,28 +310,28 @@ def test_scores_that_a_record_names_must_lie_beside_it(tmp_path: Path) -> None:
     boards.place(leave_files(tmp_path / "runs", ours), ours).with_name(checked_base.SCORES).unlink()
     for found in (leaderboard.boards(tmp_path / "runs"), [board(ours)]):
         with pytest.raises(UsageError, match="provenance.scores_sha256: scores.parquet is missing"):
-            publish.to_directory(found, tmp_path / "out")
+            repository.to_directory(found, tmp_path / "out")
 
 
 def test_a_directory_of_before_there_were_files_beside_records_gets_them(tmp_path: Path) -> None:
     theirs, ours = [with_files(r) for r in THEIRS], with_files(OURS[0])
-    publish.to_directory(leaderboard.boards(leave_files(tmp_path / "theirs", *theirs)), tmp_path / "out")
+    repository.to_directory(leaderboard.boards(leave_files(tmp_path / "theirs", *theirs)), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "runs")
-    done = publish.to_directory(leaderboard.boards(leave_files(tmp_path / "ours", ours)), tmp_path / "out")
+    done = repository.to_directory(leaderboard.boards(leave_files(tmp_path / "ours", ours)), tmp_path / "out")
     assert (done.records, done.added, done.beside) == (4, 1, 2)
-    assert publish.summary(done).startswith(
+    assert repository.summary(done).startswith(
         f"published: {tmp_path / 'out'} (1 run of 4 new and 2 files beside records)"
     )
-    done = publish.to_directory(leaderboard.boards(tmp_path / "theirs"), tmp_path / "out")
+    done = repository.to_directory(leaderboard.boards(tmp_path / "theirs"), tmp_path / "out")
     assert (done.added, done.beside, done.changed) == (0, 6, True)
-    publish.check(tmp_path / "out", records.find(tmp_path / "out"))
+    repository.check(tmp_path / "out", records.find(tmp_path / "out"))
 
 
 def test_a_published_directory_can_be_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, bare = map(with_files, OURS)
     leave_files(tmp_path / "runs", right, wrong)
     leave(tmp_path / "runs", bare := bare.model_copy(update={"provenance": OURS[2].provenance}))
-    publish.to_directory(leaderboard.boards(tmp_path / "runs"), tmp_path / "out")
+    repository.to_directory(leaderboard.boards(tmp_path / "runs"), tmp_path / "out")
     places = {r.cell_hash: tmp_path / "out" / dataset.run_path(r.cell_hash, "record.json") for r in OURS}
     places[wrong.cell_hash].with_name(companions.LORA).write_bytes(b"another")
     drawn: list[Path] = []
@@ -353,12 +355,12 @@ def test_a_published_directory_can_be_verified(tmp_path: Path, monkeypatch: pyte
 
 
 def test_links_in_a_directory_are_never_written_through(tmp_path: Path) -> None:
-    publish.to_directory([board(*THEIRS)], tmp_path / "out")
+    repository.to_directory([board(*THEIRS)], tmp_path / "out")
     shutil.move(tmp_path / "out" / "runs", tmp_path / "elsewhere")
     (tmp_path / "out" / "runs").symlink_to(tmp_path / "elsewhere")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     with pytest.raises(UsageError, match="runs is a symbolic link"):
-        publish.to_directory([board(*OURS)], tmp_path / "out")
+        repository.to_directory([board(*OURS)], tmp_path / "out")
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
@@ -369,17 +371,17 @@ def test_a_dataset_of_something_else_is_refused(hub: Hub, tmp_path: Path) -> Non
     assert set(hub.repos[REPO].files) == {".gitattributes", "README.md", "cats.csv"}
     hub.create("somebody/data", {"data.csv": b"a"})
     with pytest.raises(UsageError, match="holds files and no leaderboard"):
-        publish.to_hub([board(*OURS)], "somebody/data", endpoint=hub.url)
+        repository.to_hub([board(*OURS)], "somebody/data", endpoint=hub.url)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty and no leaderboard"):
-        publish.to_directory([board(*OURS)], tmp_path)
+        repository.to_directory([board(*OURS)], tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "forged"])
 def test_records_that_cannot_be_read_are_never_written_over(damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    publish.to_directory([board(*THEIRS)], folder)
+    repository.to_directory([board(*THEIRS)], folder)
     stored = folder / dataset.path_of("records")
     data = stored.read_bytes()
     stored.unlink()
@@ -390,16 +392,16 @@ def test_records_that_cannot_be_read_are_never_written_over(damage: str, tmp_pat
         stored.write_bytes(dataset.parquet(table.set_column(2, "cell_hash", [["0" * 64] * 3])))
     readme = (folder / "README.md").read_bytes()
     with pytest.raises(UsageError, match="records/train"):
-        publish.to_directory([board(*OURS)], folder)
+        repository.to_directory([board(*OURS)], folder)
     assert (folder / "README.md").read_bytes() == readme
 
 
 def test_a_directory_is_whole_after_a_kill_and_keeps_foreign_files(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    publish.to_directory([board(*THEIRS)], folder)
+    repository.to_directory([board(*THEIRS)], folder)
     (folder / "notes.txt").write_text("mine")
     folder.rename(tmp_path / ".out.replaced")  # as a kill between the two renames leaves it
-    done = publish.to_directory([board(*OURS)], folder)
+    done = repository.to_directory([board(*OURS)], folder)
     assert (done.records, done.added) == (6, 3) and (folder / "notes.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -471,11 +473,11 @@ def test_a_proposal_leaves_main_alone_and_is_made_once(hub: Hub) -> None:
     proposed = repo.refs["refs/pr/1"]
     assert repo.titles[proposed] == "my rows" and hashes(repo.commits[proposed]) == cells(*OURS, *THEIRS)
     again = put(hub, OURS, pr=True, message="my rows")
-    assert publish.summary(done).splitlines() == [
+    assert repository.summary(done).splitlines() == [
         f"proposed: {done.url} (3 runs of 6 new)",
         f'datasets.load_dataset("{REPO}", "leaderboard", split="train", revision="refs/pr/1") reads it',
     ]
-    assert "it was there already" in publish.summary(again)
+    assert "it was there already" in repository.summary(again)
     assert again.url == done.url and not again.changed and len(repo.refs) == 2
 
 
@@ -487,7 +489,7 @@ def test_a_failing_server_is_tried_again_and_given_up_in_one_line(
     said = capsys.readouterr().err.splitlines()
     assert said == [f"the Hub failed for the moment (status 503); attempt {n} of 6" for n in (2, 3)]
     hub.faults = [lambda request: request.error(500, "boom") or True] * 3
-    monkeypatch.setattr(publish, "ATTEMPTS", 3)
+    monkeypatch.setattr(repository, "ATTEMPTS", 3)
     with pytest.raises(UsageError, match=r"status 500.*after 3 attempts") as stopped:
         put(hub, THEIRS)
     assert "\n" not in str(stopped.value) and not hub.faults
@@ -510,12 +512,12 @@ def test_rows_survive_a_server_that_fails_while_they_are_read(hub: Hub) -> None:
 
 
 def test_no_network_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "ATTEMPTS", 2)
+    monkeypatch.setattr(repository, "ATTEMPTS", 2)
     address = hub.url
     hub.shutdown()
     hub.server_close()
     with pytest.raises(UsageError, match="the Hub cannot be reached .*check the network"):
-        publish.to_hub([board(*OURS)], REPO, endpoint=address)
+        repository.to_hub([board(*OURS)], REPO, endpoint=address)
 
 
 def test_a_new_dataset_is_private_on_demand_and_a_public_one_stays(hub: Hub) -> None:
@@ -625,7 +627,7 @@ def test_the_same_records_give_the_same_bytes_in_any_order() -> None:
 )
 def test_a_record_that_contradicts_itself_is_not_published(changes: dict, expected: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=expected):
-        publish.to_directory([board(OURS[0].model_copy(update=changes))], tmp_path / "out")
+        repository.to_directory([board(OURS[0].model_copy(update=changes))], tmp_path / "out")
     with pytest.raises(UsageError, match="its seed has more than 64 bits"):
-        publish.to_directory([board(record(seed=2**70))], tmp_path / "out")
+        repository.to_directory([board(record(seed=2**70))], tmp_path / "out")
     assert not (tmp_path / "out").exists()

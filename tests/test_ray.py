@@ -17,7 +17,8 @@ import psutil
 import pytest
 from processes import TINY
 
-from bench_dfusion import files, records
+from bench_dfusion.results import records
+from bench_dfusion.util import files
 
 # Long enough for a node to die in the middle; notes what it scored, so that work done twice is seen.
 SLOW = """
@@ -112,7 +113,7 @@ def processes_of(words: str) -> list[psutil.Process]:
             line = process.cmdline()
         except psutil.Error:  # it has ended meanwhile
             continue
-        if "bench_dfusion.launch.node" in line and words in " ".join(line):
+        if "bench_dfusion.sweeps.node" in line and words in " ".join(line):
             found = [process, process.parent()]
     return found
 

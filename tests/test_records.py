@@ -12,17 +12,17 @@ import jsonschema
 import pytest
 from boards import HELDOUT, changed, digest, record, track
 
-from bench_dfusion import records
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import records
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runpy: the module is imported already
 def test_the_published_schema_is_what_the_command_writes(capsys) -> None:
-    runpy.run_module("bench_dfusion.records", run_name="__main__", alter_sys=True)
+    runpy.run_module("bench_dfusion.results.records", run_name="__main__", alter_sys=True)
     assert capsys.readouterr().out == (LEADERBOARDS / "record.schema.json").read_text(), (
-        "python -m bench_dfusion.records > leaderboards/record.schema.json"
+        "python -m bench_dfusion.results.records > leaderboards/record.schema.json"
     )
 
 

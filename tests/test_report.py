@@ -19,11 +19,12 @@ from boards import leave, record, register, track
 from PIL import Image
 from webdriver import HOW, Browser, binaries
 
-from bench_dfusion import leaderboard, report
-from bench_dfusion.records import Record
+from bench_dfusion import report
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.report.marks import ticks, visible
+from bench_dfusion.results import leaderboard
+from bench_dfusion.results.records import Record
 
 HOSTILE = (
     "<script>window.hit = 1</script>",

@@ -16,23 +16,16 @@ from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
 import bench_dfusion
-from bench_dfusion import (
-    checked_base,
-    cli,
-    config,
-    evaluation,
-    files,
-    leaderboard,
-    lora,
-    publish,
-    records,
-    rescore,
-    verify,
-)
-from bench_dfusion.policy import Policy
-from bench_dfusion.records import Record
+from bench_dfusion import cli
+from bench_dfusion.diffusion import lora
+from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.publish import repository, verify
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import Track
+from bench_dfusion.results import checked_base, leaderboard, records
+from bench_dfusion.results.records import Record
+from bench_dfusion.runs import config, evaluation, rescore
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util import files
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +351,7 @@ def test_verify_evaluates_again_and_runs_again(copied: Path, monkeypatch, said) 
 @pytest.mark.slow
 def test_a_published_run_is_evaluated_again_from_its_lora(copied: Path, tmp_path: Path) -> None:
     edit(copied, lambda record: record["provenance"].update(code="0" * 40, dirty=False))
-    publish.to_directory(leaderboard.boards(copied.parent), tmp_path / "published")
+    repository.to_directory(leaderboard.boards(copied.parent), tmp_path / "published")
     shutil.rmtree(copied)
     (verified,) = verify.run(tmp_path / "published")
     assert (verified.status, verified.detail) == ("matches", "to the last bit")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from boards import changed, digest, leave, place, record
 
-from bench_dfusion import companions, merge, records
+from bench_dfusion.results import companions, merge, records
 
 WORKFLOW = yaml.safe_load((Path(__file__).parent.parent / "leaderboards" / "results-repository.yml").read_text())
 STEPS = [s for s in WORKFLOW["jobs"]["check"]["steps"] if "run" in s and s["name"] != "Install"]

@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bench_dfusion
-from bench_dfusion import records, registry, trainer, weighted_sum
-from bench_dfusion.config import Misfit, judges_of, resolve, resolve_track
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.images import prepare
+from bench_dfusion import registry
+from bench_dfusion.builders.contract import ConsistentSamples
 from bench_dfusion.registry import PluginError, UsageError
-from bench_dfusion.reward import Reward
+from bench_dfusion.results import records
+from bench_dfusion.rewards import sums
+from bench_dfusion.rewards.contract import Reward
+from bench_dfusion.rewards.preprocessing import prepare
+from bench_dfusion.runs import trainer
+from bench_dfusion.runs.config import Misfit, judges_of, resolve, resolve_track
 
 SIDE = 32
 PROMPTS = ["a red circle", "two blue rings", "a red circle"]
@@ -478,7 +481,7 @@ def a_cell(reward: str, **options: Any) -> Any:
 
 
 def test_how_a_sum_is_written() -> None:
-    split = weighted_sum.split
+    split = sums.split
     parts = [("clip", 0.7), ("oracle", 0.3)]
     assert split("clip:0.7,oracle:0.3") == split("clip:0.7+oracle:0.3") == split("clip-0.7+oracle-0.3") == parts
     assert split("jpeg-compressibility:-1e-2,a,b/f.py:score:2") == [
@@ -488,8 +491,8 @@ def test_how_a_sum_is_written() -> None:
     assert split("jpeg--0.1+clip-1e+20") == [("jpeg", -0.1), ("clip", 1e20)]
     for single in ("clip", "oracle:full", "jpeg-compressibility", "foo-2", "rewards.py:score"):
         assert split(single) is None
-    assert weighted_sum.listed("clip,clip:0.7,oracle:0.3,oracle") == ["clip", "clip:0.7,oracle:0.3", "oracle"]
-    assert weighted_sum.listed("clip:1+oracle:2,clip:2+oracle:1") == ["clip:1+oracle:2", "clip:2+oracle:1"]
+    assert sums.listed("clip,clip:0.7,oracle:0.3,oracle") == ["clip", "clip:0.7,oracle:0.3", "oracle"]
+    assert sums.listed("clip:1+oracle:2,clip:2+oracle:1") == ["clip:1+oracle:2", "clip:2+oracle:1"]
 
 
 def test_a_sum_is_one_cell_however_it_is_written() -> None:
@@ -530,7 +533,7 @@ def test_a_sum_has_a_gradient_if_all_of_it_has() -> None:
 
 
 def test_the_gradient_of_a_sum(hps: HPSv2, aesthetic: Aesthetic) -> None:
-    cls = weighted_sum.of([("hpsv2", HPSv2, 2.0), ("aesthetic", Aesthetic, 0.5)])
+    cls = sums.of([("hpsv2", HPSv2, 2.0), ("aesthetic", Aesthetic, 0.5)])
     options = {"hpsv2": dict(hps.config), "aesthetic": {**dict(aesthetic.config), "sd": 4}}
     both = cls(cls.configured(options, {}))
     images = floats(pictures(2)).requires_grad_()
@@ -541,7 +544,7 @@ def test_the_gradient_of_a_sum(hps: HPSv2, aesthetic: Aesthetic) -> None:
 
 
 def test_a_judge_that_is_a_component_is_no_judge() -> None:
-    from bench_dfusion.evaluation import verdict
+    from bench_dfusion.runs.evaluation import verdict
 
     track = resolve_track("micro", settings=[t.removeprefix("--set=") for t in TINY])
     scores = torch.zeros(len(track.prompts.heldout), 2)
@@ -623,7 +626,7 @@ def test_a_mistake_is_one_line(
 def test_the_option_is_refused_where_there_is_nothing_to_take_apart(
     given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench_dfusion.config._scored_by", lambda *_: "given")
+    monkeypatch.setattr("bench_dfusion.runs.config._scored_by", lambda *_: "given")
     cell = {"track_source": "micro", "algo": "grpo", "settings": ["algo.components=each"], **given}
     with pytest.raises(Misfit, match=said) as refused:
         resolve(**cell)
@@ -753,7 +756,7 @@ def test_functions_of_both_signatures(mine: Path) -> None:
 
 
 def test_pairs_that_a_sum_scored(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench_dfusion import config
+    from bench_dfusion.runs import config
 
     def read(source: str) -> Any:
         return type("Pairs", (), {"scored_by": "clip-0.7+redness-0.3"})
@@ -798,7 +801,7 @@ def test_a_run_on_a_sum_with_functions_is_recorded_and_resumed(
     mine: Path, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the first round, it goes on; its record stands every check."""
-    from bench_dfusion.trainer import Run
+    from bench_dfusion.runs.trainer import Run
 
     reward = "mine.py:redness:0.5+mine.py:trl:0.25+clip:1"
     words = (
@@ -847,8 +850,7 @@ def test_a_run_on_a_sum_with_functions_is_recorded_and_resumed(
 def test_a_sweep_gives_its_processes_the_reward_as_it_was_written(
     mine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from bench_dfusion import sweeps
-    from bench_dfusion.launch import local
+    from bench_dfusion.sweeps import local, queue
 
     started: list[list[str]] = []
 
@@ -861,7 +863,7 @@ def test_a_sweep_gives_its_processes_the_reward_as_it_was_written(
             started.append(words)
 
     reward = f"clip:0.5+{mine}:redness:2"
-    jobs, _ = sweeps.plan("micro-fast", ["dpo"], ["vanilla"], [reward], 1, tmp_path)
+    jobs, _ = queue.plan("micro-fast", ["dpo"], ["vanilla"], [reward], 1, tmp_path)
     monkeypatch.setattr(local, "Worker", Worker)
     local.Local(["cpu"]).start(jobs[0])
     assert started[0][started[0].index("--reward") + 1] == reward
@@ -894,7 +896,7 @@ def test_hpsv2_against_upstream(tmp_path: Path) -> None:
 def test_aesthetic_against_upstream() -> None:
     """OpenAI's own package `clip` encodes; the MLP is upstream's."""
     clip = pytest.importorskip("clip", reason="OpenAI's clip is not installed")
-    from bench_dfusion import weights
+    from bench_dfusion.rewards import weights
 
     images = pictures(3, 512)
     model, transform = clip.load("ViT-L/14", device="cpu")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from processes import TINY, command
 
-from bench_dfusion import records
+from bench_dfusion.results import records
 
 DYING = '''
 import os, signal

@@ -18,28 +18,21 @@ from processes import SETTINGS
 from rich.console import Console
 
 import bench_dfusion
-from bench_dfusion import (
-    checked_base,
-    checks,
-    config,
-    dataset,
-    display,
-    files,
-    leaderboard,
-    lora,
-    merge,
-    records,
-    report,
-    sweeps,
-    trainer,
-)
-from bench_dfusion.baseline import pictures_per_prompt
-from bench_dfusion.leaderboard import Board
+from bench_dfusion import report
+from bench_dfusion.cli import display
+from bench_dfusion.diffusion import lora
 from bench_dfusion.objectives.averages import Warmed
-from bench_dfusion.records import Record
+from bench_dfusion.publish import dataset
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report import content
-from bench_dfusion.track import read
+from bench_dfusion.results import checked_base, checks, leaderboard, merge, records
+from bench_dfusion.results.leaderboard import Board
+from bench_dfusion.results.records import Record
+from bench_dfusion.runs import config, trainer
+from bench_dfusion.runs.baseline import pictures_per_prompt
+from bench_dfusion.sweeps import queue
+from bench_dfusion.tracks.schema import read
+from bench_dfusion.util import files
 
 LADDER = [8, 16, 24]
 OWN = [
@@ -434,9 +427,9 @@ def test_every_rung_stands_beside_the_others(tmp_path: Path, said: Any, refused:
 
 
 def test_a_sweep_runs_to_its_rung(tmp_path: Path) -> None:
-    def planned(rung: int) -> sweeps.Job:
+    def planned(rung: int) -> queue.Job:
         names = (["diffusion-dpo"], ["vanilla"], ["oracle"])
-        ((job,), _) = sweeps.plan("micro", *names, 1, tmp_path, ["--track", "micro"], rung, settings=OWN)
+        ((job,), _) = queue.plan("micro", *names, 1, tmp_path, ["--track", "micro"], rung, settings=OWN)
         return job
 
     with pytest.raises(UsageError, match="--rung 4: micro-custom-v1 has 3 rungs"):
@@ -451,7 +444,7 @@ def test_a_sweep_runs_to_its_rung(tmp_path: Path) -> None:
     ):
         records.write(first.record, record)
         jobs = planned(1), planned(2)
-        sweeps.register(jobs)
+        queue.register(jobs)
         assert tuple(j.state for j in jobs) == states
         gains = [j.result.verdicts[0].gain.mean for j in jobs if j.state == "finished"]
         assert gains == pytest.approx([0.1, 0.2][: len(gains)])

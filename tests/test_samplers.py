@@ -9,8 +9,8 @@ from fakes import ddim, fake_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench_dfusion import samplers
-from bench_dfusion.samplers import ddim_schedule
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.samplers import ddim_schedule
 
 PREDICTIONS = ("epsilon", "v_prediction")
 SPACINGS = {

@@ -19,9 +19,9 @@ from tiny import policy_of
 from torch import Tensor
 
 import bench_dfusion
-from bench_dfusion import samplers
 from bench_dfusion.algorithm import SDEWindow
 from bench_dfusion.builders.branch import Branch, BranchConfig
+from bench_dfusion.diffusion import samplers
 from bench_dfusion.registry import UsageError
 
 ALGORITHMS = {"ddpo": (DDPO, DDPOConfig), "dpo": (DPO, DPOConfig), "grpo": (GRPO, GRPOConfig)}

@@ -26,14 +26,15 @@ from safetensors.torch import load_file, save_file
 from tiny import BETAS, policy_of
 from torch import Tensor
 
-from bench_dfusion import config, lora, samplers
-from bench_dfusion.fusion.builder import DFusion, DFusionConfig
+from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
+from bench_dfusion.diffusion import lora, samplers
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.models.schedulers import ddim_like
 from bench_dfusion.models.sdxl import SDXLAdapter
-from bench_dfusion.policy import Policy
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import MemorySection, ModelSection
+from bench_dfusion.runs import config
+from bench_dfusion.tracks.schema import MemorySection, ModelSection
 
 PROMPTS = ["a red circle", "a capybara and an axolotl"]
 SEEDS = torch.tensor([3, 4])

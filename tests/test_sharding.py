@@ -14,7 +14,7 @@ from test_parallel import run
 from tiny import policy_of
 
 from bench_dfusion.models import sharding
-from bench_dfusion.track import MemorySection
+from bench_dfusion.tracks.schema import MemorySection
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import integrate, optimize, stats
 
-from bench_dfusion.statistics import (
+from bench_dfusion.results.statistics import (
     adjusted_gains,
     compare,
     holm,

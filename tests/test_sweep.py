@@ -15,9 +15,11 @@ import pytest
 from processes import SETTINGS, TINY, command
 
 import bench_dfusion
-from bench_dfusion import leaderboard, records, registry, sweeps
-from bench_dfusion.launch.local import Local
+from bench_dfusion import registry
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import leaderboard, records
+from bench_dfusion.sweeps import queue
+from bench_dfusion.sweeps.local import Local
 
 FAILING = '''
 import os, signal
@@ -53,11 +55,11 @@ class Killing(Oracle):
 '''
 
 
-def jobs(out: Path, **changes) -> list[sweeps.Job]:
+def jobs(out: Path, **changes) -> list[queue.Job]:
     options = {"seeds": 2, "settings": SETTINGS} | changes
     algorithms = options.pop("algorithms", ["dpo", "ddpo"])
     rewards = options.pop("rewards", ["oracle"])
-    return sweeps.plan("micro", algorithms, ["vanilla"], rewards, options.pop("seeds"), out, **options)[0]
+    return queue.plan("micro", algorithms, ["vanilla"], rewards, options.pop("seeds"), out, **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(
 def test_every_cell_is_registered_before_the_first_runs_and_shown_until_it_has_a_record(tmp_path: Path) -> None:
     planned = jobs(tmp_path)
     assert [(j.row[0], j.cell.seed) for j in planned] == [("dpo", 0), ("ddpo", 0), ("dpo", 1), ("ddpo", 1)]
-    sweeps.register(planned)
+    queue.register(planned)
     (board,) = leaderboard.boards(tmp_path)
     frame = leaderboard.table(board)
     assert frame["missing"].tolist() == [2, 2] and frame["seeds"].tolist() == [0, 0]
@@ -96,23 +98,23 @@ def test_every_cell_is_registered_before_the_first_runs_and_shown_until_it_has_a
     (board,) = leaderboard.boards(tmp_path)
     assert board.records == (record,) and len(board.unfinished) == 3
     again = jobs(tmp_path)
-    sweeps.register(again)
+    queue.register(again)
     assert [j.state for j in again] == ["waiting", "waiting", "finished", "waiting"]
 
 
 def test_seeds_come_from_the_track_and_what_cannot_fit_is_said(tmp_path: Path) -> None:
-    planned, left_out = sweeps.plan(
+    planned, left_out = queue.plan(
         "micro", ["draft"], ["vanilla"], ["clip", "oracle"], None, tmp_path, settings=[*SETTINGS, "track.seeds=3"]
     )
     assert [(j.row, j.cell.seed) for j in planned] == [(("draft", "vanilla", "clip"), n) for n in range(3)]
     assert len(left_out) == 1 and left_out[0].startswith("draft/vanilla/oracle: draft follows the reward's gradient")
     with pytest.raises(UsageError, match="oracle has none"):
-        sweeps.plan("micro", ["draft"], ["vanilla"], ["oracle"], 2, tmp_path)
+        queue.plan("micro", ["draft"], ["vanilla"], ["oracle"], 2, tmp_path)
 
 
 def test_the_time_left_is_that_of_like_cells_then_of_all_then_of_what_runs(tmp_path: Path) -> None:
     planned = jobs(tmp_path)
-    sweep = sweeps.Sweep(planned, Local(["cpu"], workers=2))
+    sweep = queue.Sweep(planned, Local(["cpu"], workers=2))
     assert sweep.time_left() == float("inf")
     now = time.monotonic()
     planned[0].state, planned[0].started = "running", now - 10

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from test_offline import parquet, table
 
-from bench_dfusion import config, doctor, rescore, text_limits
+from bench_dfusion import doctor
 from bench_dfusion.builders.offline import Offline, OfflineConfig
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import ModelSection, PromptsSection
+from bench_dfusion.runs import config, rescore, text_limits
+from bench_dfusion.tracks.schema import ModelSection, PromptsSection
 
 LONG = f"a photo of a {'very ' * 90}"  # more than CLIP's 77 tokens, fewer than a T5's 512 here
 LONGER = LONG * 2  # more than those too

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 from clip_bpe import clip_tokenizer
 
-from bench_dfusion import cli, files, prompt_sources, registry, track
-from bench_dfusion.config import resolve
-from bench_dfusion.fusion.items import item_tokens
-from bench_dfusion.prompt_sources import SOURCES, SourceSection
-from bench_dfusion.prompts import read_prompts
+from bench_dfusion import cli, registry
 from bench_dfusion.registry import UsageError
-from bench_dfusion.track import Track
-from bench_dfusion.tracks import words
+from bench_dfusion.runs.config import resolve
+from bench_dfusion.tracks import schema, sources, words
+from bench_dfusion.tracks.items import item_tokens
+from bench_dfusion.tracks.prompts import read_prompts
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.tracks.sources import SOURCES, SourceSection
+from bench_dfusion.util import files
 
 DOCS = Path(__file__).parent.parent / "docs" / "tracks.md"
 PROMPTS = Path(words.__file__).parent / "prompts"
@@ -44,7 +45,7 @@ FROM_A_COPY = (
 
 
 def load(source: str | Path) -> Track:
-    found: Track = track.validate(Track, track.read(source), "track")
+    found: Track = schema.validate(Track, schema.read(source), "track")
     return found
 
 
@@ -96,12 +97,12 @@ def test_what_belongs_to_a_replaced_part_goes_with_it(tmp_path: Path) -> None:
     other = load(write(tmp_path, "model.toml", head + 'extends = "micro"\n[model]\nid = "some/model"\n')).model
     assert (other.id, other.sha256, other.autocast) == ("some/model", None, "bfloat16")
     section = '[prompts]\nsource = "lines"\nheldout = 0.5\n'
-    source = track.read(write(tmp_path, "source.toml", head + 'extends = "micro"\n' + section))["prompts"]
+    source = schema.read(write(tmp_path, "source.toml", head + 'extends = "micro"\n' + section))["prompts"]
     assert source == {"source": "lines", "heldout": 0.5}
     lists = '[prompts]\ntrain = ["a cat"]\nheldout = ["a cow", "a car"]\n'
-    listed = track.read(write(tmp_path, "lists.toml", head + 'extends = "geneval"\n' + lists))["prompts"]
+    listed = schema.read(write(tmp_path, "lists.toml", head + 'extends = "geneval"\n' + lists))["prompts"]
     assert listed == {"train": ["a cat"], "heldout": ["a cow", "a car"]}
-    resized = track.read(write(tmp_path, "size.toml", head + 'extends = "geneval"\n[prompts]\ntrain = 9\n'))["prompts"]
+    resized = schema.read(write(tmp_path, "size.toml", head + 'extends = "geneval"\n[prompts]\ntrain = 9\n'))["prompts"]
     assert resized == {"source": "geneval", "train": 9, "validation": 0.1, "heldout": 0.3}
 
 
@@ -214,28 +215,26 @@ def sizes(source: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("source", FORMATS)
 def test_every_format_gives_the_same_sets(source: str, tmp_path: Path) -> None:
     path = FORMATS[source](tmp_path, [*ROWS, *ODD])
-    found = prompt_sources.resolve(sizes(source, train=None), path, "mine")
-    assert found == prompt_sources.resolve(sizes("lines", train=None), lines(tmp_path / "plain", [*ROWS, *ODD]), "mine")
+    found = sources.resolve(sizes(source, train=None), path, "mine")
+    assert found == sources.resolve(sizes("lines", train=None), lines(tmp_path / "plain", [*ROWS, *ODD]), "mine")
     every = [*found["train"], *found["validation"], *found["heldout"]]
-    assert [len(found[k]) for k in track.SETS] == [9, 4, 8]
+    assert [len(found[k]) for k in schema.SETS] == [9, 4, 8]
     assert {p.lower().rstrip(".") for p in every} == {*SCENES, ODD[0][0]}
     # Every set has the categories in their proportions, 16 to 5.
     assert Counter(found["templates"].values()) == {"colour": 6, "few_things": 2}
     if source != "lines":
-        assert prompt_sources.resolve(sizes(source, train=None), tmp_path, "mine") == found  # the directory around it
+        assert sources.resolve(sizes(source, train=None), tmp_path, "mine") == found  # the directory around it
 
 
 def test_the_split_depends_on_nothing_but_the_prompts(tmp_path: Path) -> None:
     shuffled = random.Random(0).sample([*ROWS, *ODD], len(ROWS) + len(ODD))
     first, second = (
-        prompt_sources.resolve(sizes("lines"), lines(tmp_path / n, rows), "mine")
+        sources.resolve(sizes("lines"), lines(tmp_path / n, rows), "mine")
         for n, rows in (("a", [*ROWS, *ODD]), ("b", shuffled))
     )
     assert first == second
     assert first["heldout"][:3] == ["a red boat", "a white lamp", "a white tent"]  # on every machine
-    more = prompt_sources.resolve(
-        sizes("lines", train=None, validation=0.2, heldout=0.4), tmp_path / "a/mine.txt", "mine"
-    )
+    more = sources.resolve(sizes("lines", train=None, validation=0.2, heldout=0.4), tmp_path / "a/mine.txt", "mine")
     assert more["heldout"] == first["heldout"] and more["validation"] == first["validation"]
     assert len(more["train"]) == 9 and more["train"][:8] == first["train"]
 
@@ -248,8 +247,8 @@ def test_compbench_keeps_its_own_split(tmp_path: Path) -> None:
         write(tmp_path, f"examples/dataset/{category}.txt", "a thing of no split\n")
         write(tmp_path, f"examples/dataset/{category}_val_seen.txt", own[6] + "\n")
     section = {"source": "t2i-compbench", "validation": 2, "heldout": 0.5}
-    found = prompt_sources.resolve(section, tmp_path, "mine")
-    assert found == prompt_sources.resolve(section, tmp_path / "examples" / "dataset", "mine")
+    found = sources.resolve(section, tmp_path, "mine")
+    assert found == sources.resolve(section, tmp_path / "examples" / "dataset", "mine")
     assert set(found["heldout"]) < {*SCENES[6:10], *SCENES[16:20]} and len(found["heldout"]) == 4
     assert {*found["train"], *found["validation"]} == {*SCENES[:6], *SCENES[10:16]} and len(found["validation"]) == 2
     assert Counter(found["templates"].values()) == {"color": 2, "non_spatial": 2}
@@ -262,17 +261,17 @@ def test_the_official_prompts_of_a_template_keep_their_split(tmp_path: Path) -> 
         write(folder, f"template{n}_test.json", json.dumps(SCENES[start + 6 : start + 10]))
         write(folder, f"template{n}_item.json", json.dumps({p: [2] for p in SCENES[start : start + 10]}))
     write(folder, "template1_3prompt.json", json.dumps(["another list"]))
-    section = {**track.read("dfusion-materials")["prompts"], "heldout": 4}
-    found = prompt_sources.resolve(section, tmp_path, "mine")
+    section = {**schema.read("dfusion-materials")["prompts"], "heldout": 4}
+    found = sources.resolve(section, tmp_path, "mine")
     assert set(found["train"]) == {*SCENES[10:16]} and set(found["heldout"]) == {*SCENES[16:]}
-    assert found["validation"] == [] and found == prompt_sources.resolve(section, folder, "mine")
+    assert found["validation"] == [] and found == sources.resolve(section, folder, "mine")
     with pytest.raises(UsageError, match="asks for 40 prompts and 4 are left"):
-        prompt_sources.resolve(track.read("dfusion-animals")["prompts"], tmp_path, "mine")
+        sources.resolve(schema.read("dfusion-animals")["prompts"], tmp_path, "mine")
     write(folder, "template3_test.json", '{"a": 1}')
     with pytest.raises(UsageError, match="template3_test.json is no JSON list of prompts"):
-        prompt_sources.resolve(section, tmp_path, "mine")
+        sources.resolve(section, tmp_path, "mine")
     with pytest.raises(UsageError, match="d-fusion has files for each category"):
-        prompt_sources.resolve(section, "hf:someone/prompts", "mine")
+        sources.resolve(section, "hf:someone/prompts", "mine")
 
 
 def test_the_papers_tracks_train_as_the_official_code_does() -> None:
@@ -290,7 +289,7 @@ def test_prompts_are_left_out_by_category_length_and_items(tmp_path: Path) -> No
     whole = {"source": "partiprompts", "heldout": 4}
 
     def kept(**options: Any) -> set[str]:
-        found = prompt_sources.resolve({**whole, **options}, path, "mine")
+        found = sources.resolve({**whole, **options}, path, "mine")
         return {*found["train"], *found["heldout"]}
 
     assert kept(items=True, max_words=10) == set(SCENES)
@@ -305,11 +304,11 @@ def test_a_dataset_directory_is_a_copy_too(tmp_path: Path) -> None:
         "hub/all.csv",
         path.read_text().replace(ODD[0][0], '"""open"" on a box, a 5"" nail"').replace("\t", ","),
     )
-    found = prompt_sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'hub'}", "mine")
-    assert found == prompt_sources.resolve(sizes("partiprompts"), path, "mine")
+    found = sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'hub'}", "mine")
+    assert found == sources.resolve(sizes("partiprompts"), path, "mine")
     write(tmp_path, "other/all.csv", "title\na cat\n")
     with pytest.raises(UsageError, match="no column prompt, text, caption; it has"):
-        prompt_sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'other'}", "mine")
+        sources.resolve(sizes("partiprompts"), f"hf:{tmp_path / 'other'}", "mine")
 
 
 def test_rows_without_a_prompt_are_counted_and_what_is_no_text_is_refused(tmp_path: Path, capsys) -> None:
@@ -318,22 +317,20 @@ def test_rows_without_a_prompt_are_counted_and_what_is_no_text_is_refused(tmp_pa
     for name, found in (("with", [*rows, *blank]), ("without", rows)):
         write(tmp_path, f"{name}/all.jsonl", "".join(f"{json.dumps(row)}\n" for row in found))
     asked, copy = sizes("partiprompts"), f"hf:{tmp_path / 'with'}"
-    assert prompt_sources.resolve(asked, copy, "mine") == prompt_sources.resolve(
-        asked, f"hf:{tmp_path / 'without'}", "mine"
-    )
+    assert sources.resolve(asked, copy, "mine") == sources.resolve(asked, f"hf:{tmp_path / 'without'}", "mine")
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert said == f"{copy}: left out 2 of {len(rows) + 2} rows, which have no prompt"
     write(tmp_path, "numbers/all.jsonl", '{"prompt": 1}\n{"prompt": 2}\n')
     with pytest.raises(UsageError, match="row 0: 1 is no prompt: give a text"):
-        prompt_sources.resolve(asked, f"hf:{tmp_path / 'numbers'}", "mine")
+        sources.resolve(asked, f"hf:{tmp_path / 'numbers'}", "mine")
 
 
 def test_a_copy_may_be_fixed_by_its_hash(tmp_path: Path) -> None:
     path = geneval(tmp_path, ROWS)
-    found = prompt_sources.resolve(sizes("geneval", sha256=files.sha256(path)), tmp_path, "mine")
+    found = sources.resolve(sizes("geneval", sha256=files.sha256(path)), tmp_path, "mine")
     assert len(found["heldout"]) == 8
     with pytest.raises(UsageError, match="the track fixes 000000000000"):
-        prompt_sources.resolve(sizes("geneval", sha256="0" * 64), tmp_path, "mine")
+        sources.resolve(sizes("geneval", sha256="0" * 64), tmp_path, "mine")
 
 
 @pytest.mark.parametrize("name", FROM_A_COPY)
@@ -342,7 +339,7 @@ def test_a_track_of_a_published_set_says_where_the_copy_comes_from(name: str) ->
         resolve(track_source=name, algo="dpo", reward="clip")
     message = str(refused.value)
     assert (
-        SOURCES[track.read(name)["prompts"]["source"]].home in message
+        SOURCES[schema.read(name)["prompts"]["source"]].home in message
         and "--prompts COPY" in message
         and len(message.splitlines()) == 1
     )
@@ -354,7 +351,7 @@ def test_the_prompts_found_are_in_the_hash_and_changes_make_another_track(tmp_pa
         return resolve(track_source="geneval", algo="dpo", reward="clip", prompts=path, settings=list(settings)).track
 
     plain = cell()
-    assert plain.id == "geneval-v2" and [len(getattr(plain.prompts, k)) for k in track.SETS] == [12, 2, 6]
+    assert plain.id == "geneval-v2" and [len(getattr(plain.prompts, k)) for k in schema.SETS] == [12, 2, 6]
     assert cell(rows=ROWS[:-1]).hash != plain.hash == cell(rows=ROWS).hash
     smaller = cell("track.prompts.train=5")
     assert smaller.name == "geneval-custom" and smaller.prompts.train == plain.prompts.train[:5]
@@ -485,7 +482,7 @@ def key_rows() -> list[str]:
     """A row of the documentation's tables for every key of a track."""
     rows = []
     sections = {
-        name: f.annotation for name, f in Track.model_fields.items() if f.annotation in track.Section.__subclasses__()
+        name: f.annotation for name, f in Track.model_fields.items() if f.annotation in schema.Section.__subclasses__()
     }
     models = [("", Track), *((f"{n}.", m) for n, m in sections.items()), ("prompts.", SourceSection)]
     for prefix, model in models:

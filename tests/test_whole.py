@@ -16,12 +16,15 @@ from tiny import policy_of
 from torch import nn
 
 import bench_dfusion
-from bench_dfusion import companions, config, doctor, lora, model_card, records, rescore, trainer
-from bench_dfusion.loaded import Loaded
+from bench_dfusion import doctor
+from bench_dfusion.diffusion import lora
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
-from bench_dfusion.records import Record
 from bench_dfusion.registry import UsageError
+from bench_dfusion.results import companions, records
+from bench_dfusion.results.records import Record
+from bench_dfusion.runs import config, model_card, rescore, trainer
+from bench_dfusion.runs.loaded import Loaded
 
 FAMILIES = ("sd", "sdxl", "pixart", "sd3", "flux")
 WHOLE = [*SETTINGS, "track.budget.reward_queries=16", "track.sampler.steps=4", "track.lora.rank=0"]

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench_dfusion import cli, leaderboard, records
-from bench_dfusion.leaderboard import Board
-from bench_dfusion.records import Record
+from bench_dfusion import cli
+from bench_dfusion.results import leaderboard, records
+from bench_dfusion.results.leaderboard import Board
+from bench_dfusion.results.records import Record
 
 PUBLISHED = Path(__file__).parents[1] / "leaderboards" / "micro-v1"
 

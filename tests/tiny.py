@@ -32,11 +32,11 @@ from t5 import t5_tokenizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.micro import pretrain
 from bench_dfusion.models import loading
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.policy import Policy
-from bench_dfusion.track import ModelSection
+from bench_dfusion.tracks.schema import ModelSection
 
 BETAS: dict[str, Any] = {  # of every Stable Diffusion
     "beta_start": 0.00085,

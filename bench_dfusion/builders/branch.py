@@ -28,8 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion import parallel, samplers
-from bench_dfusion.consistent import (
+from bench_dfusion.builders.contract import (
     Builder,
     BuilderConfig,
     ConsistentSamples,
@@ -38,8 +37,10 @@ from bench_dfusion.consistent import (
     Score,
     winning_pairs,
 )
-from bench_dfusion.policy import Policy, Trajectory
-from bench_dfusion.seeds import seed_of
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy, Trajectory
+from bench_dfusion.util import parallel
+from bench_dfusion.util.seeds import seed_of
 
 
 class BranchConfig(PairConfig):

@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from bench_dfusion import pairs
-from bench_dfusion.consistent import Builder, BuilderConfig, ConsistentSamples, Samples, Score
-from bench_dfusion.policy import Policy, Trajectory
-from bench_dfusion.prompts import shared
+from bench_dfusion.builders.contract import Builder, BuilderConfig, ConsistentSamples, Samples, Score
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.registry import UsageError
-from bench_dfusion.seeds import passes
-from bench_dfusion.track import PromptsSection
+from bench_dfusion.runs import pairs
+from bench_dfusion.tracks.prompts import shared
+from bench_dfusion.tracks.schema import PromptsSection
+from bench_dfusion.util.seeds import passes
 
 
 class OfflineConfig(BuilderConfig):

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 
 from bench_dfusion.builders.branch import best_against_worst, check_branching, parents
-from bench_dfusion.consistent import Builder, BuilderConfig, ConsistentSamples, PairConfig, Samples, Score
-from bench_dfusion.policy import Policy
-from bench_dfusion.seeds import seed_of
+from bench_dfusion.builders.contract import Builder, BuilderConfig, ConsistentSamples, PairConfig, Samples, Score
+from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.util.seeds import seed_of
 
 
 class SameNoiseConfig(PairConfig):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from bench_dfusion.consistent import (
+from bench_dfusion.builders.contract import (
     Builder,
     BuilderConfig,
     ConsistentSamples,
@@ -16,7 +16,7 @@ from bench_dfusion.consistent import (
     references_and_bases,
     winning_pairs,
 )
-from bench_dfusion.policy import Policy
+from bench_dfusion.diffusion.policy import Policy
 
 
 class Vanilla(Builder):

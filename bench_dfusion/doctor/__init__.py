@@ -28,23 +28,24 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from bench_dfusion import evaluation, text_limits, track
 from bench_dfusion.algorithm import Algorithm
-from bench_dfusion.config import Cell, default_track, judges_of
-from bench_dfusion.config import resolve as resolve_cell
-from bench_dfusion.consistent import Builder, Components, ConsistentSamples, Samples
+from bench_dfusion.builders.contract import Builder, Components, ConsistentSamples, Samples
+from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.doctor import configs, device
 from bench_dfusion.doctor.device import Rates
 from bench_dfusion.doctor.trace import Cost, tracing
 from bench_dfusion.models import sharding
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import dtype, find, load_adapter
-from bench_dfusion.policy import Policy, Trajectory
-from bench_dfusion.progress import console
 from bench_dfusion.registry import UsageError
-from bench_dfusion.reward import Reward, RewardConfig
-from bench_dfusion.track import Track
-from bench_dfusion.trainer import make_policy, round_prompts
+from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.runs import evaluation, text_limits
+from bench_dfusion.runs.config import Cell, default_track, judges_of
+from bench_dfusion.runs.config import resolve as resolve_cell
+from bench_dfusion.runs.trainer import make_policy, round_prompts
+from bench_dfusion.tracks import schema
+from bench_dfusion.tracks.schema import Track
+from bench_dfusion.util.progress import console
 
 # Shares added to what is allocated and freed again. Of a GPU it is assumed, for a caching allocator's gaps and kernels'
 # workspaces. On a CPU glibc keeps freed blocks of up to 32 MB in a heap full of holes: this is the most it took without
@@ -172,8 +173,8 @@ def resolve(
     """The cell as `run` would have it, and remarks; prompts stand in where the track leaves them to the user."""
     source = track_source or default_track(model)
     settings, notes = list(settings or []), []
-    content = track.read(source)
-    given = track.read_toml(config).get("track", {}) if config else {}
+    content = schema.read(source)
+    given = schema.read_toml(config).get("track", {}) if config else {}
     if prompts is None and not any("prompts" in c for c in (content, given)) and ".prompts." not in "".join(settings):
         words = [f"a photo of a cat and a dog, number {i}" for i in range(STAND_INS + 10)]
         settings += [f"track.prompts.train={json.dumps(words[:STAND_INS])}"]
@@ -322,7 +323,7 @@ class _Doctor:
         for part, switch in ((network, "gradient_checkpointing"), (vae, "gradient_checkpointing"), (vae, "slicing")):
             getattr(part, f"disable_{switch}", lambda: None)()
         wanted = {"gradient_checkpointing", "vae_slicing"}
-        policy.adapter.save_memory(track.MemorySection(**settings.memory.model_dump(include=wanted)))
+        policy.adapter.save_memory(schema.MemorySection(**settings.memory.model_dump(include=wanted)))
         return policy
 
     def parameters(self, settings: Track) -> dict[str, int]:

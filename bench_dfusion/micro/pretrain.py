@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bench_dfusion import files
 from bench_dfusion.micro import prompts as lists
 from bench_dfusion.micro.scenes import (
     COLOURS,
@@ -46,7 +45,8 @@ from bench_dfusion.micro.scenes import (
     sample_scene,
 )
 from bench_dfusion.micro.scenes import render as draw_scene
-from bench_dfusion.progress import bar
+from bench_dfusion.util import files
+from bench_dfusion.util.progress import bar
 
 GRID = 8  # latent positions a side
 CHANNELS = 16

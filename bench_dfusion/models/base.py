@@ -13,11 +13,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bench_dfusion import parallel, samplers
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.samplers import Levels, Schedule
 from bench_dfusion.models import schedulers, sharding
 from bench_dfusion.registry import UsageError
-from bench_dfusion.samplers import Levels, Schedule
-from bench_dfusion.track import MemorySection
+from bench_dfusion.tracks.schema import MemorySection
+from bench_dfusion.util import parallel
 
 Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first
 CPS_NOISE = 0.8  # FlowCPS's eta

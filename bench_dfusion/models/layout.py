@@ -15,9 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion import files, hub, micro
-from bench_dfusion.progress import bar
+from bench_dfusion import micro
 from bench_dfusion.registry import UsageError
+from bench_dfusion.util import files, hub
+from bench_dfusion.util.progress import bar
 
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never asked, and some as large as a text encoder

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench_dfusion import samplers
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.samplers import Levels, Schedule
 from bench_dfusion.models import schedulers
 from bench_dfusion.models.base import Adapter
-from bench_dfusion.samplers import Levels, Schedule
 
 NOISE_LEVEL = 0.7  # Flow-GRPO's a
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_dfusion import files, lora
+from bench_dfusion.diffusion import lora
 from bench_dfusion.models.base import Adapter, Conditioning, square
 from bench_dfusion.registry import UsageError
+from bench_dfusion.util import files
 
 
 class PixArtAdapter(Adapter):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from bench_dfusion import parallel
+from bench_dfusion.util import parallel
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import AlgorithmConfig
-from bench_dfusion.consistent import Samples
+from bench_dfusion.builders.contract import Samples
 from bench_dfusion.objectives.denoising import LevelsConfig
 
 EPSILON = 1e-4  # added to the spread (Flow-GRPO's code)

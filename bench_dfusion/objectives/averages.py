@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench_dfusion.policy import Policy
+from bench_dfusion.diffusion.policy import Policy
 
 
 class Average:

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor
 
-from bench_dfusion import samplers
 from bench_dfusion.algorithm import AlgorithmConfig, Rows, Share
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.policy import Policy, in_batches
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy, in_batches
 
 
 def _where(value: Any, union: ValidatorFunctionWrapHandler) -> Any:

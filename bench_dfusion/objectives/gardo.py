@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from bench_dfusion.algorithm import AlgorithmConfig
-from bench_dfusion.consistent import Components, ConsistentSamples
+from bench_dfusion.builders.contract import Components, ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import prompt_groups
-from bench_dfusion.policy import Policy
-from bench_dfusion.reward import Reward, embedded
-from bench_dfusion.weighted_sum import WeightedSum
+from bench_dfusion.rewards.contract import Reward, embedded
+from bench_dfusion.rewards.sums import WeightedSum
 
 REMEMBERED = 20  # rounds whose mean doubt is compared with
 FACTOR = 0.1  # by which the share of gated samples grows or shrinks

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from bench_dfusion.algorithm import Between, Rows, StepwiseConfig, all_log_probs, every_step, step_weights, window_steps
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.policy import Policy
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion.policy import Policy
 
 
 class PolicyGradientConfig(StepwiseConfig):

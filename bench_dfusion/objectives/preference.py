@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion import parallel, registry
+from bench_dfusion import registry
 from bench_dfusion.algorithm import AlgorithmConfig, Rows
+from bench_dfusion.util import parallel
 
 DISCOPOP_TAU = 0.05  # Lu et al. 2024, §4
 

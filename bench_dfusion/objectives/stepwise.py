@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench_dfusion import samplers
-from bench_dfusion.consistent import ConsistentSamples
-from bench_dfusion.policy import Policy, in_batches
+from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.diffusion import samplers
+from bench_dfusion.diffusion.policy import Policy, in_batches
 
 
 @dataclass

@@ -17,14 +17,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bench_dfusion import files, leaderboard
-from bench_dfusion.leaderboard import Board
-from bench_dfusion.progress import bar
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.report.content import pareto
 from bench_dfusion.report.marks import MARKS
 from bench_dfusion.report.picture import leaderboard_picture
+from bench_dfusion.results import leaderboard
+from bench_dfusion.results.leaderboard import Board
+from bench_dfusion.util import files
+from bench_dfusion.util.progress import bar
 
 __all__ = ["html", "leaderboard_picture", "pareto", "write"]
 

@@ -13,10 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion import leaderboard, picture_reader
-from bench_dfusion.leaderboard import Board, Row, signed
-from bench_dfusion.records import Record
 from bench_dfusion.report.marks import marks_of, ticks, visible
+from bench_dfusion.results import leaderboard
+from bench_dfusion.results.leaderboard import Board, Row, signed
+from bench_dfusion.results.records import Record
+from bench_dfusion.util import picture_reader
 
 PICTURES = {
     "base_trained": "base (left) and trained (right) on the same noise, for held-out prompts",

@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion import files, leaderboard
-from bench_dfusion.leaderboard import Board, gain_text
 from bench_dfusion.registry import UsageError
 from bench_dfusion.report.marks import MARKS, marks_of, ticks, visible
+from bench_dfusion.results import leaderboard
+from bench_dfusion.results.leaderboard import Board, gain_text
+from bench_dfusion.util import files
 
 WIDTH, LINE, TOP, BOTTOM = 960, 26, 92, 74  # px
 RANK, NAME, PLOT, RIGHT = 24, 112, 420, 736  # px, left ends of the columns, and the plot's right end

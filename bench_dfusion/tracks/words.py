@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from bench_dfusion import files
-from bench_dfusion.seeds import passes
+from bench_dfusion.util import files
+from bench_dfusion.util.seeds import passes
 
 
 def _words(text: str, separator: str = " ") -> list[str]:

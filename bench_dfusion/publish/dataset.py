@@ -1,0 +1,683 @@
+"""A leaderboard as a dataset: what is published of boards, its tables with every column declared, and its card.
+
+Pure: `publish.py` reads and writes. The `records` table holds everything the others are made from, so that a published
+dataset can be merged and made anew from itself alone. The same cells lie as files below `runs/`, each record with its
+companions, so that the tree is also a folder of runs: `leaderboard`, `verify` and `merge` take it as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench_dfusion import __version__
+from bench_dfusion.registry import UsageError, plain
+from bench_dfusion.results import checks, companions, leaderboard, records
+from bench_dfusion.results.leaderboard import Board, Row
+from bench_dfusion.results.records import Record, Unfinished
+from bench_dfusion.runs.pictures import evenly, prompts_of
+from bench_dfusion.tracks.schema import JudgedSampler, SamplerSection, Track
+from bench_dfusion.util.files import json_text
+
+MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
+README = "README.md"
+TABLES = ("leaderboard", "scores", "curves", "records")  # made anew at every publication; samples are only added to
+SHARD = re.compile(rf"({'|'.join(TABLES)})/train-[^/]*\.parquet")
+RUN = re.compile(r"runs/([0-9a-f]{64})/(.+)")  # a cell's files, by its hash
+MADE = ("record.json", "cell.json", "error.json")  # those that `files` makes of the cell; the others are companions
+SAMPLE = re.compile(r"samples/train-([0-9a-f]{16})-[0-9a-f]{12}\.parquet")  # start of the cell's hash, of the content's
+PICTURES = {
+    "base_trained": "base (left) and trained (right) on the same noise, up to 24 held-out prompts",
+    "triples": "reference, its mask, base and target of the last training round, with rewards",
+}
+SHOWN = 5  # differences named in a refusal
+
+_TRACK = {
+    "track": ("string", "the track's name and version"),
+    "track_hash": ("string", "SHA-256 of everything the track holds equal; rows of different hashes never compare"),
+}
+_NAMES = {
+    "algorithm": ("string", "the training backend"),
+    "builder": ("string", "the builder of the consistent samples; vanilla: no fusion, the control"),
+    "reward": ("string", "the training reward"),
+}
+_VARIANT = {"variant": ("string", "the options that tell it from other rows of the same three names, else empty")}
+_CELL = {
+    **_TRACK,
+    "cell_hash": ("string", "SHA-256 of the run's resolved configuration; the key into records"),
+    **_NAMES,
+}
+_RUNG = {"rung": ("int64", "rung of the track's ladder of budgets, from 1; null where the track has none")}
+_SEED = {"seed": ("int64", "the training seed")}
+
+# Columns of each config: the type, in the names that pyarrow and datasets share, and the meaning.
+COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
+    "leaderboard": {
+        **_TRACK,
+        "rank_low": ("int64", "best rank the row may hold, 1 first; null where it has none"),
+        "rank_high": ("int64", "worst rank it may hold: ties that the data do not separate share a range"),
+        "rank": ("string", "both as text, 2–4; null where there is none"),
+        "state": (
+            "string",
+            "complete, or why there is no rank: miss (a run collapsed), incomplete (cells without a record), "
+            "ceiling (trained on the judge), variant (other options than the tuning chose), checkpoint (below three seeds)",
+        ),
+        **_NAMES,
+        **_VARIANT,
+        **_RUNG,
+        "seeds": ("int64", "records (count)"),
+        "failed": ("int64", "runs that collapsed or turned non-finite (count); one makes the row a miss"),
+        "missing": ("int64", "registered cells without a record (count)"),
+        "judge": ("string", "the judge that ranks: the first of the track; the others are in scores"),
+        "metric": ("string", "what it measures; null where no run has finished"),
+        "base": ("float64", "mean over seeds and held-out prompts of the frozen base, of finished runs"),
+        "trained": ("float64", "the same of the trained policy, on the same noise"),
+        "gain": ("float64", "mean of trained − base; −inf for a miss"),
+        "low": ("float64", "lower end of its 95 % interval; null for a miss"),
+        "high": ("float64", "upper end of its 95 % interval; null for a miss"),
+        "interval": ("string", "how it was made: two-way t over seeds and prompts; below three seeds over prompts"),
+        "reward_rise": (
+            "float64",
+            "training reward of the last round − the base's on the same prompts (old records: − the first round's); null where none are drawn",
+        ),
+        "diversity": ("float64", "Vendi score within a prompt, trained / base"),
+        "kl": ("float64", "mean per-step KL(trained || base) (nats)"),
+        "offline": ("bool", "trained on given pairs: no reward was queried"),
+        "queries": ("int64", "images the training reward scored in a run (count): the budget"),
+        "evaluations": ("int64", "network evaluations of a run (count)"),
+        "seconds": ("float64", "wall time of a run, mean (s)"),
+        "memory": ("float64", "peak memory of a run, mean (MB)"),
+        "note": ("string", "what there is to say about the state"),
+        "submitter": ("string", "who submitted it; empty: the leaderboard's own keeper"),
+    },
+    "scores": {
+        **_CELL,
+        **_VARIANT,
+        **_SEED,
+        **_RUNG,
+        "judge": ("string", "the reward plugin that judged"),
+        "ranks": ("bool", "whether it is the track's first judge, the one that ranks"),
+        "trained_on": ("bool", "whether it was the training reward, and so a ceiling; null for a failed run"),
+        "metric": ("string", "what it measures; null for a failed run"),
+        "template": ("string", "template of the held-out prompts scored; null: all of them"),
+        "prompt": ("string", "the held-out prompt scored; null: all of the template"),
+        "n": ("int64", "prompts scored (count)"),
+        "base": ("float64", "mean of the frozen base"),
+        "trained": ("float64", "mean of the trained policy on the same noise"),
+        "gain": ("float64", "trained − base; −inf for a run that failed"),
+        "low": ("float64", "lower end of the 95 % interval over prompts, where all prompts are scored"),
+        "high": ("float64", "upper end of it"),
+        "interval": ("string", "how it was made"),
+    },
+    "curves": {
+        **_CELL,
+        **_VARIANT,
+        **_SEED,
+        "round": ("int64", "training round, from 0"),
+        "queries": ("int64", "reward queries spent up to its end (count)"),
+        "metric": (
+            "string",
+            "reward, reward_sd (drawn samples), base_reward, winner_reward (of pairs), pairs, dropped (counts); "
+            "what the algorithm reports begins with train/",
+        ),
+        "value": ("float64", "its value, a mean over the round"),
+    },
+    "samples": {
+        **_CELL,
+        **_SEED,
+        "kind": ("string", "; ".join(f"{kind}: {meaning}" for kind, meaning in PICTURES.items())),
+        "image": ("image", "the sheet of pictures"),
+        "prompts": ("string", "base_trained: the prompts shown, one a line; null for triples, whose sheet names them"),
+    },
+    "records": {
+        **_CELL,
+        **_SEED,
+        "status": ("string", "finished, failed, or unfinished: registered, without a record"),
+        "error": ("string", "what the last try of an unfinished cell ended in, where it is known"),
+        "record": (
+            "string",
+            "the record as JSON (bench_dfusion/results/records.py); of an unfinished cell its cell.json",
+        ),
+    },
+}
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+SCHEMAS = {
+    config: pa.schema([(name, _IMAGE if kind == "image" else pa.type_for_alias(kind)) for name, (kind, _) in c.items()])
+    for config, c in COLUMNS.items()
+}
+
+
+# ---------------------------------------------------------------- what is published
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything a published leaderboard is made from.
+
+    records, unfinished   by the cell's hash; none is in both
+    samples               path in the dataset of a cell's pictures, by the first 16 digits of the cell's hash
+    companions            paths in the dataset of what lies beside the records
+    """
+
+    records: Mapping[str, Record] = field(default_factory=dict)
+    unfinished: Mapping[str, Unfinished] = field(default_factory=dict)
+    samples: Mapping[str, str] = field(default_factory=dict)
+    companions: frozenset[str] = frozenset()
+
+
+def content_of(boards: Sequence[Board]) -> Content:
+    """The cells of boards. Raises UsageError for a record that cannot be published."""
+    found = Content(
+        {r.cell_hash: r for b in boards for r in b.records}, {u.cell_hash: u for b in boards for u in b.unfinished}
+    )
+    for group in (found.records, found.unfinished):
+        for cell in group.values():
+            _check(cell, "")
+    checker = checks.Checker()
+    for record in found.records.values():
+        for flag in checker.flags(record):
+            raise UsageError(plain(f"{record.name} cannot be published: {flag}"))
+    return found
+
+
+def boards_of(content: Content) -> list[Board]:
+    """One board for each track, by its name. Raises UsageError where judges are not the same everywhere."""
+    cells: list[Record | Unfinished] = [*content.records.values(), *content.unfinished.values()]
+    cells.sort(key=lambda c: c.cell_hash)
+    result = []
+    names = {c.track_hash: c.track for c in reversed(cells)}
+    for track in sorted(names, key=lambda h: (names[h], h)):
+        own = [c for c in cells if c.track_hash == track]
+        try:
+            result.append(
+                Board(
+                    tuple(c for c in own if isinstance(c, Record)), tuple(c for c in own if isinstance(c, Unfinished))
+                )
+            )
+        except ValueError as error:
+            raise UsageError(plain(error)) from None
+    return result
+
+
+def merge(published: Content, own: Content, replace: bool = False) -> Content:
+    """Both together, one record a cell; of the same record the published one stays, unless one's own goes on to a further
+    rung; a record outlives an unfinished cell. Raises UsageError where records of one cell differ in more than timings,
+    unless `replace` takes one's own."""
+    together, differing = dict(published.records), []
+    samples, beside = dict(published.samples), published.companions
+    for key, record in own.records.items():
+        old = together.get(key)
+        differs = old is not None and bool(records.differences(old, record))
+        if old is not None and differs:
+            differing.append((old, record))
+        if old is None:
+            together[key] = record
+        elif differs or records.further(old, record):
+            together[key] = record
+            samples.pop(key[:16], None)  # they show the record that is gone
+            beside = frozenset(p for p in beside if not p.startswith(run_path(key, "")))
+    if differing and not replace:
+        old, record = differing[0]
+        found = records.differences(old, record)
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        others = f" (and {len(differing) - 1} other cells)" if len(differing) > 1 else ""
+        raise UsageError(
+            f"{plain(record.name)}{others} is published with another result: {'; '.join(found[:SHOWN])}{more}. "
+            "Publish elsewhere, or put your record in its place with --replace"
+        )
+    unfinished = {k: u for k, u in {**published.unfinished, **own.unfinished}.items() if k not in together}
+    return Content(together, unfinished, samples, beside)
+
+
+def _check(cell: Record | Unfinished, source: str) -> Track:
+    """The track of a cell. Raises UsageError where it contradicts itself: a table must not be made from that."""
+
+    def wrong(why: object) -> UsageError:
+        name = f"{cell.algorithm}/{cell.builder}/{cell.reward}/seed {cell.seed}"
+        return UsageError(plain(f"{source}the cell {name} cannot be published: {why}"))
+
+    for problem in records.check(cell) if isinstance(cell, Record) else []:
+        raise wrong(problem)
+    if not re.fullmatch(r"[0-9a-f]{64}", cell.cell_hash):
+        raise wrong(f"its hash is {cell.cell_hash[:80]!r}, no SHA-256")
+    if not -(2**63) <= cell.seed < 2**63:
+        raise wrong("its seed has more than 64 bits")
+    return _track(cell)
+
+
+def _track(cell: Record | Unfinished) -> Track:
+    track: Track = Track.model_validate(cell.resolved["track"])
+    return track
+
+
+# ---------------------------------------------------------------- tables
+
+
+def tables(content: Content) -> dict[str, pa.Table]:
+    """The tables of `TABLES`, in the schemas of `SCHEMAS`; the same content gives the same tables."""
+    lines: dict[str, list[dict[str, Any]]] = {config: [] for config in TABLES}
+    for board in boards_of(content):
+        whole = {r.cell_hash: r for r in board.records}
+        for level in board.levels:
+            found = leaderboard.rows(level)
+            rung = {"rung": level.rung if len(board.ladder) > 1 else None}
+            lines["leaderboard"] += [line | rung for line in _leaderboard(level, found)]
+            for row in found:
+                for record in row.records:
+                    lines["scores"] += _scores(record, {**_cell(record), "variant": row.variant, **rung})
+        for row in leaderboard.rows(board.at(1)):  # every cell is there
+            own = [whole[r.cell_hash] for r in row.records]
+            for record in own:
+                lines["curves"] += _curves(record, {**_cell(record), "variant": row.variant})
+            lines["records"] += [*map(_stored, own), *map(_stored, row.unfinished)]
+    return {config: pa.Table.from_pylist(lines[config], SCHEMAS[config]) for config in TABLES}
+
+
+def _cell(cell: Record | Unfinished) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in (*_CELL, *_SEED)}
+
+
+def _leaderboard(board: Board, found: Sequence[Row]) -> list[dict[str, Any]]:
+    rows = {r.key: r for r in found}
+    judge = _track(board.cells[0]).evaluation.judges[0]
+    metric = next((r.verdicts[0].metric for r in board.records if r.verdicts), None)
+    lines = []
+    for line in leaderboard.table(board).to_dict("records"):
+        row = rows[tuple(line[k] for k in leaderboard.KEY)]
+        low, _, high = str(line["rank"]).partition("–")
+        values = {
+            **{name: line[name] for name in (*_NAMES, *_VARIANT, "seeds", "failed", "missing", "submitter")},
+            **{name: line[name] for name in ("diversity", "kl", "queries", "evaluations", "seconds", "memory", "note")},
+            **{name: line.get(f"{judge} {name}") for name in ("base", "trained", "gain", "low", "high")},
+            "interval": line["interval"] or None,
+            "reward_rise": line["reward rise"],
+        }
+        if row.failed:  # the interval of the runs that are left is not the row's
+            values |= {"gain": -math.inf, "low": None, "high": None, "interval": None}
+        lines.append(
+            {
+                "track": board.track,
+                "track_hash": board.track_hash,
+                "rank_low": int(low) if low else None,
+                "rank_high": int(high or low) if low else None,
+                "rank": line["rank"] or None,
+                "state": row.state or "complete",
+                "judge": judge,
+                "metric": metric,
+                "offline": row.offline,
+                **{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()},
+            }
+        )
+    return lines
+
+
+def _scores(record: Record, cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every judge said of all held-out prompts, of each template and of each prompt."""
+    track = _track(record)
+    prompts, templates = track.prompts.heldout, track.prompts.templates or {}
+    first = track.evaluation.judges[0]
+    if record.status == "failed":
+        missed = {**cell, "n": len(prompts), "gain": -math.inf}
+        return [{**missed, "judge": judge, "ranks": judge == first} for judge in track.evaluation.judges]
+    lines = []
+    for v in record.verdicts:
+        same = {**cell, "judge": v.judge, "ranks": v.judge == first, "trained_on": v.trained_on, "metric": v.metric}
+        g = v.gain
+        whole = {"n": len(prompts), "gain": g.mean, "low": g.low, "high": g.high, "interval": g.kind}
+        lines.append({**same, "base": v.base, "trained": v.trained, **whole})
+        parts = [(t, None, b, a, sum(x == t for x in templates.values())) for t, (b, a) in v.templates.items()]
+        each = [(templates.get(p), p, b, a, 1) for p, (b, a) in zip(prompts, v.per_prompt, strict=True)]
+        for template, prompt, base, trained, n in (parts if templates else []) + each:
+            figures = {"n": n, "base": base, "trained": trained, "gain": trained - base}
+            lines.append({**same, "template": template, "prompt": prompt, **figures})
+    return lines
+
+
+def _curves(record: Record, cell: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = []
+    for r in record.rounds:
+        own = ("reward", "reward_sd", "base_reward", "winner_reward", "pairs", "dropped")
+        values = {name: getattr(r, name) for name in own} | {f"train/{k}": v for k, v in r.metrics.items()}
+        at = {**cell, "round": r.round, "queries": r.queries}
+        lines += [{**at, "metric": k, "value": float(v)} for k, v in values.items() if v is not None]
+    return lines
+
+
+def _stored(cell: Record | Unfinished) -> dict[str, Any]:
+    if isinstance(cell, Record):
+        return {**_cell(cell), "status": cell.status, "record": _json(cell.model_dump(mode="json"))}
+    return {**_cell(cell), "status": "unfinished", "error": cell.error, "record": _json(_registered(cell))}
+
+
+def _registered(cell: Unfinished) -> dict[str, Any]:
+    """The cell.json of a cell without a record."""
+    return {"given": {}, "resolved": cell.resolved, "hash": cell.cell_hash}
+
+
+def _run_files(content: Content) -> dict[str, bytes]:
+    """The files of all cells but the companions, by path: what their run directories hold."""
+    found: dict[str, Any] = {}
+    for key, record in content.records.items():
+        found[run_path(key, "record.json")] = record.model_dump(mode="json")
+    for key, cell in content.unfinished.items():
+        found[run_path(key, "cell.json")] = _registered(cell)
+        if cell.error is not None:
+            found[run_path(key, "error.json")] = {"error": cell.error}
+    return {path: json_text(found[path]).encode() for path in sorted(found)}
+
+
+def run_path(cell_hash: str, name: str) -> str:
+    """Where a file of a cell lies in the dataset; `RUN` matches it."""
+    return f"runs/{cell_hash}/{name}"
+
+
+def base_path(name: str) -> str:
+    """Where a checked base lies in the dataset: among the cells' directories."""
+    return f"runs/{name}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def sample_rows(record: Record, pictures: Mapping[str, bytes]) -> bytes:
+    """The pictures of a run, by kind, as a Parquet file of the config `samples`."""
+    heldout = _track(record).prompts.heldout
+    rows: list[dict[str, Any]] = []
+    for kind, data in pictures.items():
+        row = {**_cell(record), "kind": kind, "image": {"bytes": data, "path": None}}
+        if kind == "base_trained":  # sheets that do not say what is on them are of before they did
+            said = prompts_of(data) or []
+            shown = said if said and {*said} <= {*heldout} else [heldout[i] for i in evenly(len(heldout))]
+            row["prompts"] = "\n".join(" ".join(prompt.split()) for prompt in shown)
+        rows.append(row)
+    return parquet(pa.Table.from_pylist(rows, SCHEMAS["samples"]))
+
+
+def sample_path(cell_hash: str, data: bytes) -> str:
+    """Where `sample_rows` go in the dataset; `SAMPLE` matches it. Other content is another path."""
+    return f"samples/train-{cell_hash[:16]}-{hashlib.sha256(data).hexdigest()[:12]}.parquet"
+
+
+def parquet(table: pa.Table) -> bytes:
+    """A table as a Parquet file, row groups of at most some 50 MB."""
+    data = io.BytesIO()
+    rows = max(1, int(50e6 * len(table) // max(1, table.nbytes)))
+    pq.write_table(table, data, row_group_size=rows, compression="zstd")
+    return data.getvalue()
+
+
+# ---------------------------------------------------------------- the published tree
+
+
+def path_of(config: str) -> str:
+    return f"{config}/train-00000-of-00001.parquet"
+
+
+def files(content: Content) -> dict[str, bytes]:
+    """The tables, the card and the cells, by path in the dataset; samples and companions are files of their own. Raises
+    UsageError for records that cannot stand beside each other."""
+    checks.check([(None, r) for r in content.records.values()])
+    made = tables(content)
+    data = {config: parquet(table) for config, table in made.items() if len(table)}
+    digests = {config: hashlib.sha256(value).hexdigest() for config, value in data.items()}
+    if content.samples:
+        digests["samples"] = hashlib.sha256(_json(sorted(content.samples.values())).encode()).hexdigest()
+    if content.companions:  # what they hold, the records say
+        beside = f"{digests['records']} {_json(sorted(content.companions))}"
+        digests["records"] = hashlib.sha256(beside.encode()).hexdigest()
+    made = {path_of(config): value for config, value in data.items()}
+    return made | _run_files(content) | {README: card(content, digests).encode()}
+
+
+def is_ours(readme: str) -> bool:
+    """Whether a README is the card of a leaderboard that this module wrote."""
+    readme = readme.replace("\r\n", "\n")
+    head = readme.split("\n---", 1)[0] if readme.startswith("---") else ""
+    return f"\n- {MARK}\n" in head + "\n"
+
+
+def samples_in(paths: Iterable[str]) -> dict[str, str]:
+    """The samples among the paths of a published tree, as in `Content`."""
+    return {match[1]: path for path in sorted(paths) if (match := SAMPLE.fullmatch(path))}
+
+
+def companions_in(paths: Iterable[str], content: Content) -> frozenset[str]:
+    """Those of a published tree's paths that lie beside the content's records, of whatever name: a later bench-dfusion
+    may know more companions."""
+    runs = {p: run for p in paths if (run := RUN.fullmatch(p))}
+    return frozenset(p for p, run in runs.items() if run[1] in content.records and run[2] not in MADE)
+
+
+def superseded(paths: Iterable[str], content: Content, made: Iterable[str]) -> set[str]:
+    """Paths of a published tree that its configs would still load, or a reader of its cells still find, and whose rows the
+    new content has or replaces. `made`: the paths of `files(content)`."""
+    kept = {*made, *content.samples.values(), *content.companions}
+    cells = content.records.keys() | content.unfinished.keys()
+
+    def ours(path: str) -> bool:
+        run = RUN.fullmatch(path)
+        return bool(SHARD.fullmatch(path) or SAMPLE.fullmatch(path) or (run and run[1] in cells))
+
+    return {path for path in paths if path not in kept and ours(path)}
+
+
+def read_records(data: bytes, source: str) -> Content:
+    """What a published `records` file holds. Raises UsageError naming `source` where it cannot be read whole:
+    nothing may be published over rows that would be lost."""
+    update = "it was written by another version of bench-dfusion, or damaged: update bench-dfusion"
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        rows = table.select(list(COLUMNS["records"])).to_pylist()
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UsageError(f"{source} cannot be read ({plain(error)[:200]}); {update}") from None
+    finished: dict[str, Record] = {}
+    unfinished: dict[str, Unfinished] = {}
+    cell: Record | Unfinished
+    for number, row in enumerate(rows):
+        where = f"{source}, row {number}"
+        try:
+            if row["status"] == "unfinished":
+                resolved = json.loads(row["record"])["resolved"]
+                names = {name: row[name] for name in (*_CELL, *_SEED)}
+                cell = unfinished[row["cell_hash"]] = Unfinished(Path(), **names, resolved=resolved, error=row["error"])
+                _track(cell)
+            else:
+                cell = finished[row["cell_hash"]] = records.parse(row["record"], where)
+            if cell.cell_hash != row["cell_hash"]:
+                raise ValueError("its hash is not that of its row")
+        except UsageError as error:
+            raise UsageError(f"{error}; {update}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{where}, is no record ({plain(error)[:200]}); {update}") from None
+        _check(cell, f"{source}: ")
+    return Content(finished, unfinished)
+
+
+# ---------------------------------------------------------------- the card
+
+
+def card(content: Content, digests: Mapping[str, str]) -> str:
+    """The dataset's README. `digests`: a hash of each config that has rows; the others cannot be loaded, and are said
+    to be absent. Texts of records are shown as text, whatever they hold."""
+    boards = boards_of(content)
+    rows = sum(len(leaderboard.rows(b.at(1))) for b in boards)
+    absent = [config for config in COLUMNS if config not in digests]
+    missing = f"\nWithout rows yet, and so not declared: {', '.join(f'`{c}`' for c in absent)}.\n" if absent else ""
+    return f"""---
+license: apache-2.0
+pretty_name: bench-dfusion leaderboard
+task_categories:
+- text-to-image
+tags:
+- {MARK}
+- bench-dfusion
+- leaderboard
+- benchmark
+- diffusion
+- preference-optimization
+- reinforcement-learning
+configs:
+{_yaml_configs(digests)}dataset_info:
+{_yaml_features(digests)}---
+# bench-dfusion leaderboard
+
+Which preference-optimisation method aligns a text-to-image diffusion model best, at what cost: {counted(len(content.records), "run")} in {counted(rows, "row")} of {counted(len(boards), "track")}, measured by bench-dfusion.
+A row is an algorithm × builder of training samples × reward; its gain is trained − base on held-out prompts never trained on, before a judge never trained against.
+
+```python
+from datasets import load_dataset
+
+load_dataset("OWNER/NAME", "leaderboard", split="train")  # this dataset's id, or the directory it lies in
+```
+
+{"".join(_track_section(b) for b in boards)}## Rules
+- The budget is reward queries: every image the training reward scores, samples that are built included. Offline rows (trained on given pairs) cost none, and say so.
+- The first judge of a track ranks. A row trained on it is a ceiling: shown, unranked.
+- Base and trained are drawn on the same held-out noise, which depends on (prompt, image index) alone; the gain is paired. From three seeds on its 95 % interval is the two-way t over seeds and prompts; below, it covers the prompts only and there is no rank.
+- A rank is a range: all pairs of rows with exactly the track's seeds are compared together, at 5 % for the whole table; rows that are not separated share it.
+- A run that collapsed or turned non-finite makes its row a miss: gain −inf, last place. Registered cells without a record make it incomplete. Neither is dropped.
+- The evaluated checkpoint is the last one of the budget, at each rung where the track has rungs. Options are fixed for a method, or tuned on validation prompts under the budget that the track states.
+- Records of different tracks (the hash decides) are never compared.
+
+## Configs
+Every config has the split `train`. Floats are null where there is no value, and −inf in `gain` for a miss.
+{missing}
+{_columns(digests)}
+## Make the tables anew, and check them
+`records` holds everything the other tables are made from. The same cells lie as files in `runs/<cell_hash>/`: the record, and beside it what a check of it needs, the trained LoRA (of {_with_lora(content)} of {counted(len(content.records), "run")}) and, of the records that name it, every judge's score of every held-out picture.
+
+```sh
+hf download OWNER/NAME --repo-type dataset --local-dir board
+bench-dfusion leaderboard board
+bench-dfusion verify board --sample 3  # drawn by a hash of all, evaluated again from their LoRAs
+```
+
+## Add your runs
+```sh
+bench-dfusion publish OWNER/NAME --from runs --pr
+```
+proposes the runs below `runs/` as a pull request; rows that are published stay. Should others be merged before yours, publish again: it reads what is there and makes the tables anew.
+
+## Cite
+```bibtex
+{BIBTEX}
+```
+"""
+
+
+def _with_lora(content: Content) -> int:
+    return sum(
+        run_path(key, companions.weights(record)) in content.companions for key, record in content.records.items()
+    )
+
+
+BIBTEX = f"""@software{{bench_dfusion,
+  title   = {{bench-dfusion: comparable preference optimisation for text-to-image diffusion models}},
+  author  = {{{{The bench-dfusion developers}}}},
+  version = {{{__version__}}},
+  license = {{Apache-2.0}}
+}}
+@inproceedings{{hu2025dfusion,
+  title     = {{D-Fusion: Direct Preference Optimization for Aligning Diffusion Models with Visually Consistent Samples}},
+  author    = {{Hu and Zhang and Kuang}},
+  booktitle = {{International Conference on Machine Learning}},
+  year      = {{2025}}
+}}"""
+
+
+def _yaml_configs(digests: Mapping[str, str]) -> str:
+    # datasets.load_dataset keys its cache of a local directory by this YAML alone: the hash in `description` is what
+    # tells it that the files have changed.
+    return "".join(
+        f"- config_name: {config}\n"
+        + ("  default: true\n" if config == "leaderboard" else "")
+        + f"  description: content {digests[config]}\n"
+        + f"  data_files:\n  - split: train\n    path: {config}/train-*\n"
+        for config in COLUMNS
+        if config in digests
+    )
+
+
+def _yaml_features(digests: Mapping[str, str]) -> str:
+    return "".join(
+        f"- config_name: {config}\n  features:\n"
+        + "".join(f"  - name: {name}\n    dtype: {kind}\n" for name, (kind, _) in columns.items())
+        for config, columns in COLUMNS.items()
+        if config in digests
+    )
+
+
+def _columns(digests: Mapping[str, str]) -> str:
+    about = {
+        "leaderboard": "one row for each algorithm × builder × reward × variant of a track, best first, at each of its rungs",
+        "scores": "what every judge said of every run at each of its rungs: of all held-out prompts, of each template, of each prompt",
+        "curves": "the training curve of every run, one row for each round and metric",
+        "samples": "pictures that runs left",
+        "records": "one row a run: the record that everything else is made from",
+    }
+    return "".join(
+        f"### {config}\n{about[config][0].upper()}{about[config][1:]}.\n\n| column | type | what it is |\n|---|---|---|\n"
+        + "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, (kind, meaning) in COLUMNS[config].items())
+        + "\n"
+        for config in COLUMNS
+        if config in digests
+    )
+
+
+def _sampler(section: SamplerSection) -> str:
+    noise = "the family's eta" if section.eta is None else f"eta {section.eta:g}" if section.eta else "the ODE"
+    cps = "cps, " if section.kind == "cps" else ""
+    side = f", {section.resolution} pixels" if isinstance(section, JudgedSampler) and section.resolution else ""
+    return f"{cps}{section.steps} steps, {noise}, guidance {section.guidance:g}{side}"
+
+
+def _track_section(board: Board) -> str:
+    cell = board.cells[0]
+    track = _track(cell)
+    metrics = {v.judge: v.metric for r in board.records for v in r.verdicts}
+    weights = sorted({r.provenance.model_sha256 for r in board.records})
+    judges = [f"{_text(j)} ({_text(metrics[j])})" if j in metrics else _text(j) for j in track.evaluation.judges]
+    p, s, b = track.prompts, track.sampler, track.budget
+    rank = f"rank {track.lora.rank}" if track.lora.rank else "none: the network's own weights"
+    lora = rank + (f", in {_text(', '.join(track.lora.targets))}" if track.lora.targets else "")
+    tuning = next((r.tuning for r in board.records if r.tuning), "")
+    facts = {
+        "track hash": f"`{_text(board.track_hash)}`",
+        "base model": _text(track.model.id)
+        + (f", revision {_text(track.model.revision)}" if track.model.revision else ""),
+        "its weights, SHA-256": ", ".join(f"`{_text(w)}`" for w in weights) or "–",
+        "arithmetic": _text(track.model.dtype + (f", autocast {track.model.autocast}" if track.model.autocast else "")),
+        "sampler": _sampler(s),
+        **({"sampler of what is judged": _sampler(other)} if (other := track.evaluation.sampler) else {}),
+        "LoRA": lora,
+        "budget of a run": f"{b.reward_queries} reward queries; {b.prompts_per_round} prompts × {b.samples_per_prompt} samples a round"
+        + (f"; ranked at {', '.join(map(str, b.rungs))}" if b.rungs else ""),
+        "prompts": f"{len(p.train)} train, {len(p.validation)} validation, {len(p.heldout)} held-out × "
+        f"{track.evaluation.images_per_prompt} images; the first held out: {'; '.join(map(_text, p.heldout[:3]))}",
+        "judges": f"{'; '.join(judges)}; the first ranks",
+        "seeds of a full row": str(track.seeds),
+    } | ({"options": _text(tuning)} if tuning else {})
+    lines = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    return f"## {_text(board.track)}\n{leaderboard.markdown(board)}\n| the track | |\n|---|---|\n{lines}\n"
+
+
+def _text(value: str) -> str:
+    """Text of a record as one line of Markdown that shows it and does nothing: all but letters, digits and a few signs
+    are character references, which Markdown never reads as markup."""
+    line = "".join(c for c in " ".join(value.split()) if c.isprintable())
+    return "".join(c if c.isalnum() or c in " ,.–−-" else f"&#{ord(c)};" for c in line)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
