@@ -9,11 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench_dfusion import _moved
+
 if TYPE_CHECKING:
-    from bench_dfusion.pairs import Keep
-    from bench_dfusion.records import Record
+    from bench_dfusion.results.records import Record
+    from bench_dfusion.runs.pairs import Keep
 
 __version__ = "0.1.0"
+
+_moved.install()
 
 
 def run(
@@ -30,12 +34,12 @@ def run(
     """Train and evaluate one cell, or go on where it was stopped; returns its record.
 
     `pairs`: train offline on a preference dataset, by path or Hub id, in the place of `reward` and `builder`.
-    `options` are those of `bench_dfusion.config.resolve`: track_source, teachers, seed, model, prompts, settings
+    `options` are those of `bench_dfusion.runs.config.resolve`: track_source, teachers, seed, model, prompts, settings
     (a list of "SECTION.OPTION=VALUE"), config. `keep_pairs`: of which rounds the pairs stay, "all", "last" or
     "none". `rung`: of a track with rungs the one to end at. Raises UsageError on anything wrong, before any compute.
     """
-    from bench_dfusion.config import resolve
-    from bench_dfusion.trainer import run_cell
+    from bench_dfusion.runs.config import resolve
+    from bench_dfusion.runs.trainer import run_cell
 
     cell = resolve(algo=algo, reward=reward, builder=builder, pairs=pairs, **options)
     return run_cell(cell, Path(out), keep_pairs=keep_pairs, rung=rung)
