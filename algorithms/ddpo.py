@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import AlgorithmConfig, Loss, Rows, StepwiseAlgorithm
 from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.builders.stored_steps import Steps, stored_steps
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import PromptAdvantages
 from bench_dfusion.objectives.policy_gradient import (
@@ -28,7 +29,6 @@ from bench_dfusion.objectives.policy_gradient import (
     sample_steps,
     scaled,
 )
-from bench_dfusion.objectives.stepwise import Steps, stored_steps
 
 
 class DDPOConfig(PolicyGradientConfig):

@@ -32,9 +32,9 @@ from bench_dfusion.algorithm import (
     window_steps,
 )
 from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.builders.stored_steps import Steps, stored_steps
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.preference import PreferenceConfig, loser_scale, preference_terms, scale_gradient
-from bench_dfusion.objectives.stepwise import Steps, stored_steps
 
 
 class DPOConfig(PreferenceConfig, StepwiseConfig):

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from bench_dfusion.algorithm import AlgorithmConfig, Between, Loss, Rows
 from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.builders.stored_steps import all_means, stored_steps
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.diffusion.samplers import gaussian_kl
-from bench_dfusion.objectives.stepwise import all_means, stored_steps
 
 
 class DPOKConfig(DDPOConfig):

@@ -19,12 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows, Share, window_steps
-from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, Rows, window_steps
+from bench_dfusion.builders.contract import ConsistentSamples, Share
+from bench_dfusion.builders.stored_steps import stored_output
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, in_batches
 from bench_dfusion.objectives.denoising import mean_square
-from bench_dfusion.objectives.stepwise import stored_output
 
 EPSILON = 1e-6  # where both members are one picture
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench_dfusion.algorithm import AlgorithmConfig, Between, Loss, Rows, StepwiseAlgorithm
 from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.builders.stored_steps import all_means, stored_steps
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.diffusion.samplers import gaussian_kl
 from bench_dfusion.objectives.advantages import SPREADS, ComponentsConfig, Spread, advantages
@@ -35,7 +36,6 @@ from bench_dfusion.objectives.policy_gradient import (
     scaled,
     unclipped_terms,
 )
-from bench_dfusion.objectives.stepwise import all_means, stored_steps
 from bench_dfusion.rewards.contract import Reward
 
 

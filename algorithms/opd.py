@@ -20,15 +20,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, Share, every_step, window_steps
-from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Loss, Rows, every_step, window_steps
+from bench_dfusion.builders.contract import ConsistentSamples, Share
+from bench_dfusion.builders.stored_steps import all_means, stored_steps
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.diffusion.samplers import gaussian_kl
+from bench_dfusion.errors import UsageError
 from bench_dfusion.objectives import teachers
 from bench_dfusion.objectives.advantages import prompt_groups
 from bench_dfusion.objectives.denoising import mean_square
-from bench_dfusion.objectives.stepwise import all_means, stored_steps
-from bench_dfusion.registry import UsageError
 from bench_dfusion.rewards.contract import Reward
 from bench_dfusion.tracks.schema import Track
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench_dfusion import _moved
+from bench_dfusion.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from bench_dfusion.results.records import Record
     from bench_dfusion.runs.pairs import Keep
-
-__version__ = "0.1.0"
 
 _moved.install()
 

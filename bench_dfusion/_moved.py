@@ -19,7 +19,7 @@ ROOT = "bench_dfusion."
 MOVED: dict[str, tuple[str, ...]] = {
     "arithmetic": ("diffusion.arithmetic",),
     "baseline": ("runs.baseline",),
-    "checked_base": ("results.checked_base",),
+    "checked_base": ("results.checked_base", "runs.base_drawing"),
     "checks": ("results.checks",),
     "companions": ("results.companions",),
     "config": ("runs.config",),
@@ -47,7 +47,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "lora": ("diffusion.lora",),
     "merge": ("results.merge",),
     "model_card": ("runs.model_card",),
-    "pairs": ("runs.pairs",),
+    "pairs": ("runs.pairs", "builders.preference_data"),
     "parallel": ("util.parallel",),
     "picture_reader": ("util.picture_reader",),
     "pictures": ("runs.pictures",),
@@ -58,7 +58,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "records": ("results.records",),
     "rescore": ("runs.rescore",),
     "reward": ("rewards.contract",),
-    "samplers": ("diffusion.samplers",),
+    "samplers": ("diffusion.samplers", "models.schedules"),
     "scorer_worker": ("rewards.scorer_worker",),
     "seeds": ("util.seeds",),
     "statistics": ("results.statistics",),
@@ -72,6 +72,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "weighted_sum": ("rewards.sums",),
     "weights": ("rewards.weights",),
     "fusion": (),
+    "objectives.stepwise": ("builders.stored_steps",),
     "launch": ("sweeps.launcher",),
 }
 

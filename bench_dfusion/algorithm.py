@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.builders.contract import ConsistentSamples, Share
+from bench_dfusion.builders.stored_steps import stored_steps
 from bench_dfusion.diffusion.policy import Policy, in_batches
-from bench_dfusion.objectives.stepwise import stored_steps
 from bench_dfusion.rewards.contract import Reward
 from bench_dfusion.tracks.schema import Track
 from bench_dfusion.util.seeds import seed_of
@@ -27,15 +27,6 @@ class Loss:
 
     value: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _share(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= value[0] < value[1] <= 1:
-        raise ValueError(f"a share is [from, to) with 0 <= from < to <= 1, not {list(value)}")
-    return value
-
-
-Share = Annotated[tuple[float, float], AfterValidator(_share)]
 
 
 @dataclass(frozen=True)

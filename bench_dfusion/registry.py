@@ -1,36 +1,34 @@
 """Plugins by entry point: algorithms, rewards, builders, models, tracks.
 
 A plugin is whatever an installed distribution lists under `bench_dfusion.<kind>`; nothing is imported
-before it is named, so a broken plugin breaks only the run that names it. `load_file` registers one file
+before it is named, so a broken plugin breaks only the run that names it. `plugin_files` registers one file
 for a first try.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import inspect
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from bench_dfusion import _moved
+from bench_dfusion.errors import PluginError, UsageError, unknown
+
+if TYPE_CHECKING:  # the contracts look down at this module, which must not import them
+    from bench_dfusion.algorithm import Algorithm
+    from bench_dfusion.builders.contract import Builder
+    from bench_dfusion.models.base import Adapter
+    from bench_dfusion.rewards.contract import Reward
 
 KINDS = ("algorithms", "rewards", "builders", "models", "tracks")
 OURS = "bench_dfusion."  # how the names of this package's own modules begin
 others: set[str] = set()  # the distributions and files of others whose code this process has imported
-
-
-class UsageError(ValueError):
-    """Something the user gave is wrong: shown as one line, exit status 2, before any compute."""
-
-
-class PluginError(RuntimeError):
-    """A plugin could not be imported; the message names it and its distribution."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,23 @@ def _places() -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+def register(plugin: Plugin) -> None:
+    """Take in a plugin that no distribution has, in the place of an earlier one of its kind and name."""
+    _from_files[plugin.kind, plugin.name] = plugin
+
+
+@overload
+def load(kind: Literal["algorithms"], name: str) -> type[Algorithm]: ...
+@overload
+def load(kind: Literal["rewards"], name: str) -> type[Reward]: ...
+@overload
+def load(kind: Literal["builders"], name: str) -> type[Builder]: ...
+@overload
+def load(kind: Literal["models"], name: str) -> type[Adapter]: ...
+@overload
+def load(kind: Literal["tracks"], name: str) -> Callable[[], Path | str]: ...
+@overload
+def load(kind: str, name: str) -> Any: ...
 def load(kind: str, name: str) -> Any:
     """The class (or track path) registered as `name`. Raises UsageError with the close matches."""
     found = plugins(kind)
@@ -116,49 +131,8 @@ def load(kind: str, name: str) -> Any:
     return found[name].load()
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """One line that says a name is unknown and which ones are near."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    # Of two as near, the one that begins alike: letters are swapped within a word more often than at its start.
-    near.sort(key=lambda n: (-difflib.SequenceMatcher(None, n, name).ratio(), n[:1] != name[:1]))
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
-    return f"unknown {what} {name!r}; {hint}"
-
-
-def plain(text: object) -> str:
-    """Text from records, plugins and paths as one line a terminal can be shown: control characters are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def load_file(path: Path) -> list[Plugin]:
-    """Register the algorithms, rewards and builders that one Python file defines."""
-    from bench_dfusion.algorithm import Algorithm
-    from bench_dfusion.builders.contract import Builder
-    from bench_dfusion.rewards.contract import Reward
-
-    if not path.is_file():
-        raise UsageError(f"no plugin file {path}")
-    name = f"bench_dfusion_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is no Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    others.add(str(path))
-    try:
-        with _contained(f"plugin file {path}", "file"):
-            spec.loader.exec_module(module)
-    except Exception as error:
-        raise PluginError(f"plugin file {path} cannot be imported: {type(error).__name__}: {error}") from error
-    added = []
-    for kind, base in (("algorithms", Algorithm), ("rewards", Reward), ("builders", Builder)):
-        for value in vars(module).values():
-            own = inspect.isclass(value) and issubclass(value, base) and value.__module__ == name
-            if own and not inspect.isabstract(value):
-                plugin = Plugin(kind, value.name, str(path), value=value)
-                _from_files[kind, value.name] = plugin
-                added.append(plugin)
-    if not added:
-        raise UsageError(f"{path} defines no subclass of Algorithm, Reward or Builder")
-    return added
+def __getattr__(name: str) -> Any:
+    """What was here before it moved."""
+    if name not in ("plain", "load_file"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _moved.attribute(__name__, name, ("errors", "plugin_files"))

@@ -22,7 +22,7 @@ from typing import Any
 
 import bench_dfusion
 from bench_dfusion import registry
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import config

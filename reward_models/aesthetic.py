@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.rewards import weights
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.rewards.preprocessing import prepare

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench_dfusion import micro
-from bench_dfusion.registry import UsageError, unknown
+from bench_dfusion.errors import UsageError, unknown
 from bench_dfusion.rewards import weights
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.rewards.preprocessing import prepare

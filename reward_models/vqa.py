@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.rewards import weights
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.tracks.prompts import same

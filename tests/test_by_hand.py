@@ -11,7 +11,7 @@ from processes import SETTINGS
 
 import bench_dfusion
 from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.runs.config import Cell, resolve
 

@@ -20,13 +20,13 @@ from processes import SETTINGS
 from torch import Tensor
 
 import bench_dfusion
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import checked_base, checks, leaderboard, records, statistics
 from bench_dfusion.results.checked_base import CheckedBase
 from bench_dfusion.results.records import Record
 from bench_dfusion.rewards.contract import Reward, RewardConfig
-from bench_dfusion.runs import config, evaluation
+from bench_dfusion.runs import base_drawing, config, evaluation
 from bench_dfusion.runs.trainer import make_policy
 from bench_dfusion.tracks.schema import Track
 from bench_dfusion.util import files
@@ -44,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a track with two tiny runs; only the first of them drew the base."""
     out = tmp_path_factory.mktemp("runs")
     drawn: list[int] = []
-    plain = checked_base.draw
+    plain = base_drawing.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checked_base, "draw", lambda *words: drawn.append(1) or plain(*words))
         for seed in (0, 1):
@@ -199,14 +199,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> tuple[Track, Any, dict[str, Reward
 
 def test_a_killed_drawing_goes_on_and_gives_the_same(small: Any, tmp_path: Path) -> None:
     track, policy, judges = small
-    whole = checked_base.ensure(track, tmp_path / "whole", policy, judges, "model")
+    whole = base_drawing.ensure(track, tmp_path / "whole", policy, judges, "model")
     Red.calls, Red.stop = 0, 2
     with pytest.raises(KeyboardInterrupt):
-        checked_base.ensure(track, tmp_path / "killed", policy, judges, "model")
+        base_drawing.ensure(track, tmp_path / "killed", policy, judges, "model")
     assert not list((tmp_path / "killed").glob("base-*"))
     Red.calls, Red.stop = 0, None
     before = policy.network_evaluations
-    again = checked_base.ensure(track, tmp_path / "killed", policy, judges, "model")
+    again = base_drawing.ensure(track, tmp_path / "killed", policy, judges, "model")
     assert Red.calls == 1, "of three parts two were there"
     assert again.sha256 == whole.sha256 and policy.network_evaluations == before
     assert [p.name[0] for p in sorted((tmp_path / "killed").iterdir())] == [".", "b"], "lock and base, no parts"
@@ -218,12 +218,12 @@ def test_one_run_draws_and_the_others_wait(small: Any, tmp_path: Path, capsys: p
     found: list[CheckedBase | None] = []
     with files.locked(tmp_path / f".{checked_base.file_name(track)}.lock"):
         other = threading.Thread(
-            target=lambda: found.append(checked_base.ensure(track, tmp_path, policy, judges, "model"))
+            target=lambda: found.append(base_drawing.ensure(track, tmp_path, policy, judges, "model"))
         )
         other.start()
         time.sleep(0.3)
         assert not found and not Red.calls
-        base = checked_base.draw(track, policy, judges, "model")
+        base = base_drawing.draw(track, policy, judges, "model")
         calls = Red.calls
         checked_base.write(tmp_path / checked_base.file_name(track), base)
     other.join(60)
@@ -242,13 +242,13 @@ def test_one_run_draws_and_the_others_wait(small: Any, tmp_path: Path, capsys: p
 )
 def test_another_base_is_refused(change: Any, why: str, small: Any, tmp_path: Path) -> None:
     track, policy, judges = small
-    base = checked_base.draw(track, policy, judges, "model")
+    base = base_drawing.draw(track, policy, judges, "model")
     changed = CheckedBase(**{**vars(base), **change(base)})
     if len(changed.prompts) == 4:
         changed = CheckedBase(**{**vars(changed), "scores": {"red": base.scores["red"][:4]}})
     checked_base.write(tmp_path / checked_base.file_name(track), changed)
     with pytest.raises(UsageError, match=why):
-        checked_base.ensure(track, tmp_path, policy, judges, "model")
+        base_drawing.ensure(track, tmp_path, policy, judges, "model")
 
 
 def test_a_damaged_file_is_one_line(small: Any, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_damaged_file_is_one_line(small: Any, tmp_path: Path) -> None:
     for data in (b"", b"PAR1 nothing PAR1", b"\0" * 500):
         path.write_bytes(data)
         with pytest.raises(UsageError, match=r"holds no scores of pictures"):
-            checked_base.ensure(track, tmp_path, policy, judges, "model")
+            base_drawing.ensure(track, tmp_path, policy, judges, "model")
 
 
 def test_the_verb_draws_it_once_and_checks_it(tmp_path: Path, said: Callable[..., Any], refused) -> None:

@@ -13,8 +13,8 @@ import pytest
 from boards import leave, place
 
 from bench_dfusion import registry
+from bench_dfusion.errors import UsageError
 from bench_dfusion.publish import repository
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import checks, leaderboard, merge, records
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record

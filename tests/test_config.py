@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models import layout
-from bench_dfusion.registry import UsageError
 from bench_dfusion.runs.config import _settings, resolve, resolve_track
 from bench_dfusion.tracks import schema
 from bench_dfusion.tracks.schema import PromptsSection, Track

@@ -27,8 +27,8 @@ from bench_dfusion.builders.contract import ConsistentSamples, Samples
 from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.doctor import device
 from bench_dfusion.doctor.trace import Cost, tracing
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.runs import evaluation, trainer
 from bench_dfusion.runs.config import Cell

@@ -22,8 +22,8 @@ from rounds import stopped_in_round
 from torch import Tensor
 
 import bench_dfusion
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models.pixart import PixArtAdapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import baseline, trainer

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope_along_the_gradient
 
 from bench_dfusion.diffusion import samplers
+from bench_dfusion.models import schedules
 
 REWARDS = [0.0, 1.0, 1.0, 4.0, 2.0, 2.5, 7.0, 3.0]
 
@@ -141,7 +142,7 @@ def test_equal_rewards_have_no_gradient():
 
 def test_a_velocity_that_moves_along_u_moves_the_ending_there():
     """With a network blind to x, f - k u at every step moves x0 by k u (b/(a+b) first - last)."""
-    schedule = samplers.ddim_schedule(ddim(prediction_type="epsilon"), 6, 0.0)
+    schedule = schedules.ddim_schedule(ddim(prediction_type="epsilon"), 6, 0.0)
     u, k = torch.randn(1, 2, 2, 2, generator=generator()), 0.3
     ends = []
     for shift in (0.0, k):
@@ -163,7 +164,7 @@ def test_a_velocity_that_moves_along_u_moves_the_ending_there():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_slope_of_the_velocity_is_that_of_the_output(prediction):
-    schedule = samplers.ddim_schedule(ddim(prediction_type=prediction), 5, 1.0)
+    schedule = schedules.ddim_schedule(ddim(prediction_type=prediction), 5, 1.0)
     step, x = torch.arange(5), torch.randn(5, 3, generator=generator())
 
     def f(output):

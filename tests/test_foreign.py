@@ -14,8 +14,8 @@ import torch
 from fakes import RED, Red
 from torch import Tensor
 
-from bench_dfusion import registry
-from bench_dfusion.registry import PluginError
+from bench_dfusion import plugin_files, registry
+from bench_dfusion.errors import PluginError
 from bench_dfusion.rewards import contract, sums, user_function
 from bench_dfusion.rewards.contract import RewardConfig
 from bench_dfusion.util import foreign
@@ -78,7 +78,7 @@ def test_a_file_that_changes_torch_when_it_is_imported(tmp_path: Path, monkeypat
     user_function.load(f"{path}:score")
     assert state() == before
     path.write_text(source + "from fakes import Red\nclass Mine(Red):\n    name = 'mine'\n")
-    registry.load_file(path)
+    plugin_files.load_file(path)
     assert state() == before
 
 

@@ -22,12 +22,13 @@ from torch.nn.functional import softplus
 
 from bench_dfusion.builders.contract import ConsistentSamples
 from bench_dfusion.diffusion import samplers
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models import schedules
 from bench_dfusion.objectives.advantages import advantages, prompt_groups, win_rates
 from bench_dfusion.objectives.averages import Average
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
 from bench_dfusion.objectives.groups import each_member
 from bench_dfusion.objectives.policy_gradient import clipped_terms
-from bench_dfusion.registry import UsageError
 from bench_dfusion.tracks.schema import validate
 from bench_dfusion.util import files
 
@@ -331,7 +332,7 @@ def test_rewards_that_are_alike_have_no_advantage_whatever_their_mean_rounds_to(
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_clean_latent_is_found_in_the_output_that_is_right(prediction):
-    levels, g = samplers.ddpm_levels(ddim(prediction_type=prediction)), generator()
+    levels, g = schedules.ddpm_levels(ddim(prediction_type=prediction)), generator()
     clean, noise = torch.randn(2, 5, 2, 3, 3, generator=g)
     t = torch.tensor([0, 10, 400, 800, 999])
     x_t = samplers.add_noise(levels, t, clean, noise)

@@ -23,8 +23,8 @@ from bench_dfusion.builders.dfusion.attention import Taps, resize_mask
 from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
 from bench_dfusion.builders.dfusion.masks import ItemTokens, Rules, item_mask, threshold
 from bench_dfusion.builders.vanilla import Vanilla
-from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, Trajectory
+from bench_dfusion.models import schedules
 
 STEPS = 4
 TOLERANCE = 1e-4  # of the largest magnitude, for float32 (the worst seen is 2e-5, at guidance 5)
@@ -218,7 +218,7 @@ def test_a_reference_of_two_bases_goes_through_the_network_once_a_step(sd: Case)
 
 
 def test_the_official_steps_are_all_but_the_two_noisiest_of_20(pixart: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = samplers.ddim_schedule(pixart.policy.adapter.scheduler, 20, 1.0)
+    schedule = schedules.ddim_schedule(pixart.policy.adapter.scheduler, 20, 1.0)
     monkeypatch.setattr(pixart.policy, "schedule", schedule)
     drawn = own(pixart, torch.tensor([0, 3]))
     builder = Watched(DFusionConfig())

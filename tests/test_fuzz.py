@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 from PIL import ImageOps
 
-from bench_dfusion import registry
+from bench_dfusion import errors
+from bench_dfusion.builders import preference_data
+from bench_dfusion.errors import UsageError
 from bench_dfusion.micro import tracks
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import records
-from bench_dfusion.runs import config, pairs
+from bench_dfusion.runs import config
 from bench_dfusion.tracks import prompts, schema
 from bench_dfusion.util import picture_reader
 
@@ -73,7 +74,7 @@ def tried(function: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except UsageError as error:
-        shown = registry.plain(error)
+        shown = errors.plain(error)
         assert shown.strip() and "\n" not in shown and shown.isprintable()
         return None
 
@@ -368,7 +369,7 @@ def test_any_picture_is_8_bit_rgb_or_one_line(content: bytes) -> None:
     try:
         image = picture_reader.read(content, lambda reason: None)
     except picture_reader.PictureError as error:
-        shown = registry.plain(error)
+        shown = errors.plain(error)
         assert shown.strip() and "\n" not in shown and shown.isprintable()
         return
     pixels = np.asarray(image)
@@ -404,7 +405,7 @@ def test_any_columns_of_pairs(tmp_path: Path, columns: dict[str, list[Any]]) -> 
     for name, kind in kinds.items():
         data = data.cast_column(name, kind)
     data.save_to_disk(tmp_path / "mine")
-    found = tried(pairs.read, str(tmp_path / "mine"))
+    found = tried(preference_data.read, str(tmp_path / "mine"))
     if found is not None:
         chosen, rejected = found.scores(range(len(found)))
         assert 0 < len(found) == 3 - found.ties and len(found.sha256) == 64

@@ -18,9 +18,9 @@ from torch import Tensor
 import bench_dfusion
 from bench_dfusion.builders.contract import Components, ConsistentSamples
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import UsageError
 from bench_dfusion.objectives import gardo
 from bench_dfusion.objectives.gardo import Gardo, GardoConfig
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.runs import config
 

@@ -30,7 +30,7 @@ from bench_dfusion.reward_models.geneval import (
 from PIL import Image
 from torch.nn import functional
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 
 # --- prompts

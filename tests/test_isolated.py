@@ -24,7 +24,7 @@ import torch
 from conftest import Said
 from processes import TINY
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.rewards import isolated
 from bench_dfusion.rewards.isolated import IsolatedReward, ScorerError
 

@@ -18,12 +18,12 @@ import pytest
 from processes import TINY, command
 from test_sweep import jobs
 
-from bench_dfusion import __version__
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.sweeps import local, node, queue, storage
 from bench_dfusion.sweeps.local import Local
 from bench_dfusion.sweeps.storage import Life, Storage, begin
+from bench_dfusion.version import __version__
 
 SWEEP = ("sweep", "micro", "--algo", "dpo", "--reward", "clip")
 

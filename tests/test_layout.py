@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tokenizers_read_once
 
 from bench_dfusion import micro
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.models import layout
 from bench_dfusion.models.base import Adapter, square, token_limit
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.tracks.schema import ModelSection
 
 Damage = Callable[[Path], Any]

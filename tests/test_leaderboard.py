@@ -14,7 +14,7 @@ from boards import changed, digest, leave, place, record, register, track
 from rich.console import Console
 
 from bench_dfusion.cli import display
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.report import leaderboard_picture
 from bench_dfusion.results import leaderboard, records, statistics
 from bench_dfusion.results.leaderboard import Board

@@ -16,9 +16,9 @@ from tiny import policy_of
 
 from bench_dfusion.diffusion import lora
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.tracks.schema import ModelSection
 
 PROMPTS = ["a red circle", "two blue rings"]

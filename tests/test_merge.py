@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from boards import changed, digest, leave, place, record, track
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import checked_base, companions, leaderboard, merge, records
 from bench_dfusion.util import files
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench_dfusion import micro
+from bench_dfusion.errors import UsageError
 from bench_dfusion.micro import oracle as first_oracle
 from bench_dfusion.micro import pretrain as first
 from bench_dfusion.micro.scenes import Thing
 from bench_dfusion.micro.v2 import grammar, listening, oracle, pretrain, scenes
-from bench_dfusion.registry import UsageError
 from bench_dfusion.runs import config
 from bench_dfusion.util import files
 

@@ -22,10 +22,11 @@ from bench_dfusion.builders.dfusion.attention import Taps
 from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models import schedules
 from bench_dfusion.models.flux import pack, unpack
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.models.schedulers import flow_matching
-from bench_dfusion.registry import UsageError
 from bench_dfusion.tracks.schema import ModelSection
 
 PROMPTS = ["a red circle", "a capybara and an axolotl"]
@@ -58,7 +59,7 @@ falling = st.sets(st.integers(1, 99), min_size=2, max_size=8).map(lambda s: [i /
 def test_a_step_is_flow_grpos(sigmas: list[float], from_noise: bool, level: float, seed: int) -> None:
     """mu = x (1 + s²/2t dt) + v (1 + s² (1 - t)/2t) dt and std = s sqrt(-dt), as the paper writes them, in float64."""
     sigmas = ([1.0] if from_noise else []) + sigmas
-    schedule = samplers.flow_schedule(torch.tensor([*sigmas, 0.0]), torch.tensor(sigmas) * 1000, level)
+    schedule = schedules.flow_schedule(torch.tensor([*sigmas, 0.0]), torch.tensor(sigmas) * 1000, level)
     g = torch.Generator().manual_seed(seed)
     x, v = torch.randn(2, len(sigmas), 1, 2, 2, generator=g)
     mean = samplers.step_mean(schedule, torch.arange(len(sigmas)), x, v)
@@ -74,7 +75,7 @@ def test_a_step_is_flow_grpos(sigmas: list[float], from_noise: bool, level: floa
 
 def test_a_step_by_hand() -> None:
     # t = 1/2 to 1/4 at a = 1: s² = 1, std = 1/2; x_0 = x - v/2, epsilon = x + v/2; mu = 3/4 x_0 + (1/4 - 1/4) epsilon.
-    schedule = samplers.flow_schedule(torch.tensor([0.5, 0.25, 0.0]), torch.tensor([500.0, 250.0]), 1.0)
+    schedule = schedules.flow_schedule(torch.tensor([0.5, 0.25, 0.0]), torch.tensor([500.0, 250.0]), 1.0)
     mean = samplers.step_mean(schedule, torch.tensor([0]), torch.full((1, 1), 2.0), torch.full((1, 1), 4.0))
     assert mean.item() == 0 and schedule.std.tolist() == [0.5, 0.0] and schedule.size.tolist() == [0.25, 0.25]
 
@@ -84,12 +85,12 @@ def test_a_step_by_hand() -> None:
 )
 def test_what_is_no_flow_is_refused(sigmas: list[float], level: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        samplers.flow_schedule(torch.tensor(sigmas), torch.tensor(sigmas[:-1]), level)
+        schedules.flow_schedule(torch.tensor(sigmas), torch.tensor(sigmas[:-1]), level)
 
 
 def test_velocity_says_clean_and_noise() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    levels = samplers.flow_levels(scheduler.sigmas.flip(0), scheduler.timesteps.flip(0))
+    levels = schedules.flow_levels(scheduler.sigmas.flip(0), scheduler.timesteps.flip(0))
     assert (levels.noise.diff() > 0).all() and levels.noise[-1] == 1
     clean, noise = torch.randn(2, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0, 300, 700, 999])

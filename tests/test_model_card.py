@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load, save_file
 
+from bench_dfusion.errors import UsageError
 from bench_dfusion.publish import repository
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import companions, records
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import model_card

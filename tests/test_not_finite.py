@@ -12,9 +12,9 @@ from fakes import RED, Red, ddim, draw, fake_policy
 from torch import Tensor
 
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.models.base import Adapter, NotFinite, finite
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.rewards.contract import RewardConfig
 from bench_dfusion.runs import config, evaluation, rescore
 from bench_dfusion.runs.evaluation import Drawn

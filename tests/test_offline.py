@@ -25,10 +25,11 @@ from tiny import policy_of, tiny_sd
 
 import bench_dfusion
 from bench_dfusion import micro, registry
+from bench_dfusion.builders import preference_data
 from bench_dfusion.builders.contract import ConsistentSamples, Samples
 from bench_dfusion.builders.offline import Offline, OfflineConfig
 from bench_dfusion.diffusion.policy import Trajectory
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.runs import config, pairs
 
@@ -73,7 +74,7 @@ def test_pairs_are_read_from_every_form_alike(form: str, tmp_path: Path) -> None
     else:
         path.mkdir()
         path = Path(parquet(path, data)) if form == "file" else Path(parquet(path, data)).parent
-    found = pairs.read(str(path))
+    found = preference_data.read(str(path))
     assert found.prompts == [f"prompt {i % 2}" for i in range(6)] and found.scored_by is None
     chosen, rejected = found.pictures([4, 0], 8)
     assert chosen.dtype == torch.uint8 and chosen.shape == (2, 8, 8, 3)
@@ -83,11 +84,11 @@ def test_pairs_are_read_from_every_form_alike(form: str, tmp_path: Path) -> None
 
 def test_scores_and_their_reward_are_the_datasets_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns = {"chosen_score": [0.5, 2.0, 3.0], "rejected_score": [0.25, 1.0, -1.0], "reward": ["clip"] * 3}
-    found = pairs.read(parquet(tmp_path, table(3, **columns)))
+    found = preference_data.read(parquet(tmp_path, table(3, **columns)))
     assert found.scored_by == "clip"
     assert [s.tolist() for s in found.scores([2, 0])] == [[3, 0.5], [-1, 0.25]]
     columns["chosen_score"] = [0.5, None, 3.0]
-    found = pairs.read(parquet(tmp_path, table(3, **columns), "holes.parquet"))
+    found = preference_data.read(parquet(tmp_path, table(3, **columns), "holes.parquet"))
     assert "1 of 3 rows of" in capsys.readouterr().err
     assert [s.tolist() for s in found.scores([0, 2])] == [[1, 1], [0, 0]]  # one is missing: none is used
 
@@ -103,7 +104,7 @@ def test_pictures_are_cropped_at_the_centre_turned_as_a_camera_says_and_without_
     halves.save(turned, exif=exif)
     alpha = Picture.new("RGBA", (8, 8), (10, 20, 30, 255))
     data = {"prompt": ["p"] * 3, "chosen": [thirds, str(turned), alpha], "rejected": [alpha.convert("P")] * 3}
-    found = pairs.read(parquet(tmp_path, Dataset.from_dict(data, FEATURES)))
+    found = preference_data.read(parquet(tmp_path, Dataset.from_dict(data, FEATURES)))
     chosen, rejected = found.pictures([0, 1, 2], 8)
     assert (chosen[0] == 255).all()
     assert (chosen[1][:3] == 255).all() and (chosen[1][5:] == 0).all()
@@ -113,24 +114,24 @@ def test_pictures_are_cropped_at_the_centre_turned_as_a_camera_says_and_without_
 
 
 def test_the_hash_is_of_what_is_trained_on_and_not_of_where_it_lies(tmp_path: Path) -> None:
-    first = pairs.read(parquet(tmp_path, table())).sha256
+    first = preference_data.read(parquet(tmp_path, table())).sha256
     table().save_to_disk(tmp_path / "elsewhere")
-    assert pairs.read(str(tmp_path / "elsewhere")).sha256 == first
+    assert preference_data.read(str(tmp_path / "elsewhere")).sha256 == first
     changed = table().to_list()
     changed[3]["rejected"] = picture(99)
-    assert pairs.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "b.parquet")).sha256 != first
+    assert preference_data.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "b.parquet")).sha256 != first
     changed = table().to_list()
     changed[3]["prompt"] += "!"
-    assert pairs.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "c.parquet")).sha256 != first
+    assert preference_data.read(parquet(tmp_path, Dataset.from_list(changed, FEATURES), "c.parquet")).sha256 != first
     scored = table(chosen_score=[1.5] * 6, rejected_score=[0.0] * 6)
-    assert pairs.read(parquet(tmp_path, scored, "d.parquet")).sha256 != first
+    assert preference_data.read(parquet(tmp_path, scored, "d.parquet")).sha256 != first
     # What it is of, so that a cell's hash stays: prompts and scores as Python writes them, hashes of the files.
     total, undecoded = hashlib.sha256(), Image(decode=False)
     for row in scored.cast_column("chosen", undecoded).cast_column("rejected", undecoded):
         total.update(f"[{row['prompt']!r}, 1.5, 0.0]".encode())
         for name in ("chosen", "rejected"):
             total.update(hashlib.sha256(row[name]["bytes"]).digest())
-    assert pairs.read(str(tmp_path / "d.parquet")).sha256 == total.hexdigest()
+    assert preference_data.read(str(tmp_path / "d.parquet")).sha256 == total.hexdigest()
 
 
 def with_scores(chosen: list[Any], rejected: list[Any]) -> Dataset:
@@ -140,14 +141,14 @@ def with_scores(chosen: list[Any], rejected: list[Any]) -> Dataset:
 
 def test_ties_are_left_out_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = [3.0, 1.0, 2.0, 1 + 1e-12, 5.0], [1.0, 1.0, 0.0, 1.0, 1.0]  # rows 1 and 3, this one in float32
-    found = pairs.read(parquet(tmp_path, with_scores(*scores), "ties.parquet"))
+    found = preference_data.read(parquet(tmp_path, with_scores(*scores), "ties.parquet"))
     assert "pairs: 2 of 5 pairs of" in capsys.readouterr().err
     assert (len(found), found.ties, found.rows) == (3, 2, [0, 2, 4])
     assert [s.tolist() for s in found.scores([1, 2])] == [[2, 5], [0, 1]]
     chosen, rejected = found.pictures([0, 1, 2], 8)
     assert chosen[:, 0, 0, 0].tolist() == [100, 102, 104] and rejected[:, 0, 0, 0].tolist() == [0, 2, 4]
     assert found.prompts == ["prompt 0"] * 3
-    without = pairs.read(parquet(tmp_path, with_scores(*scores).select([0, 2, 4]), "none.parquet"))
+    without = preference_data.read(parquet(tmp_path, with_scores(*scores).select([0, 2, 4]), "none.parquet"))
     assert without.ties == 0 and without.sha256 != found.sha256, "the record counts ties"
 
 
@@ -179,12 +180,12 @@ def test_scores_that_say_nothing_or_the_contrary_are_refused(
     chosen: list[Any], rejected: list[Any], expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=f"pairs.parquet: .*{expected}"):
-        pairs.read(parquet(tmp_path, with_scores(chosen, rejected)))
+        preference_data.read(parquet(tmp_path, with_scores(chosen, rejected)))
 
 
 @pytest.mark.parametrize("values", [([3, 2], [1, 1]), ([None, None], [None, None])])
 def test_scores_may_be_integers_or_none_at_all(values: tuple[list[Any], list[Any]], tmp_path: Path) -> None:
-    found = pairs.read(parquet(tmp_path, with_scores(*values)))
+    found = preference_data.read(parquet(tmp_path, with_scores(*values)))
     assert [s.tolist() for s in found.scores([0, 1])] == ([[3, 2], [1, 1]] if values[0][0] else [[1, 1], [0, 0]])
 
 
@@ -220,7 +221,7 @@ def test_a_picture_that_cannot_be_had_is_found_before_any_round(
     path = str(tmp_path / "pairs.parquet")
     pq.write_table(cells({"bytes": png(), "path": None}, cell).data.table, path)
     with pytest.raises(UsageError, match=f"pairs.parquet: .*{expected}"):
-        assert pairs.read(path).sha256
+        assert preference_data.read(path).sha256
 
 
 def test_the_row_that_is_named_is_the_files_own_where_ties_are_left_out(tmp_path: Path) -> None:
@@ -228,13 +229,13 @@ def test_the_row_that_is_named_is_the_files_own_where_ties_are_left_out(tmp_path
     content[2]["rejected"] = {"bytes": b"x", "path": None}
     path = parquet(tmp_path, Dataset.from_list(content, with_scores([1.0], [0.0]).features))
     with pytest.raises(UsageError, match="the rejected picture of row 2 cannot be read"):
-        assert pairs.read(path).sha256
+        assert preference_data.read(path).sha256
 
 
 def test_a_profile_that_cannot_be_used_is_said_once_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = io.BytesIO()
     picture(9).save(data, "PNG", icc_profile=b"broken")
-    found = pairs.read(parquet(tmp_path, cells(*[{"bytes": data.getvalue(), "path": None}] * 3)))
+    found = preference_data.read(parquet(tmp_path, cells(*[{"bytes": data.getvalue(), "path": None}] * 3)))
     assert found.sha256 and "pairs: 3 pictures of" in capsys.readouterr().err
     assert found.pictures([0], 8)[0].unique().tolist() == [9]
 
@@ -245,16 +246,16 @@ def test_a_long_check_is_noted_and_done_again_where_a_file_has_changed(
     monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(pairs, "SLOW", -1)
     table().save_to_disk(tmp_path / "mine")
-    first = pairs.read(str(tmp_path / "mine"))
+    first = preference_data.read(str(tmp_path / "mine"))
     digest = first.sha256
     (note,) = (tmp_path / "home").rglob("*.json")
-    monkeypatch.setattr(pairs.Pairs, "_check", lambda self: pytest.fail("checked again"))
+    monkeypatch.setattr(preference_data.Pairs, "_check", lambda self: pytest.fail("checked again"))
     assert dataclasses.replace(first).sha256 == digest
     monkeypatch.undo()
     monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
     (arrow,) = (tmp_path / "mine").glob("*.arrow")
     os.utime(arrow, ns=(0, 0))
-    again = pairs.read(str(tmp_path / "mine"))
+    again = preference_data.read(str(tmp_path / "mine"))
     assert again._note() != note and again.sha256 == digest
 
 
@@ -264,7 +265,7 @@ def test_pictures_that_lie_elsewhere_are_looked_at_each_time(tmp_path: Path, mon
     picture(7).save(tmp_path / "a.png")
     path = str(tmp_path / "pairs.parquet")
     pq.write_table(cells({"bytes": None, "path": str(tmp_path / "a.png")}).data.table, path)
-    assert pairs.read(path).sha256 and not (tmp_path / "home").exists()
+    assert preference_data.read(path).sha256 and not (tmp_path / "home").exists()
 
 
 def text_pairs(folder: Path) -> str:
@@ -414,7 +415,7 @@ def test_the_cell_is_named_by_the_pairs_and_not_by_their_place(tmp_path: Path) -
     again = config.resolve(algo="sft", pairs=parquet(tmp_path, table(), "again.parquet"))
     other = config.resolve(algo="sft", pairs=parquet(tmp_path, table(5), "other.parquet"))
     assert first.hash == again.hash != other.hash
-    assert first.resolved["builder"]["sha256"] == pairs.read(str(tmp_path / "pairs.parquet")).sha256
+    assert first.resolved["builder"]["sha256"] == preference_data.read(str(tmp_path / "pairs.parquet")).sha256
     assert first.given["pairs"] == str(tmp_path / "pairs.parquet") and first.reward.name == "given"
     assert config.resolve(algo="sft", reward="clip", pairs=str(tmp_path / "pairs.parquet")).reward.name == "clip"
 
@@ -566,7 +567,7 @@ def test_a_run_trains_on_what_pairs_export_wrote(name: str, exported: Path, tmp_
 
 @pytest.mark.slow
 def test_pairs_of_no_known_reward_train_too_and_a_killed_run_goes_on(exported: Path, tmp_path: Path) -> None:
-    given = pairs.read(str(exported)).table.select_columns(["prompt", "chosen", "rejected"])
+    given = preference_data.read(str(exported)).table.select_columns(["prompt", "chosen", "rejected"])
     path = parquet(tmp_path, given)
     words = ("run", "--algo", "diffusion-dpo", "--pairs", path, *TINY)
     (tmp_path / "dying.py").write_text(DYING)

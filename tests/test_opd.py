@@ -19,11 +19,12 @@ from torch.distributions import Normal, kl_divergence
 
 import bench_dfusion
 from bench_dfusion import micro
+from bench_dfusion.builders.stored_steps import all_means
 from bench_dfusion.diffusion import lora, samplers
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models import schedules
 from bench_dfusion.objectives.denoising import mean_square
-from bench_dfusion.objectives.stepwise import all_means
 from bench_dfusion.publish import verify
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.runs.config import resolve
 from bench_dfusion.tracks import schema
@@ -127,7 +128,7 @@ def test_its_kl_is_dpoks_with_the_teacher_in_the_place_of_the_base(tmp_path):
 
 def test_of_an_odes_steps_it_is_the_velocitys_distance_times_half_the_steps_square():
     sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
-    schedule = samplers.flow_schedule(sigmas, 1000 * sigmas[:-1], 0.0)
+    schedule = schedules.flow_schedule(sigmas, 1000 * sigmas[:-1], 0.0)
     x, one, two = torch.randn(3, 4, 5, generator=generator())
     step = torch.arange(4)
     means = [samplers.step_mean(schedule, step, x, v) for v in (one, two)]

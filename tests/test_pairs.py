@@ -27,7 +27,7 @@ from trl import unpair_preference_dataset
 from bench_dfusion import registry
 from bench_dfusion.builders.contract import Components, ConsistentSamples, Samples
 from bench_dfusion.diffusion.policy import Trajectory
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.runs import pairs
 

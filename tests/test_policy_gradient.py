@@ -14,11 +14,12 @@ from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, roun
 from torch.distributions import Normal, kl_divergence
 
 from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.builders.stored_steps import Steps, all_means, stored_steps
 from bench_dfusion.diffusion import samplers
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models import schedules
 from bench_dfusion.objectives.advantages import PromptAdvantages, advantages
 from bench_dfusion.objectives.policy_gradient import unclipped_terms
-from bench_dfusion.objectives.stepwise import Steps, all_means, stored_steps
-from bench_dfusion.registry import UsageError
 from bench_dfusion.tracks.schema import validate
 
 EARLIER = {"buffer": 4, "min_count": 4}
@@ -66,7 +67,7 @@ class Toy:
     """A policy of two samples, three numbers and two steps: at step 0 sigma is 1/2, at step 1 it is 1."""
 
     device = torch.device("cpu")
-    schedule = samplers.Schedule(
+    schedule = schedules.Schedule(
         torch.tensor([600, 200]),
         *[torch.ones(2)] * 3,
         "epsilon",

@@ -17,8 +17,8 @@ from rounds import PROMPTS, bandit, generator, loss_and_gradient, round_of, slop
 from bench_dfusion.algorithm import all_log_probs
 from bench_dfusion.builders.contract import ConsistentSamples
 from bench_dfusion.diffusion import samplers
+from bench_dfusion.errors import UsageError
 from bench_dfusion.objectives.preference import LOSSES, REFUSED, loser_scale, preference_terms, scale_gradient
-from bench_dfusion.registry import UsageError
 from bench_dfusion.tracks.schema import validate
 
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.1}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.tracks import schema, sources
 from bench_dfusion.tracks.prompts import read_prompts, same, shared, twice, unique
 

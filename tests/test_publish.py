@@ -22,8 +22,8 @@ from hub_server import TOKEN, Handler, Hub
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from bench_dfusion.errors import UsageError
 from bench_dfusion.publish import dataset, repository, verify
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import checked_base, companions, leaderboard, records
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record

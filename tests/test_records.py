@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from boards import HELDOUT, changed, digest, record, track
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 
 LEADERBOARDS = Path(__file__).parent.parent / "leaderboards"

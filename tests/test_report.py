@@ -20,7 +20,7 @@ from PIL import Image
 from webdriver import HOW, Browser, binaries
 
 from bench_dfusion import report
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.report.marks import ticks, visible
 from bench_dfusion.results import leaderboard

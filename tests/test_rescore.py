@@ -19,8 +19,8 @@ import bench_dfusion
 from bench_dfusion import cli
 from bench_dfusion.diffusion import lora
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import UsageError
 from bench_dfusion.publish import repository, verify
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import checked_base, leaderboard, records
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import config, evaluation, rescore

@@ -28,7 +28,7 @@ from torch.nn import functional
 import bench_dfusion
 from bench_dfusion import registry
 from bench_dfusion.builders.contract import ConsistentSamples
-from bench_dfusion.registry import PluginError, UsageError
+from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.results import records
 from bench_dfusion.rewards import sums
 from bench_dfusion.rewards.contract import Reward

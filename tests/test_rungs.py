@@ -21,9 +21,9 @@ import bench_dfusion
 from bench_dfusion import report
 from bench_dfusion.cli import display
 from bench_dfusion.diffusion import lora
+from bench_dfusion.errors import UsageError
 from bench_dfusion.objectives.averages import Warmed
 from bench_dfusion.publish import dataset
-from bench_dfusion.registry import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.results import checked_base, checks, leaderboard, merge, records
 from bench_dfusion.results.leaderboard import Board

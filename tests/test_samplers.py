@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench_dfusion.diffusion import samplers
-from bench_dfusion.diffusion.samplers import ddim_schedule
+from bench_dfusion.models import schedules
+from bench_dfusion.models.schedules import ddim_schedule
 
 PREDICTIONS = ("epsilon", "v_prediction")
 SPACINGS = {
@@ -169,17 +170,17 @@ def test_a_schedule_as_long_as_the_levels(spacing, steps):
 # --- coefficients-preserving sampling, and none of the noise
 
 
-def schedules(steps: int, eta: float, kind: str) -> list[samplers.Schedule]:
+def both_schedules(steps: int, eta: float, kind: str) -> list[schedules.Schedule]:
     """Of a VP scheduler and of a flow."""
     sigmas = torch.linspace(1, 0, steps + 1).double()
-    flow = samplers.flow_schedule(sigmas, sigmas[:-1] * 1000, eta, kind)
+    flow = schedules.flow_schedule(sigmas, sigmas[:-1] * 1000, eta, kind)
     return [ddim_schedule(ddim(), steps, eta, kind), flow]
 
 
 @given(st.floats(0, 1), st.integers(1, 30))
 @settings(max_examples=40, deadline=None)
 def test_cps_keeps_the_noise_of_a_level(eta, steps):
-    for schedule in schedules(steps, eta, "cps"):
+    for schedule in both_schedules(steps, eta, "cps"):
         noise_s = (
             (1 - schedule.signal_s) if schedule.prediction_type == "velocity" else (1 - schedule.signal_s**2).sqrt()
         )
@@ -189,33 +190,33 @@ def test_cps_keeps_the_noise_of_a_level(eta, steps):
 
 def test_cps_by_hand():
     sigmas = torch.tensor([0.8, 0.6, 0.0])
-    schedule = samplers.flow_schedule(sigmas, sigmas[:-1], 0.8, "cps")
+    schedule = schedules.flow_schedule(sigmas, sigmas[:-1], 0.8, "cps")
     x_t, v = torch.full((2, 1), 1.0), torch.full((2, 1), 0.5)
     mean = samplers.step_mean(schedule, torch.arange(2), x_t, v)
     assert mean[0, 0].item() == pytest.approx(0.44395, abs=1e-5)
     assert schedule.std.tolist() == pytest.approx([0.57063, 0], abs=1e-5)
     assert schedule.stochastic.tolist() == [True, False]  # the last step of a flow goes to x_0 itself
     # all of the noise is new: the mean is x_0's share alone
-    fresh = samplers.flow_schedule(sigmas, sigmas[:-1], 1.0, "cps")
+    fresh = schedules.flow_schedule(sigmas, sigmas[:-1], 1.0, "cps")
     assert fresh.direction.tolist() == [0, 0] and fresh.std[0].item() == pytest.approx(0.6)
 
 
 def test_ddim_is_cps_at_another_eta_at_each_step():
     # sin phi = sqrt((1 - a_t / a_s) / (1 - a_t)) at DDIM's eta 1
-    native, _ = schedules(20, 1.0, "native")
+    native, _ = both_schedules(20, 1.0, "native")
     a_t, a_s = native.signal.double() ** 2, native.signal_s.double() ** 2
     for i, phi in enumerate(((1 - a_t / a_s) / (1 - a_t)).sqrt().asin().tolist()):
-        cps, _ = schedules(20, phi / (torch.pi / 2), "cps")
+        cps, _ = both_schedules(20, phi / (torch.pi / 2), "cps")
         torch.testing.assert_close(cps.std[i], native.std[i], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(cps.direction[i], native.direction[i], rtol=1e-4, atol=1e-4)
 
 
 def test_without_noise_every_kind_is_the_ode():
-    for native, cps in zip(schedules(7, 0.0, "native"), schedules(7, 0.0, "cps"), strict=True):
+    for native, cps in zip(both_schedules(7, 0.0, "native"), both_schedules(7, 0.0, "cps"), strict=True):
         assert not native.stochastic.any() and not cps.stochastic.any() and not native.std.any()
         torch.testing.assert_close(native.direction, cps.direction, rtol=1e-6, atol=1e-7)
     # Euler's step of a flow: x + (sigma_s - sigma_t) v
-    _, flow = schedules(7, 0.0, "native")
+    _, flow = both_schedules(7, 0.0, "native")
     x_t, v = noise(7, 1, 2, 2), noise(7, 1, 2, 2, seed=1)
     after = torch.cat([flow.noise[1:], torch.zeros(1)])
     euler = x_t + (after - flow.noise).view(-1, 1, 1, 1) * v
@@ -267,7 +268,7 @@ def test_clean_and_noise_come_back_from_a_perfect_network(prediction):
     schedule = ddim_schedule(scheduler, 10, 1.0)
     step = torch.arange(10)
     t, clean, eps = schedule.timesteps[step], noise(10, 2, 3, 3), noise(10, 2, 3, 3, seed=1)
-    levels = samplers.ddpm_levels(scheduler)
+    levels = schedules.ddpm_levels(scheduler)
     noised = samplers.add_noise(levels, t, clean, eps)
     torch.testing.assert_close(noised, scheduler.add_noise(clean, eps, t))
     target = samplers.training_target(levels, t, clean, eps)

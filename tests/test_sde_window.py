@@ -22,7 +22,7 @@ import bench_dfusion
 from bench_dfusion.algorithm import SDEWindow
 from bench_dfusion.builders.branch import Branch, BranchConfig
 from bench_dfusion.diffusion import samplers
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 
 ALGORITHMS = {"ddpo": (DDPO, DDPOConfig), "dpo": (DPO, DPOConfig), "grpo": (GRPO, GRPOConfig)}
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)

@@ -29,10 +29,11 @@ from torch import Tensor
 from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
 from bench_dfusion.diffusion import lora, samplers
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models import schedules
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.models.schedulers import ddim_like
 from bench_dfusion.models.sdxl import SDXLAdapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.runs import config
 from bench_dfusion.tracks.schema import MemorySection, ModelSection
 
@@ -96,7 +97,7 @@ def test_pictures_are_the_pipelines_own_where_nothing_is_random(
 ) -> None:
     """At an eta of all but 0 the policy draws what diffusers' DDIM draws at 0: the same guided prediction, steps, VAE."""
     policy, pipe = both
-    monkeypatch.setattr(policy, "schedule", samplers.ddim_schedule(policy.adapter.scheduler, 4, 1e-7))
+    monkeypatch.setattr(policy, "schedule", schedules.ddim_schedule(policy.adapter.scheduler, 4, 1e-7))
     noise = samplers.sample_noise(SEEDS, 4, policy.adapter.latent_shape)[:, 0]
     options = {"num_inference_steps": 4, "guidance_scale": 5.0, "eta": 0.0, "latents": noise}
     latents = pipe(PROMPTS, **options, output_type="latent").images
@@ -203,7 +204,7 @@ def test_schedulers_of_checkpoints_are_read_as_they_are(scheduler: Any, spacing:
     assert ours.config.prediction_type == scheduler.config.prediction_type
     last = -1 if scheduler.config.get("rescale_betas_zero_snr") else None
     torch.testing.assert_close(ours.alphas_cumprod[:last], scheduler.alphas_cumprod[:last])
-    schedule = samplers.ddim_schedule(ours, 5, 1.0)
+    schedule = schedules.ddim_schedule(ours, 5, 1.0)
     scheduler.set_timesteps(5)
     expected = scheduler.timesteps.float()
     if isinstance(scheduler, PNDMScheduler):  # its second step is taken twice
@@ -230,7 +231,7 @@ def test_schedulers_that_are_no_policy_are_refused(scheduler: Any) -> None:
     with pytest.raises(
         ValueError, match="clip|prediction_type|continuous|flow|discrete betas|beta_schedule"
     ) as refused:
-        samplers.ddim_schedule(ddim_like(scheduler), 4, 1.0)
+        schedules.ddim_schedule(ddim_like(scheduler), 4, 1.0)
     assert "\n" not in str(refused.value)
 
 

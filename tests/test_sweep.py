@@ -15,8 +15,8 @@ import pytest
 from processes import SETTINGS, TINY, command
 
 import bench_dfusion
-from bench_dfusion import registry
-from bench_dfusion.registry import UsageError
+from bench_dfusion import plugin_files, registry
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import leaderboard, records
 from bench_dfusion.sweeps import queue
 from bench_dfusion.sweeps.local import Local
@@ -164,7 +164,7 @@ def test_a_killed_sweep_ends_with_the_same_records(tmp_path: Path, monkeypatch) 
     assert found.keys() == {0, 1}
     monkeypatch.setattr(registry, "_from_files", {})
     monkeypatch.chdir(tmp_path)
-    registry.load_file(Path("failing.py"))
+    plugin_files.load_file(Path("failing.py"))
     monkeypatch.setenv("DIE_HERE", str(tmp_path))
     monkeypatch.setenv("DIE_AT", "")
     for seed, ours in found.items():

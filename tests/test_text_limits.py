@@ -12,9 +12,9 @@ from test_offline import parquet, table
 
 from bench_dfusion import doctor
 from bench_dfusion.builders.offline import Offline, OfflineConfig
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.runs import config, rescore, text_limits
 from bench_dfusion.tracks.schema import ModelSection, PromptsSection
 

@@ -14,7 +14,7 @@ import pytest
 from clip_bpe import clip_tokenizer
 
 from bench_dfusion import cli, registry
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.runs.config import resolve
 from bench_dfusion.tracks import schema, sources, words
 from bench_dfusion.tracks.items import item_tokens

@@ -19,8 +19,8 @@ import bench_dfusion
 from bench_dfusion import doctor
 from bench_dfusion.diffusion import lora
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import companions, records
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import config, model_card, rescore, trainer

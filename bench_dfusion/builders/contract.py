@@ -5,16 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.tracks.schema import PromptsSection
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]  # (images uint8 [B, H, W, 3], prompts) -> float32 [B]
+
+
+def _share(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1] <= 1:
+        raise ValueError(f"a share is [from, to) with 0 <= from < to <= 1, not {list(value)}")
+    return value
+
+
+Share = Annotated[tuple[float, float], AfterValidator(_share)]
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from bench_dfusion.builders import preference_data
 from bench_dfusion.builders.contract import Builder, BuilderConfig, ConsistentSamples, Samples, Score
 from bench_dfusion.diffusion.policy import Policy, Trajectory
-from bench_dfusion.registry import UsageError
-from bench_dfusion.runs import pairs
+from bench_dfusion.errors import UsageError
 from bench_dfusion.tracks.prompts import shared
 from bench_dfusion.tracks.schema import PromptsSection
 from bench_dfusion.util.seeds import passes
@@ -47,14 +47,14 @@ class Offline(Builder):
 
     def __init__(self, config: OfflineConfig):
         super().__init__(config)
-        self._pairs = pairs.read(config.pairs)
+        self._pairs = preference_data.read(config.pairs)
 
     @classmethod
     def pinned(cls, config: BuilderConfig, prompts: PromptsSection) -> BuilderConfig:
         assert isinstance(config, OfflineConfig)
         if not config.pairs:
             raise UsageError("the builder offline needs a dataset: give --pairs PATH_OR_HUB_ID")
-        found = pairs.read(config.pairs)
+        found = preference_data.read(config.pairs)
         held = shared(found.prompts, prompts.heldout)
         if held:
             raise UsageError(

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench_dfusion import registry
-from bench_dfusion.registry import PluginError, UsageError
+from bench_dfusion import errors, plugin_files, registry
+from bench_dfusion.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
     from bench_dfusion.results.leaderboard import Board
@@ -451,14 +451,14 @@ def list_plugins(
     """Show the plugins that are installed, or one plugin's options."""
     _load_files(plugin)
     if kind is not None and kind not in registry.KINDS:
-        raise UsageError(registry.unknown("kind of plugin", kind, registry.KINDS))
+        raise UsageError(errors.unknown("kind of plugin", kind, registry.KINDS))
     if kind == "tracks" and name and name.endswith(".toml"):
         _describe_track(name)
         return
     if kind and name:
         found = registry.plugins(kind)
         if name not in found:
-            raise UsageError(registry.unknown(kind[:-1], name, found))
+            raise UsageError(errors.unknown(kind[:-1], name, found))
         _describe(kind, name, found[name])
         return
     for each in [kind] if kind else registry.KINDS:
@@ -657,7 +657,7 @@ def pairs_export(
 
 def _load_files(paths: Sequence[Path] | None) -> None:
     for path in paths or []:
-        registry.load_file(path)
+        plugin_files.load_file(path)
 
 
 def _summary(value: Any) -> str:
@@ -797,7 +797,7 @@ def main(loaded: Loaded | None = None) -> None:
     try:
         sys.exit(app(standalone_mode=False, obj=loaded) or 0)  # typer.Exit comes back as its status
     except UsageError as error:
-        print(f"bench-dfusion: {registry.plain(error)}", file=sys.stderr)
+        print(f"bench-dfusion: {errors.plain(error)}", file=sys.stderr)
         sys.exit(2)
     except PluginError as error:
         import traceback
@@ -814,7 +814,7 @@ def main(loaded: Loaded | None = None) -> None:
     except Exception as error:
         if _errno(error) in MENDED:
             print(
-                f"bench-dfusion: {registry.plain(error)}; the same command goes on when that is mended", file=sys.stderr
+                f"bench-dfusion: {errors.plain(error)}; the same command goes on when that is mended", file=sys.stderr
             )
             sys.exit(2)
         # typer brings its own copy of click, whose exceptions it does not export: known by their method.

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench_dfusion.registry import plain
+from bench_dfusion.errors import plain
 from bench_dfusion.results import leaderboard
 from bench_dfusion.results.leaderboard import Board, signed
 from bench_dfusion.results.records import Drift, Record, Verdict

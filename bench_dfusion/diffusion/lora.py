@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models.layout import LORA as FILE
+from bench_dfusion.models.layout import LORA_HEADER as HEADER
+from bench_dfusion.models.layout import WHOLE as WHOLE
 from bench_dfusion.util import files
 
 if TYPE_CHECKING:
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
 
     from bench_dfusion.models.base import Adapter
 
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA file
-WHOLE = "diffusion_pytorch_model.safetensors"  # diffusers' name of a network's own weights, beside its config.json
-HEADER = "lora_adapter_metadata"  # where diffusers keeps a LoRA's configuration in such a file
 # What trainers and other programs write before a module's own name.
 PREFIXES = ("base_model.model.", "diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "module.")
 _NAME = re.compile(

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from bench_dfusion.diffusion import arithmetic, lora, samplers
-from bench_dfusion.diffusion.samplers import Levels, Schedule
+from bench_dfusion.models import schedules
 from bench_dfusion.models.base import NETWORK_FIX, Adapter, Conditioning, finite, guided
+from bench_dfusion.models.schedules import Levels, Schedule
 from bench_dfusion.util import files, parallel
 
 if TYPE_CHECKING:  # peft takes seconds to import, and only what trains or samples needs it: tables and checks do not
@@ -140,7 +141,7 @@ class Policy:
         self.device = torch.device(device)
         schedule, training = adapter.schedule(steps, eta, kind), adapter.levels()
         self.schedule: Schedule = schedule.to(self.device)
-        self.levels: Levels = samplers.joined(training, schedule).to(self.device)
+        self.levels: Levels = schedules.joined(training, schedule).to(self.device)
         self.training_levels = len(training)
         self.branches = branches(adapter, guidance)
         self.network_evaluations = 0  # forwards of one sample through one branch
@@ -200,7 +201,7 @@ class Policy:
         own = self.schedule
         if steps is not None:
             ode = self.adapter.schedule(len(own), 0.0, self.kind).to(self.device)
-            self.schedule = samplers.noisy_at(own, ode, steps)
+            self.schedule = schedules.noisy_at(own, ode, steps)
         try:
             yield
         finally:

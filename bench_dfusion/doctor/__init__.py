@@ -34,10 +34,10 @@ from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.doctor import configs, device
 from bench_dfusion.doctor.device import Rates
 from bench_dfusion.doctor.trace import Cost, tracing
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models import sharding
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import dtype, find, load_adapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.runs import evaluation, text_limits
 from bench_dfusion.runs.config import Cell, default_track, judges_of

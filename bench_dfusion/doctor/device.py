@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from bench_dfusion.doctor.trace import Cost
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 
 SECONDS = 0.3  # for each of the three measurements
 

@@ -13,10 +13,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bench_dfusion.diffusion import samplers
-from bench_dfusion.diffusion.samplers import Levels, Schedule
-from bench_dfusion.models import schedulers, sharding
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models import schedulers, schedules, sharding
+from bench_dfusion.models.schedules import Levels, Schedule
 from bench_dfusion.tracks.schema import MemorySection
 from bench_dfusion.util import parallel
 
@@ -116,7 +115,7 @@ class Adapter(ABC):
 
     def schedule(self, steps: int, eta: float | None, kind: str = "native") -> Schedule:
         """The sampler's steps (see `track.SamplerSection`); `eta` None is the kind's default. Raises ValueError."""
-        return samplers.ddim_schedule(self.scheduler, steps, self.eta(eta, kind), kind)
+        return schedules.ddim_schedule(self.scheduler, steps, self.eta(eta, kind), kind)
 
     def eta(self, eta: float | None, kind: str) -> float:
         """What is given, or else the default of a kind of sampler."""
@@ -125,7 +124,7 @@ class Adapter(ABC):
 
     def levels(self) -> Levels:
         """The noise levels of training, the cleanest first."""
-        return samplers.ddpm_levels(self.scheduler)
+        return schedules.ddpm_levels(self.scheduler)
 
     # latents and text
 

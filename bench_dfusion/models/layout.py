@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from bench_dfusion import micro
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.util import files, hub
 from bench_dfusion.util.progress import bar
 
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never asked, and some as large as a text encoder
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA file
+WHOLE = "diffusion_pytorch_model.safetensors"  # diffusers' name of a network's own weights, beside its config.json
+LORA_HEADER = "lora_adapter_metadata"  # where diffusers keeps a LoRA's configuration in such a file
 SMALL = (".json", ".txt", ".model")  # configs, vocabularies and indexes of sharded weights
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 HEADER_LIMIT = 100_000_000  # bytes: the longest header that safetensors itself reads

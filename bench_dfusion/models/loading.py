@@ -15,11 +15,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from bench_dfusion import micro, registry
+from bench_dfusion import errors, micro, registry
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models import layout
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.layout import Layout, Part
-from bench_dfusion.registry import UsageError
 from bench_dfusion.tracks.schema import MemorySection, ModelSection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise UsageError(registry.unknown("dtype", name, DTYPES))
+        raise UsageError(errors.unknown("dtype", name, DTYPES))
     return DTYPES[name]
 
 

@@ -13,10 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench_dfusion.diffusion import samplers
-from bench_dfusion.diffusion.samplers import Levels, Schedule
-from bench_dfusion.models import schedulers
+from bench_dfusion.models import schedulers, schedules
 from bench_dfusion.models.base import Adapter
+from bench_dfusion.models.schedules import Levels, Schedule
 
 NOISE_LEVEL = 0.7  # Flow-GRPO's a
 
@@ -44,7 +43,7 @@ class MMDiTAdapter(Adapter):
             self.scheduler.set_timesteps(**self.sigmas(steps))
         except (TypeError, ArithmeticError) as error:  # a setting that is null, or of another kind
             raise ValueError(f"the scheduler's settings make no {steps} steps: {error}") from None
-        return samplers.flow_schedule(self.scheduler.sigmas, self.scheduler.timesteps, self.eta(eta, kind), kind)
+        return schedules.flow_schedule(self.scheduler.sigmas, self.scheduler.timesteps, self.eta(eta, kind), kind)
 
     def sigmas(self, steps: int) -> dict[str, Any]:
         """What the family's pipeline asks of its scheduler's `set_timesteps`."""
@@ -61,7 +60,7 @@ class MMDiTAdapter(Adapter):
     def levels(self) -> Levels:
         """The sigmas that the scheduler's class sets for training: a fixed shift is in them, a dynamic one is not."""
         fresh = type(self.scheduler).from_config(self.scheduler.config)
-        return samplers.flow_levels(fresh.sigmas.flip(0), fresh.timesteps.flip(0))
+        return schedules.flow_levels(fresh.sigmas.flip(0), fresh.timesteps.flip(0))
 
     # attention
 

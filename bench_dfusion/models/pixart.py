@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_dfusion.diffusion import lora
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models import layout
 from bench_dfusion.models.base import Adapter, Conditioning, square
-from bench_dfusion.registry import UsageError
 from bench_dfusion.util import files
 
 
@@ -80,4 +80,4 @@ class PixArtAdapter(Adapter):
         """diffusers has no LoRA loader for PixArt: the keys are what its other transformer pipelines use."""
         named = {f"transformer.{k}": v for k, v in layers.items()}
         packed = json.dumps({f"transformer.{k}": v for k, v in scale.items()})
-        files.save_tensors(folder / lora.FILE, named, header={lora.HEADER: packed} if scale else {})
+        files.save_tensors(folder / layout.LORA, named, header={layout.LORA_HEADER: packed} if scale else {})

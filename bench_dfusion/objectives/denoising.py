@@ -12,8 +12,8 @@ import torch
 from pydantic import Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor
 
-from bench_dfusion.algorithm import AlgorithmConfig, Rows, Share
-from bench_dfusion.builders.contract import ConsistentSamples
+from bench_dfusion.algorithm import AlgorithmConfig, Rows
+from bench_dfusion.builders.contract import ConsistentSamples, Share
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, in_batches
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from bench_dfusion import registry
+from bench_dfusion import errors
 from bench_dfusion.algorithm import AlgorithmConfig, Rows
 from bench_dfusion.util import parallel
 
@@ -101,7 +101,7 @@ class PreferenceConfig(AlgorithmConfig):
             if name in REFUSED:
                 raise ValueError(f"TRL's loss type {name!r} does not carry over: {REFUSED[name]}")
             if name not in LOSSES:
-                raise ValueError(registry.unknown("loss type", name, LOSSES))
+                raise ValueError(errors.unknown("loss type", name, LOSSES))
         if not names or len(set(names)) < len(names):
             raise ValueError("a list names at least one loss type, and none twice")
         return value

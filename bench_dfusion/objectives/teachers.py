@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench_dfusion.diffusion import lora
 from bench_dfusion.diffusion.policy import Policy
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 
 

@@ -20,14 +20,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench_dfusion import __version__
-from bench_dfusion.registry import UsageError, plain
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.results import checks, companions, leaderboard, records
 from bench_dfusion.results.leaderboard import Board, Row
 from bench_dfusion.results.records import Record, Unfinished
 from bench_dfusion.runs.pictures import evenly, prompts_of
 from bench_dfusion.tracks.schema import JudgedSampler, SamplerSection, Track
 from bench_dfusion.util.files import json_text
+from bench_dfusion.version import __version__
 
 MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
 README = "README.md"

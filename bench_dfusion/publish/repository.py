@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench_dfusion import __version__
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.publish import dataset
 from bench_dfusion.publish.dataset import README, Content
-from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.results import companions
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
 from bench_dfusion.util import files, picture_reader
 from bench_dfusion.util.progress import bar
+from bench_dfusion.version import __version__
 
 ATTEMPTS = 6
 WAIT = 1.0  # s before the second attempt, doubled before each further one

@@ -14,8 +14,8 @@ import numpy as np
 from bench_dfusion import registry
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.builders.contract import Builder
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.publish import repository
-from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.results import checks, companions, records
 from bench_dfusion.results.records import Record, Verdict
 from bench_dfusion.rewards import sums, user_function

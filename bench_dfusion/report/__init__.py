@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.report.content import pareto
 from bench_dfusion.report.marks import MARKS

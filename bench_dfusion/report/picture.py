@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.report.marks import MARKS, marks_of, ticks, visible
 from bench_dfusion.results import leaderboard
 from bench_dfusion.results.leaderboard import Board, gain_text

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from scipy import stats
 
 from bench_dfusion import registry, tracks
-from bench_dfusion.registry import PluginError, UsageError, plain
+from bench_dfusion.errors import PluginError, UsageError, plain
 from bench_dfusion.results import checked_base, records, statistics
 from bench_dfusion.results.checked_base import CheckedBase
 from bench_dfusion.results.records import Record

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models.layout import LORA, WHOLE
 from bench_dfusion.results import checked_base, checks, records
 from bench_dfusion.results.records import Record
 from bench_dfusion.util import files
 
-# As `lora.FILE` and `lora.WHOLE`, whose module takes seconds to import.
-LORA, WHOLE = "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors"
 HASHES = {
     LORA: "lora_sha256",
     WHOLE: "lora_sha256",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench_dfusion.registry import UsageError, plain
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.results import checks, records, statistics
 from bench_dfusion.results.records import Record, Unfinished
 from bench_dfusion.tracks.schema import check_rung, labels_of

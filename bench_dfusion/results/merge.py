@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_dfusion.registry import UsageError, plain
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.results import checks, companions, leaderboard, records
 from bench_dfusion.results.records import Record
 from bench_dfusion.util import files

@@ -27,7 +27,7 @@ from pydantic import (
     model_serializer,
 )
 
-from bench_dfusion.registry import UsageError, plain
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.tracks.schema import SETS, Track, content_sha256, hash_of
 from bench_dfusion.util import files
 

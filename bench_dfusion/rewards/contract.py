@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from bench_dfusion.registry import PluginError
+from bench_dfusion.errors import PluginError
 from bench_dfusion.util import foreign, parallel
 
 

@@ -31,7 +31,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion.registry import PluginError, UsageError, plain
+from bench_dfusion.errors import PluginError, UsageError, plain
 from bench_dfusion.rewards import scorer_worker
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.util import files

@@ -19,8 +19,8 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from bench_dfusion import registry
-from bench_dfusion.registry import UsageError
+from bench_dfusion import errors
+from bench_dfusion.errors import UsageError
 from bench_dfusion.rewards.contract import Reward, RewardConfig, made, scored_where_applicable, scored_with_gradient
 from bench_dfusion.tracks import schema
 from bench_dfusion.util import foreign, parallel
@@ -98,7 +98,7 @@ class WeightedSum(Reward):
         """The options NAME.OPTION over the track's defaults by reward. Raises UsageError."""
         for name, value in options.items():
             if name not in cls.parts:
-                raise UsageError(registry.unknown("option reward", name, cls.parts))
+                raise UsageError(errors.unknown("option reward", name, cls.parts))
             if not isinstance(value, dict):
                 raise UsageError(f"reward.{name} is a section: write reward.{name}.OPTION=VALUE")
         found = {}

@@ -23,8 +23,8 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from bench_dfusion import registry
-from bench_dfusion.registry import PluginError, UsageError
+from bench_dfusion import errors, registry
+from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.util import foreign
 
@@ -75,8 +75,7 @@ class UserFunction(Reward):
                 found = function(prompts=list(prompts), completions=pictures)
         except Exception as error:
             raise PluginError(
-                f"reward {self.name} of {self.path} failed: {registry.plain(type(error).__name__)}: "
-                f"{registry.plain(error)}"
+                f"reward {self.name} of {self.path} failed: {errors.plain(type(error).__name__)}: {errors.plain(error)}"
             ) from error
         values = found.detach().cpu().tolist() if isinstance(found, Tensor) else found
         try:
@@ -84,7 +83,7 @@ class UserFunction(Reward):
             scores = torch.tensor([0.0 if v is None else float(v) for v in values])
         except (TypeError, ValueError):
             raise UsageError(
-                f"reward {self.name} returned {registry.plain(repr(found))[:80]}: one number for each image"
+                f"reward {self.name} returned {errors.plain(repr(found))[:80]}: one number for each image"
             ) from None
         if len(values) != len(images):
             raise UsageError(f"reward {self.name} returned {len(values)} scores for {len(images)} images")
@@ -118,7 +117,7 @@ def load(text: str) -> type[UserFunction]:
     function = getattr(module, name, None)
     if not callable(function):
         own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
-        raise UsageError(f"reward {text}: {registry.unknown('function', name, own)}")
+        raise UsageError(f"reward {text}: {errors.unknown('function', name, own)}")
     config = FunctionConfig(source_sha256=digest, signature=_signature(text, function))
     content = {"name": name, "path": path, "function": staticmethod(function), "own": config}
     return type("UserFunctionOf", (UserFunction,), content)
@@ -139,7 +138,7 @@ def _module(path: Path, digest: str) -> Any:
     except Exception as error:
         del sys.modules[name]
         raise PluginError(
-            f"reward file {path} cannot be imported: {type(error).__name__}: {registry.plain(error)}"
+            f"reward file {path} cannot be imported: {type(error).__name__}: {errors.plain(error)}"
         ) from error
     return module
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.util import hub
 
 

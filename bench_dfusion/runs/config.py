@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_dfusion import registry
+from bench_dfusion import errors, registry
 from bench_dfusion.algorithm import Algorithm, AlgorithmConfig
+from bench_dfusion.builders import preference_data
 from bench_dfusion.builders.contract import Builder, BuilderConfig
-from bench_dfusion.registry import PluginError, UsageError
+from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.results import records
 from bench_dfusion.rewards import sums, user_function
 from bench_dfusion.rewards.contract import Reward, RewardConfig
-from bench_dfusion.runs import pairs as preference_data
 from bench_dfusion.tracks import schema as track
 from bench_dfusion.tracks import sources as prompt_sources
 from bench_dfusion.tracks.prompts import read_prompts, same, shared, unique
@@ -117,7 +117,7 @@ def resolve(
     for options in (file_options, set_options):
         for key, value in options.items():
             if key not in (*SECTIONS, "track"):
-                raise UsageError(registry.unknown("section", key, [*SECTIONS, "track"]))
+                raise UsageError(errors.unknown("section", key, [*SECTIONS, "track"]))
             if not isinstance(value, dict):
                 raise UsageError(f"{key} is a section: write {key}.OPTION=VALUE")
     if model is not None:
@@ -244,7 +244,7 @@ def judges_of(settings: Track) -> dict[str, tuple[type[Reward], RewardConfig]]:
         if re.fullmatch(sums.NUMBER, option):
             raise UsageError(f"judge {text}: a judge has no weight: weighted sums are for --reward")
         if name not in known:
-            raise UsageError(registry.unknown("judge", name, known))
+            raise UsageError(errors.unknown("judge", name, known))
         cls: type[Reward] = known[name].load()
         values = {**settings.rewards.get(name, {}), **({"score": option} if option else {})}
         found[text] = (cls, track.validate(cls.Config, values, f"judge {text}"))

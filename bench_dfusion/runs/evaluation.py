@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, Trajectory
-from bench_dfusion.registry import PluginError
+from bench_dfusion.errors import PluginError
 from bench_dfusion.results import checked_base, statistics
 from bench_dfusion.results.checked_base import CheckedBase
 from bench_dfusion.results.records import Drift, Gain, Verdict

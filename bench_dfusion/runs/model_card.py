@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench_dfusion import micro
+from bench_dfusion.errors import UsageError
 from bench_dfusion.publish import repository
 from bench_dfusion.publish.dataset import BIBTEX
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import companions, records
 from bench_dfusion.results.leaderboard import escaped, signed
 from bench_dfusion.results.records import Record

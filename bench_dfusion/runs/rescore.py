@@ -17,15 +17,15 @@ from pydantic import Field, ValidationError
 
 from bench_dfusion.diffusion import lora as loras
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import UsageError
 from bench_dfusion.models import layout
 from bench_dfusion.models.base import NotFinite
 from bench_dfusion.models.loading import find, load_adapter
-from bench_dfusion.registry import UsageError
 from bench_dfusion.results import checked_base, checks, companions, records
 from bench_dfusion.results.checked_base import CheckedBase
 from bench_dfusion.results.records import Drift, Part, Record, Verdict
 from bench_dfusion.rewards.contract import Reward
-from bench_dfusion.runs import evaluation, pictures, text_limits
+from bench_dfusion.runs import base_drawing, evaluation, pictures, text_limits
 from bench_dfusion.runs.trainer import make_policy
 from bench_dfusion.tracks.schema import LOCAL, Track, content_sha256, hash_of
 from bench_dfusion.util import files
@@ -252,10 +252,10 @@ def base(
     adapter, model_sha256 = load_adapter(track.model, where, track.memory)
     policy = make_policy(track, adapter, 0, where)
     text_limits.say(adapter, track.prompts.heldout)
-    found = checked_base.ensure(track, folder, policy, judges, model_sha256)
+    found = base_drawing.ensure(track, folder, policy, judges, model_sha256)
     path = checked_base.find(track, folder)
     assert found is not None and path is not None
-    return path, found, checked_base.draw(track, policy, judges, model_sha256) if again else None
+    return path, found, base_drawing.draw(track, policy, judges, model_sha256) if again else None
 
 
 def same_base(one: CheckedBase, other: CheckedBase) -> bool:
@@ -376,7 +376,7 @@ def weights(
         raise UsageError(f"{path}: {error}") from error
     text_limits.say(policy.adapter, track.prompts.heldout)
     start = time.perf_counter()
-    base = checked_base.ensure(track, folder.parent, policy, judges, model_sha256)
+    base = base_drawing.ensure(track, folder.parent, policy, judges, model_sha256)
     done = _evaluated(policy, track, judges, {}, base, str(path))
     pictures.base_and_trained(folder / "base_trained.png", done.base, done.trained, track.prompts.heldout)
     code, dirty = records.code_state()

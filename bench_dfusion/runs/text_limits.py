@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from reprlib import Repr
 
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.models.base import Adapter, TextReader
-from bench_dfusion.registry import UsageError, plain
 from bench_dfusion.tracks.prompts import same
 from bench_dfusion.tracks.schema import PromptsSection
 from bench_dfusion.util import parallel

@@ -17,15 +17,15 @@ from torch import Tensor
 from bench_dfusion.algorithm import Algorithm
 from bench_dfusion.builders.contract import Builder, Components, ConsistentSamples, Samples
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.models.base import Adapter, NotFinite
 from bench_dfusion.models.loading import dtype
 from bench_dfusion.objectives.averages import Warmed
-from bench_dfusion.registry import PluginError, UsageError
 from bench_dfusion.results import checked_base, records
 from bench_dfusion.results.records import Record, Round, Rung
 from bench_dfusion.rewards.contract import dealt_out, fault
 from bench_dfusion.rewards.sums import WeightedSum, scored_apart
-from bench_dfusion.runs import baseline, evaluation, model_card, pairs, pictures, text_limits
+from bench_dfusion.runs import base_drawing, baseline, evaluation, model_card, pairs, pictures, text_limits
 from bench_dfusion.runs.baseline import Baseline
 from bench_dfusion.runs.config import Cell
 from bench_dfusion.runs.loaded import Loaded
@@ -105,7 +105,7 @@ def run_cell(
         if parallel.first():
             files.write_json(folder / "cell.json", cell.description)
         run.restore()
-        run.base = checked_base.ensure(cell.track, folder.parent, run.policy, run.judges, run.model_sha256)
+        run.base = base_drawing.ensure(cell.track, folder.parent, run.policy, run.judges, run.model_sha256)
         return run.climb(rung)
 
 

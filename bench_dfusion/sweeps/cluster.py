@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_dfusion import __version__
-from bench_dfusion.registry import UsageError, plain
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.results import checked_base
 from bench_dfusion.sweeps import launcher, node
 from bench_dfusion.sweeps.storage import BEAT, LAST, Life, Storage, begin, lease, tries_of
 from bench_dfusion.util import files
+from bench_dfusion.version import __version__
 
 if TYPE_CHECKING:  # a node imports this too, and needs no torch for it
     from bench_dfusion.sweeps.queue import Job

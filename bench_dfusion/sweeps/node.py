@@ -16,10 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_dfusion import __version__
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.sweeps import launcher
 from bench_dfusion.sweeps.storage import BEAT, Storage, lease
+from bench_dfusion.version import __version__
 
 LOOK = 0.5  # s between looks at the process
 BASES = "bases"  # in the storage

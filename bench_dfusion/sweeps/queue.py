@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.results.leaderboard import signed
 from bench_dfusion.runs.config import Cell, Misfit, resolve

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.util import files
 
 BEAT = 10.0  # s between signs of life, and between a try's looks at its lease

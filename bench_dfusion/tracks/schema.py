@@ -9,39 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from bench_dfusion import registry
-from bench_dfusion.registry import UsageError
+from bench_dfusion import errors, registry
+from bench_dfusion.errors import UsageError
+from bench_dfusion.models.options import MemorySection, ModelSection, Section
 from bench_dfusion.tracks.prompts import read_prompts, same, shared, twice, unprintable
 from bench_dfusion.util import texts
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(Section):
-    id: str = Field(description="'micro' (embedded), a local pipeline directory, or a Hub id")
-    revision: str | None = Field(None, description="Hub revision (commit or tag); None: the default branch")
-    sha256: str | None = Field(
-        None, description="hash of the pipeline directory's weights and configs; None: not fixed"
-    )
-    dtype: str = Field("float32", description="dtype of the frozen weights: float32, bfloat16 or float16")
-    autocast: str | None = Field(None, description="dtype of the network's arithmetic; None: its own")
-    resolution: int | None = Field(
-        None,
-        ge=1,
-        exclude_if=lambda value: value is None,  # tracks from before it keep their hash
-        description="side of the pictures (pixels); None: the model's own",
-    )
-    vae_tile: int | None = Field(
-        None,
-        ge=1,
-        exclude_if=lambda value: value is None,
-        description="side of the tiles in which larger pictures are decoded and encoded (pixels), to save memory; they are "
-        "blended, so pictures differ; None: no tiles",
-    )
 
 
 class SamplerSection(Section):
@@ -224,34 +198,6 @@ class EvaluationSection(Section):
                 f"own, not {self.images_per_prompt} and {self.base_images_per_prompt}"
             )
         return self
-
-
-class MemorySection(Section):
-    gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass instead of keeping them: slower"
-    )
-    vae_slicing: bool = Field(False, description="decode and encode pictures one at a time")
-    offload_text: bool = Field(
-        False, description="text encoders stay on the CPU and go to the device only while they encode new prompts"
-    )
-    drop_text: bool = Field(
-        False, description="every prompt is encoded before the first round, then the text encoders leave memory"
-    )
-    offload_vae: bool = Field(
-        False, description="the autoencoder stays on the CPU and goes to the device only while it decodes or encodes"
-    )
-    offload_network: bool = Field(
-        False,
-        description="the network's frozen weights stay in the CPU's memory, each block on the device while it works",
-    )
-    shard: bool = Field(
-        False,
-        description="the network's frozen weights are dealt out to a run's processes (FSDP), each block gathered while it "
-        "works; nothing where there is one process",
-    )
-    offload_rewards: bool = Field(
-        False, description="reward and judges stay on the CPU and go to the device only while they score"
-    )
 
 
 LOCAL = (
@@ -459,7 +405,7 @@ def validate(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
         fields = _fields(model, first["loc"][:-1])
         if first["type"] == "extra_forbidden":
             section = ".".join(str(x) for x in (where, *first["loc"][:-1]) if x)
-            raise UsageError(registry.unknown(f"option {section}", str(first["loc"][-1]), fields)) from None
+            raise UsageError(errors.unknown(f"option {section}", str(first["loc"][-1]), fields)) from None
         if first["type"] == "missing":
             meaning = getattr(fields.get(str(first["loc"][-1])), "description", None)
             raise UsageError(

@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from bench_dfusion import registry
-from bench_dfusion.registry import UsageError, plain
+from bench_dfusion import errors
+from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.tracks import schema
 from bench_dfusion.tracks.prompts import PROMPT_COLUMNS, column, read_prompts, same
 from bench_dfusion.tracks.schema import PromptsSection, Section
@@ -141,7 +141,7 @@ def resolve(section: Mapping[str, Any], copy: Path | str | None, name: str) -> d
 def check(section: Mapping[str, Any], name: str) -> SourceSection:
     """The section, validated. Raises UsageError."""
     if section.get("source") not in SOURCES:
-        raise UsageError(f"track {name}: {registry.unknown('prompts.source', str(section.get('source')), SOURCES)}")
+        raise UsageError(f"track {name}: {errors.unknown('prompts.source', str(section.get('source')), SOURCES)}")
     return schema.validate(SourceSection, dict(section), "track.prompts")
 
 
@@ -202,7 +202,7 @@ def _kept(rows: list[Row], asked: SourceSection) -> list[Row]:
     known = sorted({r.category for r in rows if r.category})
     for category in asked.categories or ():
         if category not in known:
-            raise UsageError(registry.unknown("prompts.categories", category, known))
+            raise UsageError(errors.unknown("prompts.categories", category, known))
     unique: dict[str, Row] = {}
     for row in sorted(rows, key=lambda r: (r.split != "heldout", r.prompt, r.category)):
         unique.setdefault(row.key, row)

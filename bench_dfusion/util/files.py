@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and tables of records need none
     import torch

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench_dfusion.registry import PluginError
+from bench_dfusion.errors import PluginError
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how it is read, how it is set
 

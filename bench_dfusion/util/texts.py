@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 
 # Of UTF-16 the mark is the beginning of UTF-32's, which goes first.
 MARKS = {

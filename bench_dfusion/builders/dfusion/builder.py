@@ -9,7 +9,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from bench_dfusion.algorithm import Share
 from bench_dfusion.builders.contract import (
     Builder,
     BuilderConfig,
@@ -17,6 +16,7 @@ from bench_dfusion.builders.contract import (
     PairConfig,
     Samples,
     Score,
+    Share,
     references_and_bases,
     winning_pairs,
 )
@@ -25,7 +25,7 @@ from bench_dfusion.builders.dfusion.attention import Taps
 from bench_dfusion.builders.dfusion.masks import ItemTokens, Rules, item_mask, threshold
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, Trajectory
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.tracks.items import item_tokens
 from bench_dfusion.tracks.schema import PromptsSection
 from bench_dfusion.util import parallel

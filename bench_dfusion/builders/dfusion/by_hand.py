@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from bench_dfusion.builders.dfusion.masks import threshold
-from bench_dfusion.registry import UsageError
+from bench_dfusion.errors import UsageError
 from bench_dfusion.tracks import schema
 from bench_dfusion.tracks.items import find_items, spans_of
 from bench_dfusion.tracks.prompts import same

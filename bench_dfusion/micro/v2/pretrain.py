@@ -31,12 +31,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bench_dfusion import micro
+from bench_dfusion.errors import UsageError
 from bench_dfusion.micro import pretrain as first
 from bench_dfusion.micro.scenes import RELATIONS
 from bench_dfusion.micro.v2 import grammar, listening
 from bench_dfusion.micro.v2.grammar import Spec
 from bench_dfusion.micro.v2.scenes import render, sample_scene
-from bench_dfusion.registry import UsageError
 from bench_dfusion.util import files
 
 MIX = {"single": 0.1, "count": 0.2, "attributes": 0.2, "relation": 0.25, "mixed": 0.25}
