@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from processes import TINY
 
-from bench_dfusion import cli, registry
+from bench_dfusion import registry
+from bench_dfusion.cli.options import out
 
 RUN = ("run", "--algo", "dpo", "--reward", "clip")
 
@@ -48,7 +49,8 @@ def test_a_mistake_is_one_line_and_status_2(words: tuple[str, ...], expected: st
 def test_mistakes_and_lists_import_nothing_that_runs_need() -> None:
     code = f"""
 import sys
-from bench_dfusion import cli, config, registry
+from bench_dfusion import cli, registry
+from bench_dfusion.runs import config
 sys.argv = {["bench-dfusion", "run", "--algo", "dpo", "--reward", "clip", "--set", "algo.betta=1"]}
 try:
     cli.main()
@@ -82,7 +84,7 @@ def test_list_shows_every_plugin_and_options_with_their_source(said: Callable[..
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Installs a third-party distribution as pip would lay it out, for this test."""
     monkeypatch.setattr(registry, "others", set())
-    monkeypatch.setattr(cli.out, "width", 160)
+    monkeypatch.setattr(out, "width", 160)
     folder = tmp_path / "site"
 
     def lay_out(name: str, body: str) -> None:

@@ -78,7 +78,8 @@ CELL = """
 import ctypes, os, signal, sys, time, types
 from pathlib import Path
 from bench_dfusion import registry
-from bench_dfusion.launch import worker
+from bench_dfusion import cli
+from bench_dfusion.cli import worker
 
 class Loaded:
     cells = 0
@@ -92,10 +93,9 @@ def main(loaded):
     exec(does)
     sys.exit(0)
 
-for name, content in {"cli": {"main": main}, "loaded": {"Loaded": Loaded}}.items():
-    module = sys.modules[f"bench_dfusion.{name}"] = types.ModuleType(name)
-    vars(module).update(content)
-    setattr(sys.modules["bench_dfusion"], name, module)
+cli.main = main
+module = sys.modules["bench_dfusion.runs.loaded"] = types.ModuleType("loaded")
+module.Loaded = Loaded
 worker.main(int(sys.argv[1]))
 """
 WAIT = "print('waits', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('stopped'); sys.exit(130)"
@@ -225,7 +225,7 @@ def test_a_process_whose_sweep_was_killed_ends_after_its_cell(cell, tmp_path: Pa
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from bench_dfusion.launch import local
+from bench_dfusion.sweeps import local
 local._command = lambda fd: {[sys.executable, "-c", CELL]!r} + [str(fd)]
 job = SimpleNamespace(folder=Path({str(job.folder)!r}), words={job.words!r}, out=Path({str(job.out)!r}))
 local.Local(["cpu"]).start(job)
@@ -364,7 +364,7 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`order("word")`: a new try of a cell, on a node that looks at its lease ten times a second."""
     monkeypatch.setattr(node, "BEAT", 0.1)
     monkeypatch.setattr(node, "LOOK", 0.02)
-    monkeypatch.setattr(node, "_command", lambda: [sys.executable, "-c", RUN])
+    monkeypatch.setattr(node, "COMMAND", (sys.executable, "-c", RUN))
     shared = Storage(f"file://{tmp_path}/shared")
     sweep = Life(shared)
 
@@ -446,7 +446,7 @@ def test_a_node_says_what_it_cannot_run(order, tmp_path: Path) -> None:
 
 def test_a_cell_whose_worker_was_killed_ends_too(tmp_path: Path) -> None:
     child = "import os, sys, time; print(os.getpid(), flush=True)\n"
-    child += "from bench_dfusion.sweeps.launcher import node; node._end_with(int(sys.argv[1]))"
+    child += "from bench_dfusion.cli import child; child.end_with(int(sys.argv[1]))"
     parent = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as worker:
         number = int(worker.stdout.readline())  # type: ignore[union-attr]

@@ -113,7 +113,7 @@ def processes_of(words: str) -> list[psutil.Process]:
             line = process.cmdline()
         except psutil.Error:  # it has ended meanwhile
             continue
-        if "bench_dfusion.sweeps.node" in line and words in " ".join(line):
+        if "bench_dfusion.cli.child" in line and words in " ".join(line):
             found = [process, process.parent()]
     return found
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import policy_of
 
 import bench_dfusion
-from bench_dfusion import cli
+from bench_dfusion.cli.options import out
 from bench_dfusion.diffusion import lora
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.errors import UsageError
@@ -51,7 +51,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.out, "width", 160)
+    monkeypatch.setattr(out, "width", 160)
 
 
 def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from clip_bpe import clip_tokenizer
 
 from bench_dfusion import cli, registry
+from bench_dfusion.cli.options import out
 from bench_dfusion.errors import UsageError
 from bench_dfusion.runs.config import resolve
 from bench_dfusion.tracks import schema, sources, words
@@ -455,7 +456,7 @@ def test_list_shows_every_track_and_what_is_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[..., Any]
 ) -> None:
     write(tmp_path, "mine.toml", OWN)
-    monkeypatch.setattr(cli.out, "width", 200)
+    monkeypatch.setattr(out, "width", 200)
     shown = said("list", "tracks", cwd=tmp_path).out
     listed = {
         line.split()[0]: line.split(None, 1)[1]
@@ -490,7 +491,7 @@ def key_rows() -> list[str]:
             if name in sections and not prefix:
                 continue
             default = "required" if info.is_required() else f"`{json.dumps(info.get_default())}`"
-            meaning = "; ".join(t for t in (info.description, cli._range(info.metadata)) if t)
+            meaning = "; ".join(t for t in (info.description, cli.plugins._range(info.metadata)) if t)
             rows.append(f"| `{prefix}{name}` | {default} | {meaning} |".replace("`null`", "none"))
     return rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench_dfusion import cli
+from bench_dfusion.cli.options import out
 from bench_dfusion.results import leaderboard, records
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
@@ -61,7 +61,7 @@ def test_the_published_win_rates_add_up_and_are_printed_at_any_width(monkeypatch
     values = frame.to_numpy()
     off = ~np.eye(len(values), dtype=bool)
     np.testing.assert_allclose((values + values.T)[off], 1)
-    monkeypatch.setattr(cli.out, "width", width)
+    monkeypatch.setattr(out, "width", width)
     monkeypatch.setattr(leaderboard, "boards", lambda folder: [published()])  # reading them takes seconds
     shown = said("leaderboard", PUBLISHED, "--wins").out.splitlines()
     assert max(map(len, shown)) <= width

@@ -1,17 +1,11 @@
-"""What a node does with a cell: `bench-dfusion run` in a directory of its own, and copies of it into the storage.
-
-As a program, `python -m bench_dfusion.sweeps.node PARENT WORDS` is `bench-dfusion WORDS` that ends when its parent
-does: a node's worker may be killed, and what it computes then would be for nobody.
-"""
+"""What a node does with a cell: `bench-dfusion run` in a directory of its own, and copies of it into the storage."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +16,7 @@ from bench_dfusion.sweeps.storage import BEAT, Storage, lease
 from bench_dfusion.version import __version__
 
 LOOK = 0.5  # s between looks at the process
+COMMAND = (sys.executable, "-m", "bench_dfusion.cli.child")  # ends when this process does
 BASES = "bases"  # in the storage
 
 
@@ -70,7 +65,7 @@ def work(order: Order, machine: str) -> tuple[int | None, float]:
             storage.pull(f"{order.cell}/{order.source}", folder)
         with open(folder / "log.txt", "wb") as log:
             process = subprocess.Popen(
-                [*_command(), *order.words, "--out", scratch],
+                [*COMMAND, str(os.getpid()), "run", *order.words, "--out", scratch],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -109,24 +104,3 @@ def _keep(storage: Storage, order: Order, folder: Path, known: dict[str, tuple[i
     except Exception as error:  # the store is away for a while: the run goes on, and the next look comes
         print(f"bench-dfusion: {order.storage}: {type(error).__name__}: {error}", file=sys.stderr)
     return True
-
-
-def _command() -> list[str]:
-    return [sys.executable, "-m", "bench_dfusion.sweeps.node", str(os.getpid()), "run"]
-
-
-def _end_with(parent: int) -> None:
-    """End this process, as SIGTERM does, when its parent is another one: the kernel's, because its own is dead."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(launcher.GRACE)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
-    sys.argv = ["bench-dfusion", *sys.argv[2:]]
-    from bench_dfusion import cli
-
-    cli.main()

@@ -1,0 +1,6 @@
+"""`python -m bench_dfusion.cli` is the command."""
+
+from bench_dfusion.cli import main
+
+if __name__ == "__main__":
+    main()
