@@ -46,7 +46,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "loaded": ("runs.loaded",),
     "lora": ("diffusion.lora",),
     "merge": ("results.merge",),
-    "model_card": ("runs.model_card",),
+    "model_card": ("runs.model_card", "publish.model"),
     "pairs": ("runs.pairs", "builders.preference_data"),
     "parallel": ("util.parallel",),
     "picture_reader": ("util.picture_reader",),

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load, save_file
 
 from bench_dfusion.errors import UsageError
-from bench_dfusion.publish import repository
+from bench_dfusion.publish import model, repository
 from bench_dfusion.results import companions, records
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import model_card
@@ -40,7 +40,7 @@ def on(model: str, **changes) -> Record:
 
 
 def push(hub: Hub, folder: Path, **options) -> str:
-    return model_card.push(folder, REPO, hub=repository.connect(REPO, hub.url), **options)
+    return model.push(folder, REPO, hub=repository.connect(REPO, hub.url), **options)
 
 
 def test_the_header_is_what_the_hub_reads(tmp_path: Path) -> None:

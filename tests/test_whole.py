@@ -21,9 +21,10 @@ from bench_dfusion.diffusion import lora
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.publish import model
 from bench_dfusion.results import companions, records
 from bench_dfusion.results.records import Record
-from bench_dfusion.runs import config, model_card, rescore, trainer
+from bench_dfusion.runs import config, rescore, trainer
 from bench_dfusion.runs.loaded import Loaded
 
 FAMILIES = ("sd", "sdxl", "pixart", "sd3", "flux")
@@ -135,7 +136,7 @@ def test_a_run_is_judged_again_resumed_and_leaves_nothing_to_the_next(pixart_dir
     assert again.status == "matches" and again.exact
     card = (folder / "README.md").read_text()
     assert "PixArtTransformer2DModel.from_pretrained(" in card and "A LoRA" not in card and "- lora" not in card
-    assert {p.name for p in model_card._pushed(folder)} >= {lora.WHOLE, "config.json", "record.json"}
+    assert {p.name for p in model._pushed(folder)} >= {lora.WHOLE, "config.json", "record.json"}
     with stopped_in_round(1):
         run(tmp_path / "stopped", pixart_dir)
     loaded = Loaded()

@@ -152,7 +152,7 @@ def run(
     if any(r.status == "failed" for r in records):
         raise typer.Exit(1)
     if push is not None:
-        from bench_dfusion.runs import model_card
+        from bench_dfusion.publish import model as on_hub
 
-        where = model_card.push(folder / cells[0].folder, push, private=private, benchmark=benchmark, hub=hub)
+        where = on_hub.push(folder / cells[0].folder, push, private=private, benchmark=benchmark, hub=hub)
         out.print(f"pushed: {escape(where)}", soft_wrap=True, highlight=False)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models import schedulers, schedules, sharding
+from bench_dfusion.models.options import MemorySection
 from bench_dfusion.models.schedules import Levels, Schedule
-from bench_dfusion.tracks.schema import MemorySection
 from bench_dfusion.util import parallel
 
 Conditioning = dict[str, Tensor]  # whatever the network is conditioned on, batch first

@@ -20,7 +20,7 @@ from bench_dfusion.errors import UsageError
 from bench_dfusion.models import layout
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.layout import Layout, Part
-from bench_dfusion.tracks.schema import MemorySection, ModelSection
+from bench_dfusion.models.options import MemorySection, ModelSection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

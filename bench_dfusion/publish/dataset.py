@@ -27,7 +27,7 @@ from bench_dfusion.results.records import Record, Unfinished
 from bench_dfusion.runs.pictures import evenly, prompts_of
 from bench_dfusion.tracks.schema import JudgedSampler, SamplerSection, Track
 from bench_dfusion.util.files import json_text
-from bench_dfusion.version import __version__
+from bench_dfusion.version import BIBTEX
 
 MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
 README = "README.md"
@@ -580,20 +580,6 @@ def _with_lora(content: Content) -> int:
     return sum(
         run_path(key, companions.weights(record)) in content.companions for key, record in content.records.items()
     )
-
-
-BIBTEX = f"""@software{{bench_dfusion,
-  title   = {{bench-dfusion: comparable preference optimisation for text-to-image diffusion models}},
-  author  = {{{{The bench-dfusion developers}}}},
-  version = {{{__version__}}},
-  license = {{Apache-2.0}}
-}}
-@inproceedings{{hu2025dfusion,
-  title     = {{D-Fusion: Direct Preference Optimization for Aligning Diffusion Models with Visually Consistent Samples}},
-  author    = {{Hu and Zhang and Kuang}},
-  booktitle = {{International Conference on Machine Learning}},
-  year      = {{2025}}
-}}"""
 
 
 def _yaml_configs(digests: Mapping[str, str]) -> str:
