@@ -33,7 +33,7 @@ class JpegIncompressibility(Reward):
     summary = "size as JPEG: rich in detail, whatever the prompt (no model)"
     paper = "Black et al. 2023 (DDPO), §5"
     unit = "kB at quality 95, more than 0"
-    limits = (0.0, None)
+    limits: ClassVar[tuple[float | None, float | None]] = (0.0, None)
     sign: ClassVar[float] = 1.0
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -117,7 +117,7 @@ def record(
         },
     }
     if of.budget.rungs:
-        names = {
+        names: dict[str, Any] = {
             "algorithm": algorithm,
             "builder": builder,
             "reward": reward,

@@ -156,7 +156,7 @@ def with_targets(policy: Policy, drawn: Samples) -> ConsistentSamples:
     def fuse(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + 0.5
 
-    hook = policy.adapter.network.attn1.to_v.register_forward_hook(fuse)
+    hook = policy.adapter.network.get_submodule("attn1.to_v").register_forward_hook(fuse)
     try:
         trajectory: Trajectory = policy.sample(drawn.prompts, drawn.trajectory.seeds)
     finally:

@@ -94,7 +94,7 @@ def _serve() -> None:
     import bench_dfusion.runs.rescore
     import bench_dfusion.runs.trainer  # noqa: F401
 
-    subprocess.Popen = Forking  # type: ignore[misc]
+    subprocess.Popen = Forking  # type: ignore[assignment, misc]
     answers = os.fdopen(os.dup(1), "w")
     while line := os.read(0, 1 << 20).decode():  # one order at a time: its asker waits for the answer
         while not line.endswith("\n"):

@@ -54,7 +54,7 @@ def round_of(algorithm: Algorithm, policy: Policy | None = None) -> tuple[Policy
 
 def gradient(policy: Policy) -> Tensor:
     """The gradient of all parameters, flat; they have none afterwards."""
-    flat = torch.cat([p.grad.flatten() for p in policy.parameters.values()])
+    flat = torch.cat([p.grad.flatten() for p in policy.parameters.values()])  # type: ignore[union-attr]
     for p in policy.parameters.values():
         p.grad = None
     return flat

@@ -300,7 +300,7 @@ def _sharpen(network: nn.Module) -> None:
             names = {"to_q": 3, "to_k": 3, "to_v": 2, "add_k_proj": 3, "add_q_proj": 3, "norm_q": 3, "norm_k": 3}
             for name, factor in names.items():
                 layer = getattr(module, name, None)
-                if getattr(layer, "weight", None) is not None:
-                    layer.weight.data.mul_(factor)
+                if isinstance(weight := getattr(layer, "weight", None), torch.Tensor):
+                    weight.data.mul_(factor)
             for layer in list(getattr(module, "to_out", None) or [])[:1]:
                 layer.weight.data.mul_(2)
