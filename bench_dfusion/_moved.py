@@ -42,7 +42,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "launch.node": ("sweeps.node",),
     "launch.storage": ("sweeps.storage",),
     "launch.worker": ("cli.worker",),
-    "leaderboard": ("results.leaderboard",),
+    "leaderboard": ("results.leaderboard", "results.tables", "results.standings", "results.figures"),
     "loaded": ("runs.loaded",),
     "lora": ("diffusion.lora",),
     "merge": ("results.merge",),

@@ -84,7 +84,15 @@ def undetach(node: ast.AST) -> ast.AST | None:
 
 def detach(node: ast.AST) -> ast.AST | None:
     """Cut the gradient of a call's result where the file takes one with a gradient."""
-    with_gradient: tuple[str, ...] = ("step_log_prob", "stored_steps", "output", "error", "clean_of", "mean_square", "predict")
+    with_gradient: tuple[str, ...] = (
+        "step_log_prob",
+        "stored_steps",
+        "output",
+        "error",
+        "clean_of",
+        "mean_square",
+        "predict",
+    )
     with_gradient += ("log_prob", "score_tensors", "gaussian_log_prob", "gaussian_kl")
     with_gradient += ("self_normalised", "_error", "_view")
     if isinstance(node, ast.Call):

@@ -22,7 +22,7 @@ from torch import Tensor
 import bench_dfusion
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
-from bench_dfusion.results import checked_base, checks, leaderboard, records, statistics
+from bench_dfusion.results import checked_base, checks, leaderboard, records, statistics, tables
 from bench_dfusion.results.checked_base import CheckedBase
 from bench_dfusion.results.records import Record
 from bench_dfusion.rewards.contract import Reward, RewardConfig
@@ -137,7 +137,7 @@ def test_eval_and_table_stand_on_the_base(runs: Path, said: Callable[..., Any]) 
     (board,) = leaderboard.boards(runs)
     (row,) = leaderboard.rows(board)
     assert row.clusters == ("red", "two blue rings", "red")
-    table = leaderboard.table(board).iloc[0]
+    table = tables.table(board).iloc[0]
     gains = np.array([r.verdicts[0].adjusted for r in board.records])
     assert table["oracle gain"] == pytest.approx(statistics.paired_gain(gains, clusters=row.clusters).mean)
 

@@ -15,7 +15,7 @@ from boards import leave, place
 from bench_dfusion import registry
 from bench_dfusion.errors import UsageError
 from bench_dfusion.publish import repository
-from bench_dfusion.results import checks, leaderboard, merge, records
+from bench_dfusion.results import checks, leaderboard, merge, records, tables
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
 from bench_dfusion.tracks import schema
@@ -294,9 +294,9 @@ def test_a_doctored_or_unpublishable_record_has_a_flag_in_its_own_table_only(
     checker.refuse(bad)
     assert any(expected in flag for flag in checker.flags(bad))
     board = Board((bad, *real()[1:]))
-    (line,) = leaderboard.table(board).to_dict("records")
+    (line,) = tables.table(board).to_dict("records")
     assert expected in line["flags"] and "(1 of 5 runs)" in line["flags"] and line["rank"] == "1"
-    assert "not to be published: diffusion-dpo/vanilla/clip: " in leaderboard.markdown(board)
+    assert "not to be published: diffusion-dpo/vanilla/clip: " in tables.markdown(board)
 
 
 def test_a_doctored_seed_outside_the_track_is_not_published(checker: checks.Checker) -> None:
@@ -367,22 +367,22 @@ def variants(count: int) -> list[Record]:
 
 def test_doctored_variants_of_a_row_are_not_ranked_and_shown_on_demand() -> None:
     board = Board((*variants(30), *real("dpok-vanilla-clip")))
-    frame = leaderboard.table(board)
+    frame = tables.table(board)
     assert len(frame) == 32 and sorted(frame["rank"]) == [""] * 30 + sorted(frame["rank"])[-2:]
     own = frame[frame["algorithm"] == "diffusion-dpo"]
     assert (own["note"] == "variant: other options than those the track's tuning chose").sum() == 30
     (ranked,) = own[own["rank"] != ""].to_dict("records")
     assert ranked["variant"] == "algo.weight_decay=0.0001", "the track's own"
-    short = leaderboard.table(board, variants=False)
+    short = tables.table(board, variants=False)
     assert list(short["algorithm"]) == ["diffusion-dpo", "dpok"]
-    text = leaderboard.markdown(board)
+    text = tables.markdown(board)
     assert "variants not shown (--variants): 30 of diffusion-dpo/vanilla/clip" in text
-    assert leaderboard.markdown(board, variants=True).count("| variant |") == 30
-    assert leaderboard.csv(board).count("\n") == 3 and leaderboard.csv(board, variants=True).count("\n") == 33
+    assert tables.markdown(board, variants=True).count("| variant |") == 30
+    assert tables.csv(board).count("\n") == 3 and tables.csv(board, variants=True).count("\n") == 33
 
 
 def test_the_best_doctored_variant_alone_is_not_ranked_either() -> None:
-    (line,) = leaderboard.table(Board(tuple(variants(1)[5:]))).to_dict("records")
+    (line,) = tables.table(Board(tuple(variants(1)[5:]))).to_dict("records")
     assert line["rank"] == "" and line["note"].startswith("variant: ")
 
 
@@ -391,9 +391,9 @@ def test_each_submitter_has_a_row() -> None:
     with pytest.raises(ValueError, match="has two records"):
         Board((*real(), *theirs))
     others = [doctored(r, setting("submitter", "somebody")) for r in real("dpok-vanilla-clip")]
-    frame = leaderboard.table(Board((*real(), *others)))
+    frame = tables.table(Board((*real(), *others)))
     assert dict(zip(frame["algorithm"], frame["submitter"], strict=True)) == {"diffusion-dpo": "", "dpok": "somebody"}
-    assert "| clip (by somebody) |" in leaderboard.markdown(Board((*real(), *others)))
+    assert "| clip (by somebody) |" in tables.markdown(Board((*real(), *others)))
 
 
 @pytest.mark.parametrize(("agreement", "note"), [(1.0, "ceiling: its reward agrees with the judge (1.00)"), (0.8, "")])
@@ -401,14 +401,14 @@ def test_a_doctored_name_of_the_judge_is_a_ceiling_by_its_measured_agreement(
     agreement: float, note: str, tmp_path: Path
 ) -> None:
     cells = [r.model_copy(update={"agreement": {"oracle": agreement, "clip": 0.5}}) for r in real()]
-    (line,) = leaderboard.table(Board(tuple(cells))).to_dict("records")
+    (line,) = tables.table(Board(tuple(cells))).to_dict("records")
     assert line["note"].startswith(note) and bool(line["rank"]) == (not note)
     fingerprint = cells[0].provenance.reward_fingerprint
     leave(tmp_path, *cells)
     (tmp_path / "reviewed.json").write_text(
         json.dumps({fingerprint: "looked at on 2026-11-30: the CLIP it says it is"})
     )
-    ((line,),) = [leaderboard.table(b).to_dict("records") for b in leaderboard.boards(tmp_path)]
+    ((line,),) = [tables.table(b).to_dict("records") for b in leaderboard.boards(tmp_path)]
     assert line["rank"] == "1", "a person has looked"
     (tmp_path / "reviewed.json").write_text("[1]")
     with pytest.raises(UsageError, match=r"reviewed\.json"):

@@ -15,8 +15,10 @@ from rich.console import Console
 
 from bench_dfusion.cli import display
 from bench_dfusion.errors import UsageError
-from bench_dfusion.report import leaderboard_picture
-from bench_dfusion.results import leaderboard, records, statistics
+from bench_dfusion.publish import dataset
+from bench_dfusion.report import content, leaderboard_picture
+from bench_dfusion.results import leaderboard, records, statistics, tables
+from bench_dfusion.results.figures import COST, FIGURES, Figure
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
 
@@ -37,7 +39,7 @@ def level(mean: float, seeds: int = 3) -> np.ndarray:
 
 def line_of(board: Board, **cell: str) -> dict:
     (line,) = [
-        e for e in leaderboard.table(board).to_dict("records") if all(e[name] == value for name, value in cell.items())
+        e for e in tables.table(board).to_dict("records") if all(e[name] == value for name, value in cell.items())
     ]
     return line
 
@@ -150,7 +152,7 @@ def test_a_clear_winner_is_first_and_ties_share_a_range() -> None:
             *runs(level(-0.3), algorithm="d"),
         )
     )
-    frame = leaderboard.table(board)
+    frame = tables.table(board)
     assert dict(zip(frame["algorithm"], frame["rank"], strict=True)) == {"a": "1", "b": "2–3", "c": "2–3", "d": "4"}
     assert frame["algorithm"].iloc[0] == "a" and frame["algorithm"].iloc[-1] == "d"
     assert not frame["note"].any()
@@ -167,15 +169,15 @@ def test_a_row_of_other_seeds_has_no_rank_and_takes_nothing_from_the_others(seed
         line = line_of(board, algorithm="odd")
         assert line["rank"] == "" and line["note"] == "unranked: not exactly the track's 3 seeds, counted from 0"
         assert line["oracle gain"] == pytest.approx(0.9), "shown all the same"
-        assert leaderboard.markdown(board).count("| unranked |") == 1
-    alone = leaderboard.table(Board(tuple(odd)))
+        assert tables.markdown(board).count("| unranked |") == 1
+    alone = tables.table(Board(tuple(odd)))
     assert list(alone["rank"]) == [""]
 
 
 @pytest.mark.parametrize("seeds", [None, "three", 10**12])
 def test_a_record_that_names_no_number_of_seeds_has_no_rank(seeds: object) -> None:
     board = Board(tuple(changed(r, "resolved.track.seeds", seeds) for r in runs(level(0.4))))
-    assert list(leaderboard.table(board)["rank"]) == [""]
+    assert list(tables.table(board)["rank"]) == [""]
 
 
 def test_the_track_says_how_many_seeds_a_rank_takes() -> None:
@@ -200,26 +202,26 @@ def test_a_collapsed_run_makes_its_row_a_miss_below_all_others() -> None:
             *runs(level(-0.9), algorithm="c"),
         )
     )
-    frame = leaderboard.table(board)
+    frame = tables.table(board)
     assert list(frame["algorithm"]) == ["b", "c", "a"] and list(frame["rank"]) == ["1", "2", ""]
     line = line_of(board, algorithm="a")
     assert line["oracle gain"] == line["clip gain"] == -np.inf and line["failed"] == 1 and line["seeds"] == 3
     assert line["note"] == "miss: 1 of 3 runs collapsed or turned non-finite"
-    assert "| miss | a | dfusion | clip | 3 | −∞ |" in leaderboard.markdown(board)
+    assert "| miss | a | dfusion | clip | 3 | −∞ |" in tables.markdown(board)
     assert "miss" in shown(board) and "−∞" in shown(board)
 
 
 def test_a_run_whose_first_score_is_not_finite_is_not_offline() -> None:
     board = Board((record(gains=None, queries=0, rounds=0),))
     assert line_of(board)["note"] == "miss: 1 of 1 runs collapsed or turned non-finite"
-    assert "offline" not in leaderboard.markdown(board) + shown(board)
+    assert "offline" not in tables.markdown(board) + shown(board)
 
 
 def test_offline_rows_are_marked_and_ranked() -> None:
     board = Board((*runs(level(0.1), builder="kept", queries=0), *runs(level(0.4))))
     line = line_of(board, builder="kept")
     assert line["note"] == "offline: no reward query" and line["queries"] == 0 and line["rank"] == "2"
-    (text,) = [e for e in leaderboard.markdown(board).splitlines() if "| kept |" in e]
+    (text,) = [e for e in tables.markdown(board).splitlines() if "| kept |" in e]
     assert "| offline |" in text
     assert re.search(r"2 +dpo .* offline$", shown(board), re.MULTILINE)
 
@@ -228,7 +230,7 @@ def test_a_row_trained_on_the_judge_that_ranks_is_a_ceiling() -> None:
     board = Board((*runs(level(0.9), reward="oracle"), *runs(level(0.1)), *runs(level(0.0), builder="vanilla")))
     line = line_of(board, reward="oracle")
     assert line["rank"] == "" and line["note"] == "ceiling: trained on the judge"
-    assert leaderboard.table(board).iloc[0]["reward"] == "oracle", "shown by its gain"
+    assert tables.table(board).iloc[0]["reward"] == "oracle", "shown by its gain"
     # the second judge is the training reward of the others, and that is no ceiling
     assert line_of(board, builder="dfusion", reward="clip")["rank"] == "1"
     assert line_of(board, builder="vanilla")["rank"] == "2"
@@ -252,12 +254,12 @@ def test_cells_without_a_record_make_a_row_incomplete(tmp_path: Path) -> None:
     assert line["oracle gain"] == pytest.approx(0.4), "what there is, is shown"
     assert line_of(board, builder="vanilla")["rank"] == "1"
     assert line_of(board, algorithm="kto")["note"] == "incomplete: 1 of 1 cells have no record"
-    text = leaderboard.markdown(board)
+    text = tables.markdown(board)
     assert "| incomplete | dpo | dfusion | clip | 3 of 5 | +0.400 [" in text
     assert "| incomplete | kto | dfusion | clip | 0 of 1 | – | – | – | – | – | – |" in text, "not offline"
     assert "dpo/dfusion/clip, seed 4: RuntimeError: [red]out of\\x1b[2J memory" in shown(board)
     assert "3/5" in shown(board)
-    assert not len(leaderboard.contrasts(board)), "an incomplete row has no effect to speak of"
+    assert not len(tables.contrasts(board)), "an incomplete row has no effect to speak of"
 
 
 def test_a_cell_that_finished_with_another_batch_is_not_missing(tmp_path: Path) -> None:
@@ -273,8 +275,8 @@ def test_a_board_of_unfinished_cells_alone_has_a_table(tmp_path: Path) -> None:
     register(tmp_path, record())
     (board,) = leaderboard.boards(tmp_path)
     assert board.judges == [] and board.track == "toy-v1"
-    assert "incomplete" in leaderboard.markdown(board) and "0/1" in shown(board)
-    assert leaderboard.csv(board).count("\n") == 2
+    assert "incomplete" in tables.markdown(board) and "0/1" in shown(board)
+    assert tables.csv(board).count("\n") == 2
 
 
 def test_a_damaged_registration_is_one_line(tmp_path: Path) -> None:
@@ -296,11 +298,11 @@ def test_each_track_has_a_board(tmp_path: Path) -> None:
 
 def test_contrasts_are_the_paired_differences_by_hand() -> None:
     rng = np.random.default_rng(0)
-    tables = {(a, b): rng.normal(0.1 * (a == "x"), 0.1, (4, 4)).round(3) for a in "xyz" for b in ("dfusion", "vanilla")}
-    board = Board(tuple(r for (a, b), table in tables.items() for r in runs(table, algorithm=a, builder=b)))
-    frame = leaderboard.contrasts(board)
+    values = {(a, b): rng.normal(0.1 * (a == "x"), 0.1, (4, 4)).round(3) for a in "xyz" for b in ("dfusion", "vanilla")}
+    board = Board(tuple(r for (a, b), table in values.items() for r in runs(table, algorithm=a, builder=b)))
+    frame = tables.contrasts(board)
     assert list(frame["algorithm"]) == ["x", "y", "z", "mean of 3"] and set(frame["seeds"]) == {4}
-    pairs = [(tables[a, "dfusion"], tables[a, "vanilla"]) for a in "xyz"]
+    pairs = [(values[a, "dfusion"], values[a, "vanilla"]) for a in "xyz"]
     pairs.append((np.mean([d for d, _ in pairs], 0), np.mean([v for _, v in pairs], 0)))
     for line, (ours, control) in zip(frame.to_dict("records"), pairs, strict=True):
         expected = statistics.compare(ours, control)
@@ -325,7 +327,7 @@ def test_contrasts_pair_the_seeds_both_have() -> None:
     ours, control = level(0.3, 4), level(0.2, 4)
     ours[0], control[3] = -0.9, 0.2
     board = Board((*runs(ours), *runs(control, first=1, builder="vanilla")))
-    (line,) = leaderboard.contrasts(board).to_dict("records")
+    (line,) = tables.contrasts(board).to_dict("records")
     assert line["seeds"] == 3
     assert line["difference"] == pytest.approx((ours[1:] - control[:3]).mean())
 
@@ -333,9 +335,9 @@ def test_contrasts_pair_the_seeds_both_have() -> None:
 def test_fewer_than_three_shared_seeds_give_no_contrast() -> None:
     x = [*runs(level(0.3), algorithm="x"), *runs(level(0.1), algorithm="x", builder="vanilla")]
     y = [*runs(level(0.3), algorithm="y"), *runs(level(0.1), first=1, algorithm="y", builder="vanilla")]
-    assert list(leaderboard.contrasts(Board((*x, *y)))["algorithm"]) == ["x"]
-    assert not len(leaderboard.contrasts(Board(tuple(y)))) and "effect" not in leaderboard.markdown(Board(tuple(y)))
-    only = leaderboard.contrasts(Board(tuple(runs(level(0.3)))))
+    assert list(tables.contrasts(Board((*x, *y)))["algorithm"]) == ["x"]
+    assert not len(tables.contrasts(Board(tuple(y)))) and "effect" not in tables.markdown(Board(tuple(y)))
+    only = tables.contrasts(Board(tuple(runs(level(0.3)))))
     assert list(only.columns)[-2:] == ["holm", "ceiling"] and not len(only)
 
 
@@ -344,10 +346,10 @@ def test_the_mean_is_over_seeds_that_all_algorithms_share() -> None:
     for algorithm, first in (("x", 0), ("y", 1)):
         for builder, mean in (("dfusion", 0.3), ("vanilla", 0.1)):
             cells += runs(level(mean, 4), first=first, algorithm=algorithm, builder=builder)
-    frame = leaderboard.contrasts(Board(tuple(cells)))
+    frame = tables.contrasts(Board(tuple(cells)))
     assert dict(zip(frame["algorithm"], frame["seeds"], strict=True)) == {"x": 4, "y": 4, "mean of 2": 3}
     apart = [r for r in cells if r.algorithm == "x" or r.seed > 1]
-    assert list(leaderboard.contrasts(Board(tuple(apart)))["algorithm"]) == ["x", "y"], "two shared seeds: no mean"
+    assert list(tables.contrasts(Board(tuple(apart)))["algorithm"]) == ["x", "y"], "two shared seeds: no mean"
 
 
 def test_rewards_have_contrasts_of_their_own_and_ceilings_are_marked() -> None:
@@ -357,10 +359,10 @@ def test_rewards_have_contrasts_of_their_own_and_ceilings_are_marked() -> None:
         for builder in ("dfusion", "vanilla")
         for r in runs(level(mean * (1 + (builder == "dfusion"))), builder=builder, reward=reward)
     ]
-    frame = leaderboard.contrasts(Board(tuple(cells)))
+    frame = tables.contrasts(Board(tuple(cells)))
     assert list(zip(frame["reward"], frame["ceiling"], strict=True)) == [("clip", False), ("oracle", True)]
     assert frame["difference"].tolist() == pytest.approx([0.1, 0.4])
-    assert "| dpo | oracle (ceiling) | 3 | +0.400 [" in leaderboard.markdown(Board(tuple(cells)))
+    assert "| dpo | oracle (ceiling) | 3 | +0.400 [" in tables.markdown(Board(tuple(cells)))
 
 
 # Bytes
@@ -368,14 +370,14 @@ def test_rewards_have_contrasts_of_their_own_and_ceilings_are_marked() -> None:
 
 def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
     found = [r for _, r in records.find(LEADERBOARDS)]
-    expected = [f(Board(tuple(found))) for f in (leaderboard.csv, leaderboard.markdown)]
+    expected = [f(Board(tuple(found))) for f in (tables.csv, tables.markdown)]
     assert expected[0].count("\n") == 1 + len({(r.algorithm, r.builder, r.reward) for r in found})
     shuffled = random.Random(0).sample(found, len(found))
     for number, each in enumerate(shuffled):  # other directories: found in another order
         records.write(tmp_path / str(number) / "record.json", each)
     (board,) = leaderboard.boards(tmp_path)
     assert [r.cell_hash for r in board.records] != [r.cell_hash for r in found]
-    assert [f(board) for f in (leaderboard.csv, leaderboard.markdown)] == expected
+    assert [f(board) for f in (tables.csv, tables.markdown)] == expected
 
 
 HOSTILE = [
@@ -396,7 +398,7 @@ HOSTILE = [
 def test_a_spreadsheet_runs_nothing_of_a_csv() -> None:
     of = track(evaluation={"judges": ["=oracle", "clip"]})
     board = Board(tuple(record(algorithm=a, builder=b, of=of) for a, b in zip(HOSTILE, HOSTILE[::-1], strict=True)))
-    text = leaderboard.csv(board)
+    text = tables.csv(board)
     header, *lines = csv.reader(io.StringIO(text))
     assert len(lines) == len(HOSTILE) and {len(line) for line in lines} == {len(header)}
     assert "'=oracle gain" in header and "\x1b" not in text
@@ -414,10 +416,10 @@ def test_markdown_shows_names_as_text() -> None:
         for b in ("dfusion", "vanilla")
         for r in runs(level(0.1), algorithm=name, builder=b, of=of)
     ]
-    text = leaderboard.markdown(Board(tuple(cells)))
-    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert [len(t) for t in tables] == [2 + 2 * len(HOSTILE), 2 + len(HOSTILE) + 1]
-    for lines in tables:
+    text = tables.markdown(Board(tuple(cells)))
+    grids = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len(t) for t in grids] == [2 + 2 * len(HOSTILE), 2 + len(HOSTILE) + 1]
+    for lines in grids:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, "no name makes or ends a cell"
     assert "<" not in text and "\x1b" not in text
     assert not re.search(r"(?<!\\)[`$]", text)
@@ -433,6 +435,28 @@ def test_the_terminal_shows_names_as_text() -> None:
 def test_the_published_table_and_picture_are_those_of_the_published_records(tmp_path: Path) -> None:
     (board,) = leaderboard.boards(LEADERBOARDS)
     readme = (LEADERBOARDS / "README.md").read_text(encoding="utf-8")
-    assert f"--markdown -->\n{leaderboard.markdown(board)}<!-- end of table -->" in readme
+    assert f"--markdown -->\n{tables.markdown(board)}<!-- end of table -->" in readme
     leaderboard_picture(board, tmp_path / "now.svg")
     assert (tmp_path / "now.svg").read_bytes() == (LEADERBOARDS / "micro-v1.svg").read_bytes()
+
+
+def test_a_new_figure_is_described_once_and_shown_everywhere(monkeypatch, request) -> None:
+    updates = Figure(
+        "most updates", "int64", "Updates", COST, "optimiser steps of a run (count)",
+        lambda row: max((r.cost.updates for r in row.records), default=0), ",.0f", ".0f",
+    )  # fmt: skip
+    FIGURES.append(updates)
+    request.addfinalizer(FIGURES.pop)
+    monkeypatch.setattr(dataset, "LEADERBOARD", dataset.leaderboard_columns())
+    (one,) = runs(level(0.1))[:1]
+    board = Board((one,))
+    count = one.cost.updates
+    assert tables.table(board)["most updates"].tolist() == [count]
+    assert "most updates" in tables.csv(board).splitlines()[0].split(",")
+    head, _, row = (line.split("|") for line in tables.markdown(board).splitlines()[:3])
+    assert row[head.index(" updates ")].strip() == str(count)
+    (published,) = dataset._leaderboard(board)
+    assert published["most_updates"] == count
+    page = content.of_board(board, content.Pictures())
+    (column,) = [c for c in page["columns"] if c.key == "most updates"]
+    assert column.help == updates.meaning and page["rows"][0]["cells"]["most updates"].text == f"{count:,}"

@@ -24,7 +24,7 @@ from PIL import Image
 
 from bench_dfusion.errors import UsageError
 from bench_dfusion.publish import dataset, repository, verify
-from bench_dfusion.results import checked_base, companions, leaderboard, records
+from bench_dfusion.results import checked_base, companions, leaderboard, records, tables
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import rescore
@@ -155,7 +155,7 @@ def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> Non
         assert rows and all(list(row) == list(kinds) for row in rows)
     ranked, miss = [r for r in first["leaderboard"][0] if r["track"] == "tiny-v1"]
     (other,) = [r for r in first["leaderboard"][0] if r["track"] == "other-v1"]
-    frame = leaderboard.table(board(*good, missed))
+    frame = tables.table(board(*good, missed))
     assert ranked["gain"] == frame["oracle gain"][0] and ranked["low"] == frame["oracle low"][0]
     assert (ranked["rank_low"], ranked["rank_high"], ranked["rank"]) == (1, 1, "1") and ranked["state"] == "complete"
     assert miss["gain"] == -math.inf and miss["state"] == "miss"
@@ -185,8 +185,8 @@ def test_published_is_what_load_dataset_returns(hub: Hub, tmp_path: Path) -> Non
     assert len(second["leaderboard"][0]) == len(first["leaderboard"][0]) + 1
     # What is published is a folder of runs too, as the card says.
     made = leaderboard.boards(tmp_path / "out")
-    assert [leaderboard.csv(b) for b in made] == [
-        leaderboard.csv(b) for b in (board(elsewhere), board(*good, missed, record("grpo", seed=2)))
+    assert [tables.csv(b) for b in made] == [
+        tables.csv(b) for b in (board(elsewhere), board(*good, missed, record("grpo", seed=2)))
     ]
 
 

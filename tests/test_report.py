@@ -23,7 +23,7 @@ from bench_dfusion import report
 from bench_dfusion.errors import UsageError
 from bench_dfusion.report import content
 from bench_dfusion.report.marks import ticks, visible
-from bench_dfusion.results import leaderboard
+from bench_dfusion.results import leaderboard, tables
 from bench_dfusion.results.records import Record
 
 HOSTILE = (
@@ -148,7 +148,7 @@ def test_every_row_says_why_it_has_no_rank_and_every_number_is_the_tables(folder
         ("kto", "vanilla", "clip"): "incomplete",
         ("sft", "vanilla", "clip"): "incomplete",
     }
-    table = leaderboard.table(board).set_index(["algorithm", "builder", "reward"])
+    table = tables.table(board).set_index(["algorithm", "builder", "reward"])
     for row in page["rows"]:
         line = table.loc[(row["algorithm"], row["builder"], row["reward"])]
         gain = row["cells"]["0 gain"].sort

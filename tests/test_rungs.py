@@ -25,7 +25,7 @@ from bench_dfusion.errors import UsageError
 from bench_dfusion.objectives.averages import Warmed
 from bench_dfusion.publish import dataset
 from bench_dfusion.report import content
-from bench_dfusion.results import checked_base, checks, leaderboard, merge, records
+from bench_dfusion.results import checked_base, checks, leaderboard, merge, records, standings, tables
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import config, trainer
@@ -354,7 +354,7 @@ def test_a_board_compares_at_one_rung(tmp_path: Path) -> None:
     assert board.common == 3 and board.ladder == (48, 96, 144)
     seeds = {}
     for rung in (1, 2, 3):
-        table = leaderboard.table(board.at(rung)).set_index("algorithm")
+        table = tables.table(board.at(rung)).set_index("algorithm")
         seeds[rung] = table["seeds"].to_dict(), table["failed"].to_dict(), set(table["queries"])
         dpo = [r for r in board.records if r.algorithm == "dpo"]
         gains = np.array([r.at(rung).verdicts[0].gains for r in dpo])
@@ -363,8 +363,8 @@ def test_a_board_compares_at_one_rung(tmp_path: Path) -> None:
     assert seeds[1] == ({"dpo": 3, "kto": 3, "sft": 3}, {"dpo": 0, "kto": 0, "sft": 0}, {48})
     assert seeds[2] == ({"dpo": 3, "kto": 3}, {"dpo": 0, "kto": 1}, {96})
     assert seeds[3][1] == {"dpo": 0, "kto": 1}
-    assert leaderboard.table(board).equals(leaderboard.table(board.at(3)))
-    assert leaderboard.win_rates(board.at(1)).shape == (3, 3) and leaderboard.win_rates(board).shape == (2, 2)
+    assert tables.table(board).equals(tables.table(board.at(3)))
+    assert standings.win_rates(board.at(1)).shape == (3, 3) and standings.win_rates(board).shape == (2, 2)
     assert board.place == "rung 3 of 3, 144 reward queries; 3 runs that end before it not shown"
     assert board.at(1).place == "rung 1 of 3, 48 reward queries"
     for rung in (0, 4):
@@ -400,12 +400,12 @@ def test_a_row_keeps_its_name_where_its_like_end_earlier() -> None:
 def test_every_rung_stands_beside_the_others(tmp_path: Path, said: Any, refused: Any) -> None:
     folder = ladder_folder(tmp_path)
     (board,) = leaderboard.boards(folder)
-    lines = leaderboard.by_rung(board).set_index("algorithm")
+    lines = tables.by_rung(board).set_index("algorithm")
     assert list(lines.index) == ["dpo", "kto", "sft"], "as the table, then what ends before it"
     assert lines.loc["dpo", "3 rank"] == "1" and lines.loc["sft", "3 rank"] == ""
     assert lines.loc["kto", "2 gain"] == lines.loc["kto", "3 gain"] == -np.inf and np.isnan(lines.loc["sft", "2 gain"])
     for n in (1, 2, 3):
-        whole = leaderboard.table(board.at(n)).set_index("algorithm")
+        whole = tables.table(board.at(n)).set_index("algorithm")
         assert lines.loc["dpo", f"{n} low"] == whole.loc["dpo", "oracle low"]
     _, shown, _ = said("leaderboard", folder)
     assert "rung 3 of 3, 144 reward queries; 3 runs that end before it not shown" in shown
@@ -464,7 +464,7 @@ def test_the_page_draws_gain_against_queries(tmp_path: Path) -> None:
     assert of_page["counts"]["runs"] == 9 and of_page["counts"]["rows"] == 2
     rows = {row["name"][0]: row for row in of_page["data"]["rows"]}
     assert [p[0] for p in rows["dpo"]["climb"]] == [48, 96, 144]
-    low, high = (leaderboard.by_rung(board).set_index("algorithm").loc["dpo", f"2 {end}"] for end in ("low", "high"))
+    low, high = (tables.by_rung(board).set_index("algorithm").loc["dpo", f"2 {end}"] for end in ("low", "high"))
     assert rows["dpo"]["climb"][1][2:] == [pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5)]
     assert rows["kto"]["climb"][1:] == [[96, None, None, None], [144, None, None, None]]
     lines = {line["algorithm"]: line["cells"] for line in of_page["rungs"]}

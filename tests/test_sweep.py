@@ -17,7 +17,7 @@ from processes import SETTINGS, TINY, command
 import bench_dfusion
 from bench_dfusion import plugin_files, registry
 from bench_dfusion.errors import UsageError
-from bench_dfusion.results import leaderboard, records
+from bench_dfusion.results import leaderboard, records, tables
 from bench_dfusion.sweeps import queue
 from bench_dfusion.sweeps.local import Local
 
@@ -90,7 +90,7 @@ def test_every_cell_is_registered_before_the_first_runs_and_shown_until_it_has_a
     assert [(j.row[0], j.cell.seed) for j in planned] == [("dpo", 0), ("ddpo", 0), ("dpo", 1), ("ddpo", 1)]
     queue.register(planned)
     (board,) = leaderboard.boards(tmp_path)
-    frame = leaderboard.table(board)
+    frame = tables.table(board)
     assert frame["missing"].tolist() == [2, 2] and frame["seeds"].tolist() == [0, 0]
     assert set(frame["note"]) == {"incomplete: 2 of 2 cells have no record"}
     options: dict[str, Any] = {"track_source": "micro", "seed": 1, "settings": SETTINGS, "out": tmp_path}

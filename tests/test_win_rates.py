@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench_dfusion.cli.options import out
-from bench_dfusion.results import leaderboard, records
+from bench_dfusion.results import leaderboard, records, standings
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
 
@@ -42,7 +42,7 @@ def test_win_rates_by_hand() -> None:
             record("d", 7, [0.3, 0.3, 0.3, 0.3]),
         )
     )
-    frame = leaderboard.win_rates(board)
+    frame = standings.win_rates(board)
     assert [n.partition("/")[0] for n in frame.index] == list("abcd") and list(frame.index) == list(frame.columns)
     # Seed 0: lost, tied, won, won: 2.5 of 4. Seed 1: 4 of 4. Seed 2 is not b's. c collapsed, d shares no seed.
     expected = [[np.nan, 6.5 / 8, 1, np.nan], [1.5 / 8, np.nan, 1, np.nan], [0, 0, np.nan, np.nan], [np.nan] * 4]
@@ -57,7 +57,7 @@ def published() -> Board:
 
 @pytest.mark.parametrize("width", [60, 80, 400])
 def test_the_published_win_rates_add_up_and_are_printed_at_any_width(monkeypatch, said, width) -> None:
-    frame = leaderboard.win_rates(published())
+    frame = standings.win_rates(published())
     values = frame.to_numpy()
     off = ~np.eye(len(values), dtype=bool)
     np.testing.assert_allclose((values + values.T)[off], 1)

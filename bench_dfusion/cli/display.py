@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench_dfusion.errors import plain
-from bench_dfusion.results import leaderboard
-from bench_dfusion.results.leaderboard import Board, signed
+from bench_dfusion.results import leaderboard, standings, tables
+from bench_dfusion.results.figures import FIGURES, signed
+from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Drift, Record, Verdict
+from bench_dfusion.results.standings import Score
 from bench_dfusion.util.progress import duration
 
 if TYPE_CHECKING:
@@ -203,7 +205,7 @@ def _drift(d: Drift) -> str:
 
 def wins(board: Board, out: Console) -> None:
     """Pairwise win rates: how often the row's policy beats the column's, in %."""
-    frame = leaderboard.win_rates(board)
+    frame = standings.win_rates(board)
     judge = board.judges[0] if board.judges else "no judge yet"
     title = f"{board.track}: wins of a row over a column before {judge}, % of prompts and shared seeds, ties half"
     out.print(f"[italic]{_text(title)}", highlight=False)
@@ -227,7 +229,7 @@ def wins(board: Board, out: Console) -> None:
 
 def board(board: Board, out: Console, variants: bool = False) -> None:
     """The table of a track and the effect of D-Fusion, in 80 columns; `leaderboard --csv` has every column."""
-    frame, judges = leaderboard.table(board, variants), board.judges
+    lines, judges = standings.lines(board, variants), board.judges
     place = f", {board.place}" if board.place else ""
     out.print(f"[italic]{_text(board.track)}  ({board.track_hash[:12]}){place}", highlight=False, soft_wrap=True)
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -235,57 +237,63 @@ def board(board: Board, out: Console, variants: bool = False) -> None:
     grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
     for column in ("seeds", *("\n".join([*_text(j).split(":"), "gain"]) for j in judges), "queries"):
         grid.add_column(column, justify="right", no_wrap=True)
-    for line in frame.to_dict("records"):
-        gains = [signed(line[f"{j} gain"]) for j in judges]
+    queries = next(figure for figure in FIGURES if figure.name == "queries")
+    for line in lines:
+        row = line.row
+        gains = [signed(score.gain) for score in line.scores]
         if gains:  # the judge that ranks shows its interval
-            gains[0] = escape(leaderboard.gain_text(line, judges[0]).replace(" [", "\n["))
-        reward = _text(line["reward"]).replace("+", "+\n  ")  # a weighted sum takes a line for each component
-        name = [_text(line["algorithm"]), f"{_text(line['builder'])}, {reward}"]
-        name += [_text(label)] if (label := leaderboard.label_of(line)) else []
-        place = line["rank"] or line["note"].partition(":")[0]  # miss, incomplete, ceiling or checkpoint
-        seeds = f"{line['seeds']}/{line['seeds'] + line['missing']}" if line["missing"] else line["seeds"]
-        grid.add_row(place, "\n".join(name), str(seeds), *gains, leaderboard.queries_text(line))
+            gains[0] = escape("\n".join(_gain(line.scores[0])))
+        reward = _text(row.reward).replace("+", "+\n  ")  # a weighted sum takes a line for each component
+        name = [_text(row.algorithm), f"{_text(row.builder)}, {reward}", *([_text(row.label)] if row.label else [])]
+        seeds = f"{line.seeds}/{line.seeds + line.missing}" if line.missing else str(line.seeds)
+        spent = queries.text(row, line.figures[queries.name], ".0f")
+        grid.add_row(line.place, "\n".join(name), seeds, *gains, spent)
     out.print(grid)
-    for note in dict.fromkeys(frame["note"]):
+    for note in dict.fromkeys(line.note for line in lines):
         if note:
             out.print(_text(note), style="dim")
-    for text in leaderboard.remarks(board, frame.to_dict("records"), variants):
+    for text in tables.remarks(board, lines, variants):
         out.print(_text(text), style="yellow", soft_wrap=True, highlight=False)
     for row in leaderboard.rows(board):
         for cell in row.unfinished:
             if cell.error:
                 out.print(f"{_text(row.name)}, seed {cell.seed}: {_text(cell.error)}", style="red")
     _by_rung(board, out, variants)
-    effect = leaderboard.contrasts(board)
-    if len(effect):
+    effect = standings.contrasts(board)
+    if effect:
         out.print()
         title = f"D-Fusion's effect on {_text(judges[0])}: dfusion − vanilla, paired; p after Holm"
         out.print(f"[italic]{title}", highlight=False)
         grid = Table(box=None, pad_edge=False)
         for column in ("algorithm", "reward", "seeds", "difference", "p"):
             grid.add_column(column, justify="left" if column in ("algorithm", "reward") else "right")
-        for e in effect.to_dict("records"):
-            difference = f"{signed(e['difference'])} [{signed(e['low'])}, {signed(e['high'])}]"
-            words = (e["algorithm"], e["reward"], e["seeds"], difference, f"{e['holm']:.3f}")
+        for c in effect:
+            words = (c.algorithm, c.reward, c.seeds, tables.difference_text(c), f"{c.holm:.3f}")
             grid.add_row(*(_text(w) for w in words))
         out.print(grid)
 
 
+def _gain(score: Score) -> list[str]:
+    """A gain, and where it is finite its interval, for lines of their own."""
+    interval = [tables.interval_text(score.low, score.high)] if np.isfinite(score.gain) else []
+    return [signed(score.gain), *interval]
+
+
 def _by_rung(board: Board, out: Console, variants: bool) -> None:
-    lines = leaderboard.by_rung(board, variants).to_dict("records")
-    if not lines:
+    climbs = standings.climbs(board, variants)
+    if not climbs:
         return
     out.print(f"\n[italic]{_text(board.judges[0])} gain at each rung, by its reward queries", highlight=False)
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("algorithm\nbuilder, reward", no_wrap=True)
     for budget in board.ladder:
         grid.add_column(f"{budget:,}\nrank", justify="right", no_wrap=True)
-    for line in lines:
-        name = [line["algorithm"], f"{line['builder']}, {line['reward']}", leaderboard.label_of(line)]
+    for climb in climbs:
+        name = [climb.algorithm, f"{climb.builder}, {climb.reward}", climb.label]
         cells = []
-        for n in range(1, len(board.ladder) + 1):
-            gain, _, interval = leaderboard.rung_text(line, n).partition(" ")
-            cells.append("\n".join(t for t in (gain, interval, line[f"{n} rank"]) if t))
+        for line in climb.at:
+            gain = _gain(line.scores[0]) if line and line.scores else ["–"]
+            cells.append("\n".join([*gain, *([str(line.rank)] if line and line.rank else [])]))
         grid.add_row("\n".join(_text(t) for t in name if t), *map(escape, cells))
     out.print(grid)
 

@@ -29,8 +29,8 @@ def leaderboard(
 ) -> None:
     """Print the table of the runs found, one table a track, and the effect of D-Fusion."""
     from bench_dfusion.cli import display
-    from bench_dfusion.results.leaderboard import csv as as_csv
-    from bench_dfusion.results.leaderboard import markdown as as_markdown
+    from bench_dfusion.results.tables import csv as as_csv
+    from bench_dfusion.results.tables import markdown as as_markdown
 
     if csv + markdown + wins + (picture is not None) > 1:
         raise UsageError("--csv, --markdown, --wins and --picture exclude each other")

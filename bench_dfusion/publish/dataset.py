@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench_dfusion.errors import UsageError, plain
-from bench_dfusion.results import checks, companions, leaderboard, records
-from bench_dfusion.results.leaderboard import Board, Row
+from bench_dfusion.results import checks, companions, leaderboard, records, standings
+from bench_dfusion.results.figures import COST, FIGURES, OVER
+from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record, Unfinished
+from bench_dfusion.results.standings import Line
+from bench_dfusion.results.tables import markdown
 from bench_dfusion.runs.pictures import evenly, prompts_of
 from bench_dfusion.tracks.schema import JudgedSampler, SamplerSection, Track
 from bench_dfusion.util.files import json_text
@@ -60,46 +63,109 @@ _CELL = {
 _RUNG = {"rung": ("int64", "rung of the track's ladder of budgets, from 1; null where the track has none")}
 _SEED = {"seed": ("int64", "the training seed")}
 
-# Columns of each config: the type, in the names that pyarrow and datasets share, and the meaning.
-COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
-    "leaderboard": {
-        **_TRACK,
-        "rank_low": ("int64", "best rank the row may hold, 1 first; null where it has none"),
-        "rank_high": ("int64", "worst rank it may hold: ties that the data do not separate share a range"),
-        "rank": ("string", "both as text, 2–4; null where there is none"),
-        "state": (
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table `leaderboard`: its type in the names that pyarrow and datasets share, its meaning, and its value."""
+
+    kind: str
+    meaning: str
+    of: Callable[[Board, Line], Any]
+
+
+def _of_row(name: str) -> Callable[[Board, Line], Any]:
+    return lambda board, line: getattr(line.row, name)
+
+
+def _of_score(name: str) -> Callable[[Board, Line], Any]:
+    """A figure of the judge that ranks; the interval of the runs that are left is not that of a row with a miss."""
+
+    def value(board: Board, line: Line) -> Any:
+        if line.row.failed and name in ("gain", "low", "high", "interval"):
+            return -math.inf if name == "gain" else None
+        found = getattr(line.scores[0], name) if line.scores else None
+        return None if found == "" else found
+
+    return value
+
+
+def _of_figures(group: str) -> dict[str, Column]:
+    def value(name: str) -> Callable[[Board, Line], Any]:
+        return lambda board, line: line.figures[name]
+
+    return {f.column: Column(f.kind, f.meaning, value(f.name)) for f in FIGURES if f.group == group}
+
+
+def leaderboard_columns() -> dict[str, Column]:
+    """The columns of the table `leaderboard`, by name, in their order."""
+    return {
+        "track": Column(*_TRACK["track"], lambda board, line: board.track),
+        "track_hash": Column(*_TRACK["track_hash"], lambda board, line: board.track_hash),
+        "rank_low": Column(
+            "int64",
+            "best rank the row may hold, 1 first; null where it has none",
+            lambda board, line: line.rank and line.rank.low,
+        ),
+        "rank_high": Column(
+            "int64",
+            "worst rank it may hold: ties that the data do not separate share a range",
+            lambda board, line: line.rank and line.rank.high,
+        ),
+        "rank": Column(
+            "string",
+            "both as text, 2–4; null where there is none",
+            lambda board, line: str(line.rank) if line.rank else None,
+        ),
+        "state": Column(
             "string",
             "complete, or why there is no rank: miss (a run collapsed), incomplete (cells without a record), "
             "ceiling (trained on the judge), variant (other options than the tuning chose), checkpoint (below three seeds)",
+            lambda board, line: line.row.state or "complete",
         ),
-        **_NAMES,
-        **_VARIANT,
-        **_RUNG,
-        "seeds": ("int64", "records (count)"),
-        "failed": ("int64", "runs that collapsed or turned non-finite (count); one makes the row a miss"),
-        "missing": ("int64", "registered cells without a record (count)"),
-        "judge": ("string", "the judge that ranks: the first of the track; the others are in scores"),
-        "metric": ("string", "what it measures; null where no run has finished"),
-        "base": ("float64", "mean over seeds and held-out prompts of the frozen base, of finished runs"),
-        "trained": ("float64", "the same of the trained policy, on the same noise"),
-        "gain": ("float64", "mean of trained − base; −inf for a miss"),
-        "low": ("float64", "lower end of its 95 % interval; null for a miss"),
-        "high": ("float64", "upper end of its 95 % interval; null for a miss"),
-        "interval": ("string", "how it was made: two-way t over seeds and prompts; below three seeds over prompts"),
-        "reward_rise": (
-            "float64",
-            "training reward of the last round − the base's on the same prompts (old records: − the first round's); null where none are drawn",
+        **{name: Column(*about, _of_row(name)) for name, about in (_NAMES | _VARIANT).items()},
+        "rung": Column(*_RUNG["rung"], lambda board, line: line.rung),
+        "seeds": Column("int64", "records (count)", lambda board, line: line.seeds),
+        "failed": Column(
+            "int64",
+            "runs that collapsed or turned non-finite (count); one makes the row a miss",
+            lambda board, line: len(line.row.failed),
         ),
-        "diversity": ("float64", "Vendi score within a prompt, trained / base"),
-        "kl": ("float64", "mean per-step KL(trained || base) (nats)"),
-        "offline": ("bool", "trained on given pairs: no reward was queried"),
-        "queries": ("int64", "images the training reward scored in a run (count): the budget"),
-        "evaluations": ("int64", "network evaluations of a run (count)"),
-        "seconds": ("float64", "wall time of a run, mean (s)"),
-        "memory": ("float64", "peak memory of a run, mean (MB)"),
-        "note": ("string", "what there is to say about the state"),
-        "submitter": ("string", "who submitted it; empty: the leaderboard's own keeper"),
-    },
+        "missing": Column("int64", "registered cells without a record (count)", lambda board, line: line.missing),
+        "judge": Column(
+            "string",
+            "the judge that ranks: the first of the track; the others are in scores",
+            lambda board, line: _track(board.cells[0]).evaluation.judges[0],
+        ),
+        "metric": Column(
+            "string",
+            "what it measures; null where no run has finished",
+            lambda board, line: next((r.verdicts[0].metric for r in board.records if r.verdicts), None),
+        ),
+        "base": Column(
+            "float64", "mean over seeds and held-out prompts of the frozen base, of finished runs", _of_score("base")
+        ),
+        "trained": Column("float64", "the same of the trained policy, on the same noise", _of_score("trained")),
+        "gain": Column("float64", "mean of trained − base; −inf for a miss", _of_score("gain")),
+        "low": Column("float64", "lower end of its 95 % interval; null for a miss", _of_score("low")),
+        "high": Column("float64", "upper end of its 95 % interval; null for a miss", _of_score("high")),
+        "interval": Column(
+            "string",
+            "how it was made: two-way t over seeds and prompts; below three seeds over prompts",
+            _of_score("interval"),
+        ),
+        **_of_figures(OVER),
+        "offline": Column("bool", "trained on given pairs: no reward was queried", _of_row("offline")),
+        **_of_figures(COST),
+        "note": Column("string", "what there is to say about the state", lambda board, line: line.note),
+        "submitter": Column("string", "who submitted it; empty: the leaderboard's own keeper", _of_row("submitter")),
+    }
+
+
+LEADERBOARD = leaderboard_columns()
+
+# Columns of each config: the type, in the names that pyarrow and datasets share, and the meaning.
+COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
+    "leaderboard": {name: (column.kind, column.meaning) for name, column in LEADERBOARD.items()},
     "scores": {
         **_CELL,
         **_VARIANT,
@@ -271,7 +337,7 @@ def tables(content: Content) -> dict[str, pa.Table]:
         for level in board.levels:
             found = leaderboard.rows(level)
             rung = {"rung": level.rung if len(board.ladder) > 1 else None}
-            lines["leaderboard"] += [line | rung for line in _leaderboard(level, found)]
+            lines["leaderboard"] += _leaderboard(level)
             for row in found:
                 for record in row.records:
                     lines["scores"] += _scores(record, {**_cell(record), "variant": row.variant, **rung})
@@ -287,38 +353,12 @@ def _cell(cell: Record | Unfinished) -> dict[str, Any]:
     return {name: getattr(cell, name) for name in (*_CELL, *_SEED)}
 
 
-def _leaderboard(board: Board, found: Sequence[Row]) -> list[dict[str, Any]]:
-    rows = {r.key: r for r in found}
-    judge = _track(board.cells[0]).evaluation.judges[0]
-    metric = next((r.verdicts[0].metric for r in board.records if r.verdicts), None)
-    lines = []
-    for line in leaderboard.table(board).to_dict("records"):
-        row = rows[tuple(line[k] for k in leaderboard.KEY)]
-        low, _, high = str(line["rank"]).partition("–")
-        values = {
-            **{name: line[name] for name in (*_NAMES, *_VARIANT, "seeds", "failed", "missing", "submitter")},
-            **{name: line[name] for name in ("diversity", "kl", "queries", "evaluations", "seconds", "memory", "note")},
-            **{name: line.get(f"{judge} {name}") for name in ("base", "trained", "gain", "low", "high")},
-            "interval": line["interval"] or None,
-            "reward_rise": line["reward rise"],
-        }
-        if row.failed:  # the interval of the runs that are left is not the row's
-            values |= {"gain": -math.inf, "low": None, "high": None, "interval": None}
-        lines.append(
-            {
-                "track": board.track,
-                "track_hash": board.track_hash,
-                "rank_low": int(low) if low else None,
-                "rank_high": int(high or low) if low else None,
-                "rank": line["rank"] or None,
-                "state": row.state or "complete",
-                "judge": judge,
-                "metric": metric,
-                "offline": row.offline,
-                **{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()},
-            }
-        )
-    return lines
+def _leaderboard(board: Board) -> list[dict[str, Any]]:
+    found = []
+    for line in standings.lines(board):
+        values = {name: column.of(board, line) for name, column in LEADERBOARD.items()}
+        found.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()})
+    return found
 
 
 def _scores(record: Record, cell: dict[str, Any]) -> list[dict[str, Any]]:
@@ -655,7 +695,7 @@ def _track_section(board: Board) -> str:
         "seeds of a full row": str(track.seeds),
     } | ({"options": _text(tuning)} if tuning else {})
     lines = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    return f"## {_text(board.track)}\n{leaderboard.markdown(board)}\n| the track | |\n|---|---|\n{lines}\n"
+    return f"## {_text(board.track)}\n{markdown(board)}\n| the track | |\n|---|---|\n{lines}\n"
 
 
 def _text(value: str) -> str:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bench_dfusion.report.marks import marks_of, ticks, visible
-from bench_dfusion.results import leaderboard
-from bench_dfusion.results.leaderboard import Board, Row, signed
+from bench_dfusion.results import leaderboard, standings
+from bench_dfusion.results.figures import FIGURES, Figure, signed
+from bench_dfusion.results.leaderboard import Board, Row
 from bench_dfusion.results.records import Record
+from bench_dfusion.results.standings import Climb, Line
+from bench_dfusion.results.tables import interval_text
 from bench_dfusion.util import picture_reader
 
 PICTURES = {
@@ -91,15 +94,13 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
     after each row's pictures."""
     board = board.ranked
     found = leaderboard.rows(board)
-    by_key = {r.key: r for r in found}
-    lines = leaderboard.table(board).to_dict("records")
-    rungs = leaderboard.by_rung(board).to_dict("records")
-    climbs = {tuple(line[k] for k in leaderboard.KEY): _climb(line, board) for line in rungs}
-    early = [line for line in rungs if tuple(line[k] for k in leaderboard.KEY) not in by_key]  # not run to this rung
-    ordered = [by_key[tuple(line[k] for k in leaderboard.KEY)] for line in lines]
+    lines, rungs = standings.lines(board), standings.climbs(board)
+    climbs = {climb.key: _climb(climb, board) for climb in rungs}
+    early = [climb for climb in rungs if climb.key not in {row.key for row in found}]  # not run to this rung
+    ordered = [line.row for line in lines]
     root = _root(board)
     where = {r.cell_hash: p for r, p in zip(board.records, board.paths, strict=False)}
-    builders = {*(r.builder for r in found), *(line["builder"] for line in early)}
+    builders = {*(r.builder for r in found), *(climb.builder for climb in early)}
     marks = marks_of(builders)
     fixed = board.cells[0].resolved.get("track", {})
     judges = _judges(board)
@@ -109,7 +110,7 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
         "judges": judges,
         "place": board.place,
         "ladder": [f"{budget:,}" for budget in board.ladder],
-        "rungs": _rungs(rungs, board),
+        "rungs": _rungs(rungs),
         "counts": {
             "rows": len(found),
             "runs": len((board.whole or board).records),
@@ -118,15 +119,12 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
         },
         "columns": (columns := _columns(judges)),
         "groups": [{"name": name, "span": len(list(own))} for name, own in groupby(columns, lambda c: c.group)],
-        "rows": [
-            _row(line, row, number, board.judges, marks)
-            for number, (line, row) in enumerate(zip(lines, ordered, strict=True))
-        ],
-        "axis": _axis(lines, board.judges),
+        "rows": [_row(line, number, marks) for number, line in enumerate(lines)],
+        "axis": _axis(lines),
         "choices": {
             key: sorted({visible(getattr(r, key)) for r in found}) for key in ("algorithm", "builder", "reward")
         }
-        | {"state": sorted({_state(line, row) for line, row in zip(lines, ordered, strict=True)})},
+        | {"state": sorted({_state(line) for line in lines})},
         "marks": {visible(b): marks[b] for b in sorted(builders, key=lambda b: (marks[b], b))},
         "effect": _effect(board),
         "pictures": _pictures(ordered, where, root, pictures, advance),
@@ -138,55 +136,50 @@ def of_board(board: Board, pictures: Pictures, advance: Callable[[], None] = lam
                 "prompts": list(fixed.get("prompts", {}).get("heldout", [])),
                 "templates": fixed.get("prompts", {}).get("templates") or {},
                 "rows": [
-                    {
-                        **_details(line, row, board.judges, marks, where, root),
-                        "climb": climbs.get(row.key, []),
-                    }
-                    for line, row in zip(lines, ordered, strict=True)
+                    {**_details(line, marks, where, root), "climb": climbs.get(line.row.key, [])} for line in lines
                 ],
                 "early": [
                     {
-                        "name": [line[k] for k in ("algorithm", "builder", "reward")],
-                        "variant": leaderboard.label_of(line),
-                        "mark": marks[line["builder"]],
-                        "climb": _climb(line, board),
+                        "name": [climb.algorithm, climb.builder, climb.reward],
+                        "variant": climb.label,
+                        "mark": marks[climb.builder],
+                        "climb": _climb(climb, board),
                     }
-                    for line in early
+                    for climb in early
                 ],
-                "fronts": fronts(lines, board.judges),
+                "fronts": fronts(lines),
             }
         ),
     }
 
 
-def _rungs(lines: Sequence[dict[Any, Any]], board: Board) -> list[dict[str, Any]]:
+def _rungs(climbs: Sequence[Climb]) -> list[dict[str, Any]]:
     """The lines of the table by rung: names, and of each rung (gain, interval, rank) as text; none without rungs."""
     return [
         {
-            **{k: visible(str(line[k])) for k in ("algorithm", "builder", "reward")},
-            "label": visible(leaderboard.label_of(line)),
-            "cells": [
-                (
-                    signed(line[f"{n} gain"]),
-                    leaderboard.rung_text(line, n).partition(" ")[2],
-                    line[f"{n} rank"],
-                )
-                for n in range(1, len(board.ladder) + 1)
-            ],
+            **{k: visible(getattr(climb, k)) for k in ("algorithm", "builder", "reward")},
+            "label": visible(climb.label),
+            "cells": [_at_rung(line) for line in climb.at],
         }
-        for line in lines
+        for climb in climbs
     ]
 
 
-def _climb(line: dict[Any, Any], board: Board) -> list[list[float | None]]:
+def _at_rung(line: Line | None) -> tuple[str, str, str]:
+    if line is None or not line.scores:
+        return "–", "", ""
+    score, rank = line.scores[0], str(line.rank or "")
+    return signed(score.gain), interval_text(score.low, score.high) if math.isfinite(score.gain) else "", rank
+
+
+def _climb(climb: Climb, board: Board) -> list[list[float | None]]:
     """(reward queries, gain, low, high) at each rung that a row was run to, None for the gain where a run had collapsed."""
     points: list[list[float | None]] = []
-    for n, budget in enumerate(board.ladder, 1):
-        gain = line[f"{n} gain"]
-        if not math.isnan(gain):
-            points.append(
-                [budget, *(_short(line[f"{n} {c}"]) if math.isfinite(gain) else None for c in ("gain", "low", "high"))]
-            )
+    for budget, line in zip(board.ladder, climb.at, strict=True):
+        if line is not None and not math.isnan(line.gain):
+            score = line.scores[0]
+            known = math.isfinite(score.gain)
+            points.append([budget, *(_short(v) if known else None for v in (score.gain, score.low, score.high))])
     return points
 
 
@@ -217,26 +210,21 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 COSTS = ("evaluations", "queries", "seconds", "kl")
 
 
-def fronts(lines: Sequence[dict[Any, Any]], judges: Sequence[str]) -> dict[str, list[int]]:
+def fronts(lines: Sequence[Line]) -> dict[str, list[int]]:
     """For each cost the rows on the Pareto front, of those that no reason keeps from a rank."""
     result: dict[str, list[int]] = {}
     for cost in COSTS:
-        result[cost] = []
-        if judges:
-            gain = f"{judges[0]} gain"
-            able = [
-                i for i, n in enumerate(lines) if _rankable(n) and math.isfinite(n[gain]) and math.isfinite(n[cost])
-            ]
-            result[cost] = [able[i] for i in pareto([(lines[i][cost], lines[i][gain]) for i in able])]
+        able = [
+            i
+            for i, line in enumerate(lines)
+            if line.rankable and math.isfinite(line.gain) and math.isfinite(line.figures[cost])
+        ]
+        result[cost] = [able[i] for i in pareto([(lines[i].figures[cost], lines[i].gain) for i in able])]
     return result
 
 
-def _rankable(line: dict[Any, Any]) -> bool:
-    return not str(line["note"]) or str(line["note"]).startswith("offline")
-
-
-def _state(line: dict[Any, Any], row: Row) -> str:
-    return row.state or ("ranked" if line["rank"] else "unranked")
+def _state(line: Line) -> str:
+    return line.row.state or ("ranked" if line.rank else "unranked")
 
 
 def _judges(board: Board) -> list[dict[str, str]]:
@@ -246,7 +234,6 @@ def _judges(board: Board) -> list[dict[str, str]]:
 
 def _columns(judges: Sequence[dict[str, str]]) -> list[Column]:
     gain = "trained − base on the same noise, mean over seeds and held-out prompts, 95 % interval"
-    own = "Over-optimisation"
     return [
         Column(
             "rank",
@@ -259,76 +246,54 @@ def _columns(judges: Sequence[dict[str, str]]) -> list[Column]:
         Column("reward", "Reward", "training reward", numeric=False),
         Column("seeds", "Seeds", "runs with a record, of those registered"),
         *(Column(f"{n} gain", j["name"], f"{gain}; {j['metric']}", "Gain") for n, j in enumerate(judges)),
-        Column(
-            "reward rise",
-            "Reward rise",
-            "training reward of the last round − the base's on the same prompts (old records: − the first round's)",
-            own,
-        ),
-        Column("diversity", "Diversity", "Vendi score within a prompt, trained / base", own),
-        Column("kl", "KL", "mean per-step KL to the base (nats)", own),
-        Column("queries", "Queries", "images the training reward scored, a run", "Cost of a run"),
-        Column("evaluations", "Evaluations", "forwards of one sample through the network, a run", "Cost of a run"),
-        Column("seconds", "Seconds", "wall time, a run", "Cost of a run"),
-        Column("memory", "MB", "peak memory, a run", "Cost of a run"),
+        *(Column(figure.name, figure.head, figure.meaning, figure.group) for figure in FIGURES),
     ]
 
 
-def _row(line: dict[Any, Any], row: Row, number: int, judges: Sequence[str], marks: dict[str, int]) -> dict[str, Any]:
-    state = _state(line, row)
-    rank = str(line["rank"])
-    best, _, worst = rank.partition("–")
-    count = line["seeds"] + line["missing"]
+def _row(line: Line, number: int, marks: dict[str, int]) -> dict[str, Any]:
+    row, state = line.row, _state(line)
+    place = "–" if state == "unranked" else str(line.rank) if line.rank else state
     cells = {
-        "rank": Cell(
-            rank or ("–" if state == "unranked" else state), float(best) + float(worst or best) / 1e4 if rank else None
-        ),
-        "algorithm": Cell(visible(row.algorithm), visible(row.algorithm).lower(), visible(leaderboard.label_of(line))),
+        "rank": Cell(place, line.rank.low + line.rank.high / 1e4 if line.rank else None),
+        "algorithm": Cell(visible(row.algorithm), visible(row.algorithm).lower(), visible(row.label)),
         "builder": Cell(visible(row.builder), visible(row.builder).lower()),
         "reward": Cell(visible(row.reward), visible(row.reward).lower()),
-        "seeds": Cell(f"{line['seeds']}/{count}" if line["missing"] else str(count), line["seeds"]),
-        "reward rise": _number(line["reward rise"], signed),
-        "diversity": _number(line["diversity"], "{:.2f}".format),
-        "kl": _number(line["kl"], "{:.4f}".format),
-        "queries": Cell("offline", 0.0) if row.offline else _number(line["queries"] or math.nan, "{:,.0f}".format),
-        "evaluations": _number(line["evaluations"] or math.nan, "{:,.0f}".format),
-        "seconds": _number(line["seconds"], "{:,.0f}".format),
-        "memory": _number(line["memory"], "{:,.0f}".format),
+        "seeds": Cell(f"{line.seeds}/{line.seeds + line.missing}" if line.missing else str(line.seeds), line.seeds),
+        **{figure.name: _figure(figure, line) for figure in FIGURES},
     }
-    for n, judge in enumerate(judges):
-        gain = line[f"{judge} gain"]
+    for n, score in enumerate(line.scores):
+        known = math.isfinite(score.gain)
         trained = any(r.verdicts[n].trained_on for r in row.finished)
-        interval = f"{signed(line[f'{judge} low'])} to {signed(line[f'{judge} high'])}" if math.isfinite(gain) else ""
-        cells[f"{n} gain"] = Cell(signed(gain), None if math.isnan(gain) else gain, interval, "trained" * trained)
-    words = (row.algorithm, row.builder, row.reward, leaderboard.label_of(line), line["note"], line["flags"], state)
-    ranking = f"{judges[0]} " if judges else ""
+        interval = f"{signed(score.low)} to {signed(score.high)}" if known else ""
+        sort = None if math.isnan(score.gain) else score.gain
+        cells[f"{n} gain"] = Cell(signed(score.gain), sort, interval, "trained" * trained)
+    words = (row.algorithm, row.builder, row.reward, row.label, line.note, line.flags, state)
+    first = line.scores[0] if line.scores else None
+    flags = f"not to be published: {line.flags}" if line.flags else ""
     return {
         "number": number,
         "state": state,
-        "note": visible(_note(line)),
+        "note": visible("; ".join(text for text in (line.note, flags) if text)),
         "mark": marks[row.builder],
         "algorithm": visible(row.algorithm),
         "builder": visible(row.builder),
         "reward": visible(row.reward),
-        "words": " ".join(visible(str(w)).lower() for w in words),
+        "words": " ".join(visible(word).lower() for word in words),
         "cells": cells,
-        "gain": [line[f"{ranking}{end}"] for end in ("gain", "low", "high")]
-        if judges and math.isfinite(line[f"{ranking}gain"])
-        else None,
+        "gain": [first.gain, first.low, first.high] if first and math.isfinite(first.gain) else None,
     }
 
 
-def _note(line: dict[Any, Any]) -> str:
-    return "; ".join(t for t in (line["note"], line["flags"] and f"not to be published: {line['flags']}") if t)
+def _figure(figure: Figure, line: Line) -> Cell:
+    value = line.figures[figure.name]
+    if figure.kind == "int64" and not value and not line.row.offline:
+        value = math.nan
+    return Cell(figure.text(line.row, value, figure.form), None if math.isnan(value) else float(value))
 
 
-def _number(value: float, form: Any) -> Cell:
-    return Cell("–", None) if math.isnan(value) else Cell(form(value), float(value))
-
-
-def _axis(lines: Sequence[dict[Any, Any]], judges: Sequence[str]) -> tuple[float, float]:
+def _axis(lines: Sequence[Line]) -> tuple[float, float]:
     """What the small intervals of the table run over."""
-    ends = [line[f"{j} {e}"] for line in lines for j in judges[:1] for e in ("low", "high")]
+    ends = [end for line in lines for score in line.scores[:1] for end in (score.low, score.high)]
     return _span([e for e in ends if math.isfinite(e)])
 
 
@@ -340,49 +305,49 @@ def _span(ends: Sequence[float]) -> tuple[float, float]:
 
 def _effect(board: Board) -> dict[str, Any]:
     """The rows of the forest plot and its axis."""
-    lines = leaderboard.contrasts(board).to_dict("records") if board.judges else []
-    low, high = _span([e[end] for e in lines for end in ("low", "high")])
+    found = standings.contrasts(board) if board.judges else []
+    low, high = _span([end for c in found for end in (c.low, c.high)])
     return {
         "axis": (low, high),
         "ticks": [(t, f"{t:+g}".replace("-", "−") if t else "0") for t in ticks(low, high, 4)],
         "lines": [
             {
-                **{k: visible(e[k]) for k in ("algorithm", "reward", "variant")},
-                "seeds": e["seeds"],
-                "mean": e["algorithm"].startswith("mean of "),
-                "ceiling": bool(e["ceiling"]),
-                "values": (e["difference"], e["low"], e["high"]),
-                "difference": signed(e["difference"]),
-                "interval": f"{signed(e['low'])} to {signed(e['high'])}",
-                "holm": f"{e['holm']:.3f}",
+                **{k: visible(getattr(c, k)) for k in ("algorithm", "reward", "variant")},
+                "seeds": c.seeds,
+                "mean": c.of > 1,
+                "ceiling": c.ceiling,
+                "values": (c.difference, c.low, c.high),
+                "difference": signed(c.difference),
+                "interval": f"{signed(c.low)} to {signed(c.high)}",
+                "holm": f"{c.holm:.3f}",
             }
-            for e in lines
+            for c in found
         ],
     }
 
 
 def _details(
-    line: dict[Any, Any],
-    row: Row,
-    judges: Sequence[str],
+    line: Line,
     marks: dict[str, int],
     where: dict[str, Path],
     root: Path | None,
 ) -> dict[str, Any]:
+    row = line.row
     resolved = (row.records or row.unfinished)[0].resolved
     shown = {
         short: {k: v for k, v in resolved.get(part, {}).items() if k != "name"} for part, short in SECTIONS.items()
     }
     # The numbers the charts need; the table's cells carry the rest.
-    gain = [line[f"{judges[0]} {end}"] for end in ("gain", "low", "high")] if judges else [math.nan] * 3
+    first = line.scores[0] if line.scores else None
+    gain = (first.gain, first.low, first.high) if first else [math.nan] * 3
     return {
         "name": [row.algorithm, row.builder, row.reward],
-        "variant": leaderboard.label_of(line),
-        "state": _state(line, row),
-        "note": line["note"],
+        "variant": row.label,
+        "state": _state(line),
+        "note": line.note,
         "mark": marks[row.builder],
         "gain": [_short(g) for g in gain],
-        "costs": {cost: _short(line[cost]) for cost in COSTS},
+        "costs": {cost: _short(line.figures[cost]) for cost in COSTS},
         "options": shown,
         "tuning": next((r.tuning for r in row.records if r.tuning), ""),
         "curve": _curve(row),

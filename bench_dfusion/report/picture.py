@@ -10,8 +10,10 @@ from typing import Any
 
 from bench_dfusion.errors import UsageError
 from bench_dfusion.report.marks import MARKS, marks_of, ticks, visible
-from bench_dfusion.results import leaderboard
-from bench_dfusion.results.leaderboard import Board, gain_text
+from bench_dfusion.results import standings
+from bench_dfusion.results.leaderboard import Board
+from bench_dfusion.results.standings import Line
+from bench_dfusion.results.tables import gain_text
 from bench_dfusion.util import files
 
 WIDTH, LINE, TOP, BOTTOM = 960, 26, 92, 74  # px
@@ -36,11 +38,9 @@ def leaderboard_picture(board: Board, path: Path) -> None:
 
 def _svg(board: Board) -> str:
     judge = board.judges[0]
-    lines = leaderboard.table(board, variants=False).to_dict("records")
-    marks = marks_of(line["builder"] for line in lines)
-    ends = [
-        line[f"{judge} {end}"] for line in lines for end in ("low", "high") if math.isfinite(line[f"{judge} {end}"])
-    ]
+    lines = standings.lines(board, variants=False)
+    marks = marks_of(line.row.builder for line in lines)
+    ends = [end for line in lines for end in (line.scores[0].low, line.scores[0].high) if math.isfinite(end)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     pad = (high - low) * 0.04 or 1.0
     low, high = low - pad, high + pad
@@ -50,7 +50,7 @@ def _svg(board: Board) -> str:
 
     height = TOP + LINE * len(lines) + BOTTOM
     bottom = TOP + LINE * len(lines)
-    seeds = max((line["seeds"] for line in lines), default=0)
+    seeds = max((line.seeds for line in lines), default=0)
     title = f"{board.track}: gain before {judge}" + (f", {board.place}" if board.place else "")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
@@ -75,10 +75,10 @@ def _svg(board: Board) -> str:
         )
         parts.append(_text(x(value), TOP - 14, _tick(value), 11, DIM, 60, anchor="middle"))
     for number, line in enumerate(lines):
-        parts += _line(line, judge, TOP + LINE * number + LINE / 2, x, MARKS[marks[line["builder"]]])
+        parts += _line(line, TOP + LINE * number + LINE / 2, x, MARKS[marks[line.row.builder]])
     parts.append(f'<line x1="{RANK}" x2="{WIDTH - RANK}" y1="{bottom + 10}" y2="{bottom + 10}" stroke="{FAINT}"/>')
     left = float(RANK)
-    for builder in sorted({line["builder"] for line in lines}, key=lambda b: (marks[b], b)):
+    for builder in sorted({line.row.builder for line in lines}, key=lambda b: (marks[b], b)):
         shape, colour, _ = MARKS[marks[builder]]
         name = _fit(visible(builder), 12, 160)
         parts.append(mark(shape, left + 6, bottom + 30, colour))
@@ -91,25 +91,21 @@ def _svg(board: Board) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _line(line: dict[Any, Any], judge: str, y: float, x: Any, style: tuple[str, str, str]) -> list[str]:
+def _line(line: Line, y: float, x: Any, style: tuple[str, str, str]) -> list[str]:
     shape, colour, _ = style
-    rank = line["rank"] or str(line["note"]).partition(":")[0]
-    name = f"{line['algorithm']} · {line['builder']} · {line['reward']}" + (
-        f" · {label}" if (label := leaderboard.label_of(line)) else ""
-    )
+    row, score = line.row, line.scores[0]
+    name = " · ".join(part for part in (row.algorithm, row.builder, row.reward, row.label) if part)
     parts = [
-        _text(RANK, y + 4, rank or "–", 12, INK if line["rank"] else DIM, NAME - RANK - 8),
-        _text(NAME, y + 4, name, 13, INK, PLOT - NAME - 16, weight=600 if line["rank"] else 400),
-        _text(WIDTH - RANK, y + 4, gain_text(line, judge), 12, INK, WIDTH - RANK - RIGHT - 8, anchor="end"),
+        _text(RANK, y + 4, line.place or "–", 12, INK if line.rank else DIM, NAME - RANK - 8),
+        _text(NAME, y + 4, name, 13, INK, PLOT - NAME - 16, weight=600 if line.rank else 400),
+        _text(WIDTH - RANK, y + 4, gain_text(score), 12, INK, WIDTH - RANK - RIGHT - 8, anchor="end"),
     ]
-    gain = line[f"{judge} gain"]
-    if not math.isfinite(gain):
+    if not math.isfinite(score.gain):
         return parts
-    low, high = line[f"{judge} low"], line[f"{judge} high"]
     parts.append(
-        f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" stroke-width="2"/>'
+        f'<line x1="{x(score.low):.1f}" x2="{x(score.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" stroke-width="2"/>'
     )
-    parts.append(mark(shape, x(gain), y, colour, hollow=not line["rank"]))
+    parts.append(mark(shape, x(score.gain), y, colour, hollow=not line.rank))
     return parts
 
 

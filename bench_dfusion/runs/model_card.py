@@ -10,8 +10,9 @@ from typing import Any
 
 from bench_dfusion import micro
 from bench_dfusion.results import companions, records
-from bench_dfusion.results.leaderboard import escaped, signed
+from bench_dfusion.results.figures import signed
 from bench_dfusion.results.records import Record
+from bench_dfusion.results.tables import escaped
 from bench_dfusion.tracks.schema import LOCAL
 from bench_dfusion.util import files
 from bench_dfusion.version import BIBTEX

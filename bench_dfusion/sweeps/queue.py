@@ -29,7 +29,7 @@ from rich.text import Text
 
 from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
-from bench_dfusion.results.leaderboard import signed
+from bench_dfusion.results.figures import signed
 from bench_dfusion.runs.config import Cell, Misfit, resolve
 from bench_dfusion.sweeps.launcher import Launcher, Lost
 from bench_dfusion.tracks.schema import check_rung
