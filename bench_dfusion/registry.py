@@ -106,6 +106,13 @@ def _places() -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+def check(kind: str, name: str) -> None:
+    """Raise UsageError, with the close matches, where no plugin of a kind has this name. Nothing is imported."""
+    found = plugins(kind)
+    if name not in found:
+        raise UsageError(unknown(kind[:-1], name, found))
+
+
 def register(plugin: Plugin) -> None:
     """Take in a plugin that no distribution has, in the place of an earlier one of its kind and name."""
     _from_files[plugin.kind, plugin.name] = plugin
@@ -125,10 +132,8 @@ def load(kind: Literal["tracks"], name: str) -> Callable[[], Path | str]: ...
 def load(kind: str, name: str) -> Any: ...
 def load(kind: str, name: str) -> Any:
     """The class (or track path) registered as `name`. Raises UsageError with the close matches."""
-    found = plugins(kind)
-    if name not in found:
-        raise UsageError(unknown(kind[:-1], name, found))
-    return found[name].load()
+    check(kind, name)
+    return plugins(kind)[name].load()
 
 
 def __getattr__(name: str) -> Any:

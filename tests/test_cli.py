@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from processes import TINY
 
-from bench_dfusion import registry
+from bench_dfusion import cli, descriptions, registry
 from bench_dfusion.cli.options import out
 
 RUN = ("run", "--algo", "dpo", "--reward", "clip")
@@ -64,6 +64,27 @@ finally:
     assert done.returncode == 2 and "did you mean beta" in done.stderr and done.stdout == "[]\n"
 
 
+def test_lists_and_wrong_names_are_answered_without_torch() -> None:
+    code = """
+import sys
+from bench_dfusion import cli
+for words in (
+    "list", "list algorithms", "run --algo dpoo --reward clip", "run --algo dpo --reward clop",
+    "run --algo dpo --reward clip --builder fusion", "run --algo dpo --reward clip --track mikro",
+    "sweep micro --algo dpo,ddpoo --reward clip", "doctor --algo dpoo", "leaderboard nowhere", "eval --track mikro x",
+):
+    sys.argv = ["bench-dfusion", *words.split()]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert ended.code == (0 if words.startswith("list") else 2), (words, ended.code)
+    assert "torch" not in sys.modules, words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert len(done.stderr.splitlines()) == 8 and "diffusion-dpo" in done.stdout
+
+
 def test_oracle_refuses_prompts_it_cannot_read_before_any_compute(refused, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a photo of a dog\n")
     words = ("run", "--algo", "dpo", "--reward", "oracle", "--prompts", "mine.txt")
@@ -109,6 +130,14 @@ def test_a_third_party_algorithm_is_listed_and_runs(install: Any, said: Callable
     done = said("run", "--algo", "noop", "--reward", "oracle", *TINY, cwd=tmp_path)
     assert done.status == 0, done.err
     assert "held-out prompts" in done.out and registry.others == {"noop-plugin 1.2"}
+
+
+def test_what_a_plugin_is_is_read_from_its_source_as_it_would_be_from_the_plugin() -> None:
+    for kind in registry.KINDS:
+        for plugin in registry.plugins(kind).values():
+            value = plugin.load()
+            expected = descriptions.Description(descriptions.summary_of(value), getattr(value, "paper", ""))
+            assert descriptions.describe(plugin) == expected and expected.summary, plugin.name
 
 
 def test_a_broken_plugin_breaks_only_its_own_run(install: Any, said: Callable[..., Any], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ ROOMS = [
     "_moved",
     "util",
     "registry",
+    "descriptions",
     "micro",
     "models",
     "diffusion",

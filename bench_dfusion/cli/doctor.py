@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from bench_dfusion.cli.options import Config, Device, Model, Plugins, Settings, TrackOption, load_files, out
+from bench_dfusion.cli.options import (
+    Config,
+    Device,
+    Model,
+    Plugins,
+    Settings,
+    TrackOption,
+    check_names,
+    load_files,
+    out,
+)
 
 
 def doctor(
@@ -35,6 +45,7 @@ def doctor(
     Exit status: 0 where it fits, 1 where not, 2 on a mistake.
     """
     load_files(plugin)
+    check_names([algo], [builder] if builder else [], [reward] if reward else [], track)
     from bench_dfusion import doctor as doctors
     from bench_dfusion.cli import display
     from bench_dfusion.doctor import device as devices

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bench_dfusion.cli.options import Device, HeldOut, Plugins, TrackOption, TrackSettings, load_files, out
+from bench_dfusion.cli.options import Device, HeldOut, Plugins, TrackOption, TrackSettings, check_names, load_files, out
 from bench_dfusion.errors import UsageError
 
 
@@ -33,6 +33,7 @@ def evaluate(
 ) -> None:
     """Score a run's LoRA again and compare with its record; or score a LoRA or pipeline that the suite did not train."""
     load_files(plugin)
+    check_names([], [], [], track)
     if sum(given is not None for given in (run_folder, lora, checkpoint)) != 1:
         raise UsageError("give one of RUN, --lora PATH and --checkpoint DIR")
     from bench_dfusion.cli import display
@@ -71,6 +72,7 @@ def base(
     Exit status: 0; 1 where --check finds another base.
     """
     load_files(plugin)
+    check_names([], [], [], track)
     from bench_dfusion.cli import display
     from bench_dfusion.runs import config, rescore
 

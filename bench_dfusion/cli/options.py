@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+from bench_dfusion import registry
 from bench_dfusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,25 +69,27 @@ def load_files(paths: Sequence[Path] | None) -> None:
             plugin_files.load_file(path)
 
 
+def check_names(algorithms: Sequence[str], builders: Sequence[str], rewards: Sequence[str], track: str | None) -> None:
+    """Raise UsageError, with the close matches, for a name that no plugin has, before what runs need is imported.
+
+    Sums of rewards and functions are left to `runs.config`, which reads them.
+    """
+    for kind, names in (("algorithms", algorithms), ("builders", builders), ("rewards", rewards)):
+        for name in names:
+            if kind != "rewards" or not set(name) & set(":,+./"):
+                registry.check(kind, name)
+    if track is not None and not track.endswith(".toml"):
+        registry.check("tracks", track)
+
+
 def boards(source: str | None, given: str | None, folder: Path, rung: int | None = None) -> list[Board]:
     """The boards of SOURCE or --from: below a folder, or of a named track's runs below `folder`, at a rung where one is
     given. Raises UsageError where there is none."""
     if source is not None and given is not None:
         raise UsageError(f"--from {given} and SOURCE {source} are the same option: give one")
-    source = source or given or "runs"
+    where = _folder_of(source or given or "runs", folder)
     from bench_dfusion.results import leaderboard
-    from bench_dfusion.tracks import schema as track
 
-    where = Path(source)
-    if not where.is_dir():
-        if where != Path("runs"):
-            try:
-                content = track.read(source)
-            except UsageError as error:
-                raise UsageError(f"no directory {source}; {error}") from None
-            where = folder / f"{content['name']}-v{content['version']}"
-        if not where.is_dir():
-            raise UsageError(f"no directory {where}; bench-dfusion run leaves its runs in runs/")
     try:
         found = leaderboard.boards(where)
     except ValueError as error:
@@ -94,3 +97,23 @@ def boards(source: str | None, given: str | None, folder: Path, rung: int | None
     if not found:
         raise UsageError(f"no run below {where}")
     return found if rung is None else [board.at(rung) for board in found]
+
+
+def _folder_of(source: str, folder: Path) -> Path:
+    """A folder of runs, or that of a named track's below `folder`. Raises UsageError where there is none."""
+    where = Path(source)
+    if where.is_dir():
+        return where
+    if where != Path("runs"):
+        try:
+            if not source.endswith(".toml"):
+                registry.check("tracks", source)
+            from bench_dfusion.tracks import schema
+
+            content = schema.read(source)
+        except UsageError as error:
+            raise UsageError(f"no directory {source}; {error}") from None
+        where = folder / f"{content['name']}-v{content['version']}"
+    if not where.is_dir():
+        raise UsageError(f"no directory {where}; bench-dfusion run leaves its runs in runs/")
+    return where

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bench_dfusion import errors, registry
 from bench_dfusion.cli.options import Plugins, load_files, out
+from bench_dfusion.descriptions import describe, summary_of
 from bench_dfusion.errors import PluginError, UsageError
 
 
@@ -39,8 +40,8 @@ def list_plugins(
             grid.add_column(column, overflow="fold", no_wrap=column == "name")
         for plugin_name, found_plugin in registry.plugins(each).items():
             try:
-                value = found_plugin.load()
-                summary, paper = _summary(value), getattr(value, "paper", "")
+                what = describe(found_plugin)
+                summary, paper = what.summary, what.paper
             except PluginError as error:
                 summary, paper = f"broken: {error}", ""
             grid.add_row(plugin_name, escape(summary), escape(paper), found_plugin.source)
@@ -48,14 +49,9 @@ def list_plugins(
         out.print()
 
 
-def _summary(value: Any) -> str:
-    text = getattr(value, "summary", None) or (value.__doc__ or "").strip()
-    return text.splitlines()[0] if text else ""
-
-
 def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
     value = plugin.load()
-    out.print(f"[bold]{name}[/bold]  ({plugin.source})\n{escape(_summary(value))}")
+    out.print(f"[bold]{name}[/bold]  ({plugin.source})\n{escape(summary_of(value))}")
     if getattr(value, "paper", None):
         out.print(escape(f"source: {value.paper}"))
     if requirements := getattr(value, "requirements", ()):

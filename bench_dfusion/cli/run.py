@@ -19,6 +19,7 @@ from bench_dfusion.cli.options import (
     Rung,
     Settings,
     TrackOption,
+    check_names,
     load_files,
     out,
 )
@@ -98,6 +99,7 @@ def run(
         raise UsageError("--private and --benchmark say how to --push-to-hub OWNER/NAME: give that too")
     if push is not None and len(numbers) > 1:
         raise UsageError("--push-to-hub takes one run: give --seed N, and a repository for each")
+    check_names([algo], [builder] if builder else [], [reward] if reward else [], track)
     from bench_dfusion.runs import config as configs
     from bench_dfusion.util import parallel
 

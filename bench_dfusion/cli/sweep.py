@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bench_dfusion.cli.options import Config, KeepPairs, Model, Out, Plugins, Rung, boards, load_files, out
+from bench_dfusion.cli.options import Config, KeepPairs, Model, Out, Plugins, Rung, boards, check_names, load_files, out
 from bench_dfusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def sweep(
     failing one is reported and stops nothing; the same command again runs what is still missing.
     """
     load_files(plugin)
+    algorithms, builders = _names(algo, "--algo"), _names(builder, "--builder")
+    check_names(algorithms, builders, reward.split(","), track)
     from bench_dfusion.rewards import sums
     from bench_dfusion.sweeps import queue
 
@@ -78,8 +80,8 @@ def sweep(
         words += [option, str(value)] if value is not None else []
     jobs, left_out = queue.plan(
         track,
-        _names(algo, "--algo"),
-        _names(builder, "--builder"),
+        algorithms,
+        builders,
         _names(reward, "--reward", sums.listed(reward)),
         seeds,
         folder,
