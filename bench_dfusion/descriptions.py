@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from bench_dfusion.registry import Plugin
+
+ISOLATED = " [isolated: an environment of its own]"  # after what a reward with `requirements` is
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ def describe(plugin: Plugin) -> Description:
 def summary_of(value: Any) -> str:
     """The line of a loaded plugin: its `summary`, else the first of its docstring."""
     text = getattr(value, "summary", None) or (value.__doc__ or "").strip()
-    return text.splitlines()[0] if text else ""
+    note = ISOLATED if getattr(value, "requirements", ()) else ""
+    return text.splitlines()[0] + note if text else ""
 
 
 def _in_source(plugin: Plugin) -> Description | None:
@@ -46,20 +49,32 @@ def _in_source(plugin: Plugin) -> Description | None:
         return None
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == plugin.entry.attr:
-            constants = dict(_constants(node))
-            text = constants.get("summary") or (ast.get_docstring(node) or "").strip()
+            values = dict(_values(node, body))
+            text = _text(values.get("summary")) or (ast.get_docstring(node) or "").strip()
             if text:
-                return Description(text.splitlines()[0], constants.get("paper", ""))
+                note = ISOLATED if "requirements" in values else ""
+                return Description(text.splitlines()[0] + note, _text(values.get("paper")))
     return None
 
 
-def _constants(node: ast.ClassDef | ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    """The texts that a class body gives to names."""
-    for part in node.body if isinstance(node, ast.ClassDef) else ():
+def _values(node: ast.stmt, module: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    """What a class gives to names, after what its bases in the same module do."""
+    if not isinstance(node, ast.ClassDef):
+        return
+    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    for other in module:
+        if isinstance(other, ast.ClassDef) and other.name in bases:
+            yield from _values(other, module)
+    for part in node.body:
         target = part.targets[0] if isinstance(part, ast.Assign) else getattr(part, "target", None)
         value = getattr(part, "value", None)
-        if isinstance(target, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str):
-            yield target.id, value.value
+        if isinstance(target, ast.Name) and isinstance(value, ast.expr):
+            yield target.id, value
+
+
+def _text(value: ast.expr | None) -> str:
+    """A constant text, empty where it is something else."""
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else ""
 
 
 def _file(module: str) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from processes import TINY
 
-from bench_dfusion import cli, descriptions, registry
+from bench_dfusion import descriptions, registry
 from bench_dfusion.cli.options import out
 
 RUN = ("run", "--algo", "dpo", "--reward", "clip")

@@ -75,11 +75,6 @@ class IsolatedReward(Reward):
     by_batch = True
     config: IsolatedConfig
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "summary" in vars(cls):
-            cls.summary = f"{cls.summary} [isolated: an environment of its own]"
-
     def __init__(self, config: IsolatedConfig, device: torch.device | str = "cpu"):
         super().__init__(config, device)
         self.module = Path(inspect.getfile(type(self))).parent / self.worker
