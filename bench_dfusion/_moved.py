@@ -86,6 +86,14 @@ def attribute(module: str, name: str, places: Sequence[str]) -> Any:
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
+class _Called(ModuleType):
+    """An old module in whose place the package has a function of the same name."""
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        package = importlib.import_module(ROOT.rstrip("."))
+        return package._Leaderboard()(*given, **options)
+
+
 class _Old(MetaPathFinder, InspectLoader):
     """Finds and loads the old names, after everything that exists."""
 
@@ -107,6 +115,8 @@ class _Old(MetaPathFinder, InspectLoader):
             return attribute(name, attribute_name, places)
 
         module.__dict__["__getattr__"] = of
+        if name == f"{ROOT}leaderboard":  # which is a function of the package too, and has to stay one
+            module.__class__ = _Called
 
     def get_source(self, fullname: str) -> None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,33 +93,25 @@ def resolve(
         builder, reward = "offline", _scored_by(pairs, builder, reward)
     if reward is None:
         raise UsageError("give --reward, for example clip (bench-dfusion list rewards), or --pairs PATH_OR_HUB_ID")
-    builder = builder or "dfusion"
-    names = {"algo": algo, "builder": builder, "reward": reward}
+    names = {"algo": algo, "builder": builder or "dfusion", "reward": reward}
     classes = {section: registry.load(SECTIONS[section], names[section]) for section in ("algo", "builder")}
     classes["reward"] = reward_of(reward)
     content = track.read(track_source)
+    file_options: Options = track.read_toml(config) if config else {}
+    set_options = _settings(settings or [])
     given: dict[str, Any] = {"track": track_source, **names, "seed": seed}
-    file_options: dict[str, Any] = track.read_toml(config) if config else {}
     if config:
         given["config"] = file_options
-    set_options = _settings(settings or [])
     if settings:
         given["set"] = list(settings)
     if pairs is not None:
         given["pairs"] = pairs
         set_options = track.merge(set_options, {"builder": {"pairs": pairs}})
     if teachers:
-        if not classes["algo"].takes_teachers:
-            able = ", ".join(_able("algorithms", "takes_teachers"))
-            raise Misfit(f"{algo} learns from no teacher: leave --teacher out, or take one of these: {able}")
         given["teachers"] = list(teachers)
-        set_options = track.merge(set_options, {"algo": {"teachers": list(teachers)}})
+        set_options = track.merge(set_options, {"algo": {"teachers": _teachers(teachers, algo, classes["algo"])}})
     for options in (file_options, set_options):
-        for key, value in options.items():
-            if key not in (*SECTIONS, "track"):
-                raise UsageError(errors.unknown("section", key, [*SECTIONS, "track"]))
-            if not isinstance(value, dict):
-                raise UsageError(f"{key} is a section: write {key}.OPTION=VALUE")
+        _check_sections(options)
     if model is not None:
         given["model"] = model
     if prompts is not None:
@@ -128,24 +120,11 @@ def resolve(
     resolved_track = _change_track(track_source, content, changes, model, prompts)
     if Path(resolved_track.model.id).is_absolute():  # where it was, which the resolved track does not say
         given["model"] = changes.get("model", {}).get("id") or model or content["model"]["id"]
-    configs: dict[str, Any] = {}
-    for section, cls in classes.items():
-        defaults = getattr(resolved_track, SECTIONS[section]).get(names[section], {})
-        if section == "algo":
-            defaults = {**defaults, **resolved_track.tuned.get(algo, {}).get(builder, {})}
-        if section == "reward":
-            options = track.merge(file_options.get(section, {}), set_options.get(section, {}))
-            configs[section] = sums.configure(cls, reward, options, resolved_track.rewards)
-            continue
-        values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
-        configs[section] = track.validate(cls.Config, values, section)
-    _fit(classes["algo"], configs["algo"], classes["builder"], classes["reward"], resolved_track)
-    configs["algo"] = classes["algo"].pinned(configs["algo"], resolved_track)
-    configs["builder"] = classes["builder"].pinned(configs["builder"], resolved_track.prompts)
-    sources = {s: registry.plugins(SECTIONS[s])[names[s]].source for s in ("algo", "builder")}
-    sources["reward"] = _source(reward)
+    configs = _configs(names, classes, resolved_track, file_options, set_options)
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, not {seed}")
+    sources = {s: registry.plugins(SECTIONS[s])[names[s]].source for s in ("algo", "builder")}
+    sources["reward"] = _source(reward)
     return Cell(
         resolved_track,
         classes["algo"],
@@ -158,6 +137,48 @@ def resolve(
         given,
         sources,
     )
+
+
+Options = dict[str, Any]  # by section: algo, builder, reward, track
+
+
+def _teachers(teachers: Sequence[str], name: str, algorithm: type[Algorithm]) -> list[str]:
+    """The option `teachers`. Raises Misfit where the algorithm learns from none."""
+    if not algorithm.takes_teachers:
+        able = ", ".join(_able("algorithms", "takes_teachers"))
+        raise Misfit(f"{name} learns from no teacher: leave --teacher out, or take one of these: {able}")
+    return list(teachers)
+
+
+def _check_sections(options: Options) -> None:
+    """Raise UsageError for a section that there is not, or one that is no section."""
+    for key, value in options.items():
+        if key not in (*SECTIONS, "track"):
+            raise UsageError(errors.unknown("section", key, [*SECTIONS, "track"]))
+        if not isinstance(value, dict):
+            raise UsageError(f"{key} is a section: write {key}.OPTION=VALUE")
+
+
+def _configs(
+    names: Mapping[str, str], classes: Mapping[str, Any], on: Track, file_options: Options, set_options: Options
+) -> dict[str, Any]:
+    """The options of algorithm, builder and reward: the track's over the plugin's, a file's over those, then `--set`.
+
+    Raises UsageError for an option that is wrong, or parts that do not fit each other or the track.
+    """
+    configs: dict[str, Any] = {}
+    for section in ("algo", "builder"):
+        defaults = getattr(on, SECTIONS[section]).get(names[section], {})
+        if section == "algo":
+            defaults = {**defaults, **on.tuned.get(names["algo"], {}).get(names["builder"], {})}
+        values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
+        configs[section] = track.validate(classes[section].Config, values, section)
+    options = track.merge(file_options.get("reward", {}), set_options.get("reward", {}))
+    configs["reward"] = sums.configure(classes["reward"], names["reward"], options, on.rewards)
+    _fit(classes["algo"], configs["algo"], classes["builder"], classes["reward"], on)
+    configs["algo"] = classes["algo"].pinned(configs["algo"], on)
+    configs["builder"] = classes["builder"].pinned(configs["builder"], on.prompts)
+    return configs
 
 
 def default_track(model: str | None) -> str:
