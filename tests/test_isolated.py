@@ -270,7 +270,11 @@ def test_two_processes_build_one_environment_once(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv(name, value)
     folder = isolated._folder("two", ["toypkg==3.0"], sys.version)
     folder.parent.mkdir(parents=True)
-    words = [sys.executable, "-c", "from bench_dfusion import isolated; print(isolated.build('two', ['toypkg==3.0']))"]
+    words = [
+        sys.executable,
+        "-c",
+        "from bench_dfusion.rewards import isolated; print(isolated.build('two', ['toypkg==3.0']))",
+    ]
     with open(f"{folder}.lock", "w") as lock:
         assert isolated._flock(lock)
         both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
@@ -290,7 +294,7 @@ def test_a_build_killed_in_the_middle_is_done_again(
     monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(isolated, "TICK", 0.05)
     requirement = f"toypkg @ {wheel(tmp_path, '4.0').as_uri()}"
-    code = f"from bench_dfusion import isolated; isolated.build('cut', [{requirement!r}])"
+    code = f"from bench_dfusion.rewards import isolated; isolated.build('cut', [{requirement!r}])"
     process = subprocess.Popen([sys.executable, "-c", code])
     scorers = tmp_path / "home" / "scorers"
     while not any(b"install" in words for words in children(process.pid)):

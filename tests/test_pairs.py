@@ -37,7 +37,7 @@ DYING = '''
 import os, signal
 from pathlib import Path
 from typing import Any
-from bench_dfusion import pairs
+from bench_dfusion.runs import pairs
 from bench_dfusion.reward_models.clip import Clip
 
 class Unused(Clip):  # a plugin file has to define one
@@ -129,7 +129,10 @@ def test_a_run_exports_to_a_dataset_that_datasets_reads(run: Path, tmp_path: Pat
 def test_trl_unpairs_it(run: Path, tmp_path: Path) -> None:
     pairs.export(run, tmp_path / "mine")
     dataset = loaded(tmp_path / "mine", tmp_path / "cache")
-    flat = unpair_preference_dataset(dataset)
+    done = pairs.export(run, tmp_path / "flat", unpaired=True)
+    flat = loaded(tmp_path / "flat", tmp_path / "cache")
+    assert sum(done.pairs.values()) == len(dataset) and "| `label` |" in (tmp_path / "flat" / "README.md").read_text()
+    assert flat.column_names == unpair_preference_dataset(dataset).column_names
     n = len(dataset)
     assert len(flat) == 2 * n and {"prompt", "completion", "label"} <= set(flat.column_names)
     assert {"chosen", "rejected"}.isdisjoint(flat.column_names)

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench_dfusion.builders.contract import ConsistentSamples
-from bench_dfusion.builders.preference_data import SCORES
+from bench_dfusion.builders.preference_data import SCORES, SIDES
 from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.results.records import Record
@@ -172,9 +172,11 @@ class Exported:
     rounds: int
 
 
-def export(run: Path, out: Path | None = None, rounds: Rounds = "all") -> Exported:
+def export(run: Path, out: Path | None = None, rounds: Rounds = "all", unpaired: bool = False) -> Exported:
     """Write the pairs of a finished run as a dataset directory, RUN/dataset unless `out` is given: of every round kept,
     or of the latest one.
+
+    unpaired  in TRL's unpaired format, which KTO is trained on: a row for each picture, with `completion` and `label`
 
     Raises UsageError where `run` is no finished run, holds no pairs, or `out` is not empty.
     """
@@ -196,6 +198,8 @@ def export(run: Path, out: Path | None = None, rounds: Rounds = "all") -> Export
         for n, path in found.items():
             if pairs[n]:
                 shutil.copyfile(path, made / "data" / f"train-{path.name.removeprefix('round-')}")
+        if unpaired:
+            columns = _unpair(made / "data", columns)
         (made / "README.md").write_text(_card(record, pairs, columns), encoding="utf-8")
         made.chmod(0o755)
         made.replace(out)
@@ -203,6 +207,25 @@ def export(run: Path, out: Path | None = None, rounds: Rounds = "all") -> Export
         shutil.rmtree(made, ignore_errors=True)
         raise
     return Exported(out, pairs, len(record.rounds))
+
+
+def _unpair(data: Path, columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Replace a directory's pairs by what TRL makes of them; returns the columns there are then."""
+    import datasets
+    from trl import unpair_preference_dataset
+
+    paths = sorted(data.iterdir())
+    with tempfile.TemporaryDirectory() as cache:
+        paired = datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=cache)
+        for name in SIDES:
+            paired = paired.cast_column(name, datasets.Image(decode=False))
+        flat = unpair_preference_dataset(paired).cast_column("completion", datasets.Image())
+        flat.to_parquet(str(data / "unpaired.parquet"))
+    for path in paths:
+        path.unlink()
+    (data / "unpaired.parquet").replace(data / "train-00000.parquet")
+    about = {"completion": ("image", "the picture (PNG)"), "label": ("bool", "whether it was the winner of its pair")}
+    return {name: columns.get(name) or about[name] for name in flat.column_names}
 
 
 def _record(run: Path) -> Record:
@@ -279,7 +302,7 @@ tags:
 ---
 # Preference pairs of a training run
 
-{sum(pairs.values())} pairs that bench-dfusion's builder `{record.builder}` made from the policy while it was trained: {of}, track {record.track}; {kept}.
+{sum(pairs.values())} pairs{", a row for each of their pictures," if "label" in columns else ""} that bench-dfusion's builder `{record.builder}` made from the policy while it was trained: {of}, track {record.track}; {kept}.
 The chosen picture scored above the rejected one of the same prompt before the training reward `{record.reward}`.
 
 | column | what it is |
