@@ -25,7 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench_dfusion import doctor
 from bench_dfusion.builders.contract import ConsistentSamples, Samples
 from bench_dfusion.diffusion.policy import Policy, Trajectory
-from bench_dfusion.doctor import device
+from bench_dfusion.doctor import changes as changing
+from bench_dfusion.doctor import device, estimates
+from bench_dfusion.doctor.memory import Memory
 from bench_dfusion.doctor.trace import Cost, tracing
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
@@ -71,7 +73,7 @@ def test_weights_lora_and_optimiser_are_those_of_a_loaded_policy(
 ) -> None:
     folder = request.getfixturevalue(f"{name}_dir")
     cell = cell_of(folder, f"track.model.dtype={dtype}", "track.lora.rank=3")
-    doctored = doctor._Doctor(cell, GPU, fresh=True)
+    doctored = Memory(cell, GPU, fresh=True)
     found, parameters = doctored._layout(cell.track), doctored.parameters(cell.track)
     adapter, _ = load_adapter(cell.track.model)
     for n, module in adapter.pipe.components.items():
@@ -131,7 +133,7 @@ def test_what_autograd_keeps_is_what_it_really_keeps(
     name: str, settings: list[str], request: pytest.FixtureRequest
 ) -> None:
     cell = cell_of(request.getfixturevalue(f"{name}_dir"), *settings)
-    estimated = doctor._Doctor(cell, CPU, fresh=False)._trace("train", cell.track)
+    estimated = Memory(cell, CPU, fresh=False)._trace("train", cell.track)
     assert estimated.kept == pytest.approx(kept_by_a_step(cell, cell.track.batch), rel=1e-3)
 
 
@@ -194,7 +196,7 @@ def test_a_round_is_scaled_from_what_was_traced(pixart_dir: Path) -> None:
         "steps": ["track.sampler.steps=8"],
     }.items():
         cell = cell_of(pixart_dir, *settings)
-        found = doctor._Doctor(cell, CPU, fresh=False)
+        found = Memory(cell, CPU, fresh=False)
         whole[key] = {n: found._trace(n, cell.track).cost.flops for n in ("sample", "decode", "build", "train")}
     for name, value in whole["one"].items():
         assert whole["prompts"][name] == pytest.approx(2 * value)
@@ -213,8 +215,8 @@ def test_a_round_is_scaled_from_what_was_traced(pixart_dir: Path) -> None:
 
 def test_checkpointing_and_slicing_lower_what_they_should(pixart_dir: Path) -> None:
     track = cell_of(pixart_dir).track
-    saving = doctor.changed(track, {"memory.gradient_checkpointing": True, "memory.vae_slicing": True})
-    found = doctor._Doctor(cell_of(pixart_dir), GPU, fresh=True)
+    saving = changing.changed(track, {"memory.gradient_checkpointing": True, "memory.vae_slicing": True})
+    found = Memory(cell_of(pixart_dir), GPU, fresh=True)
     (train, decode), (less_train, less_decode) = (
         [found._trace(name, settings) for name in ("train", "decode")] for settings in (track, saving)
     )
@@ -224,7 +226,7 @@ def test_checkpointing_and_slicing_lower_what_they_should(pixart_dir: Path) -> N
 
 
 def test_what_is_advised_fits_and_nothing_less_does(pixart_dir: Path) -> None:
-    plain = doctor._Doctor(cell_of(pixart_dir), GPU, fresh=True).phases(cell_of(pixart_dir).track)
+    plain = Memory(cell_of(pixart_dir), GPU, fresh=True).phases(cell_of(pixart_dir).track)
     most = max(plain, key=lambda p: p.peak)
     limit = (most.peak - 0.95 * most.parts["activations"]) / 1e9
     tight = doctor.estimate(cell_of(pixart_dir), GPU, memory_gb=limit)
@@ -232,10 +234,10 @@ def test_what_is_advised_fits_and_nothing_less_does(pixart_dir: Path) -> None:
 
     words = [f"track.{name}={json.dumps(value)}" for name, value in tight.smallest.items()]
     given = cell_of(pixart_dir, *words)  # as a user would
-    found = doctor._Doctor(given, GPU, fresh=True)
+    found = Memory(given, GPU, fresh=True)
 
     def peak(changes: dict[str, Any]) -> int:
-        return max(p.peak for p in found.phases(doctor.changed(cell_of(pixart_dir).track, changes)))
+        return max(p.peak for p in found.phases(changing.changed(cell_of(pixart_dir).track, changes)))
 
     assert peak(tight.smallest) == tight.smallest_peak <= limit * 1e9
     assert max(p.peak for p in found.phases(given.track)) == tight.smallest_peak
@@ -249,18 +251,18 @@ def test_what_is_advised_fits_and_nothing_less_does(pixart_dir: Path) -> None:
 
 def test_where_parts_lie_while_they_are_offloaded(pixart_dir: Path) -> None:
     cell = cell_of(pixart_dir)
-    gpu, cpu = (doctor._Doctor(cell, where, fresh=True) for where in (GPU, CPU))
+    gpu, cpu = (Memory(cell, where, fresh=True) for where in (GPU, CPU))
 
     def lies(found: Any, name: str, option: str) -> set[str]:
-        layout = found._layout(doctor.changed(cell.track, {f"memory.{option}": True}))
+        layout = found._layout(changing.changed(cell.track, {f"memory.{option}": True}))
         return {phase for phase, parts in layout.items() if name in parts}
 
     assert lies(gpu, "text_encoder", "offload_text") == {"encode"}
     assert lies(gpu, "text_encoder", "drop_text") == lies(cpu, "text_encoder", "drop_text") == {"load", "encode"}
     assert lies(gpu, "vae", "offload_vae") == {"decode", "evaluate"}
-    assert lies(cpu, "vae", "offload_vae") == set(doctor.ORDER)  # to the CPU and back is nothing there
+    assert lies(cpu, "vae", "offload_vae") == set(estimates.ORDER)  # to the CPU and back is nothing there
 
-    layout = gpu._layout(doctor.changed(cell.track, {"memory.offload_network": True}))
+    layout = gpu._layout(changing.changed(cell.track, {"memory.offload_network": True}))
     network = PixArtTransformer2DModel.from_pretrained(pixart_dir / "transformer")
     block = sum(p.nbytes for p in network.transformer_blocks[0].parameters())
     patches = sum(p.nbytes for p in network.pos_embed.parameters())
@@ -279,7 +281,7 @@ def test_any_algorithm_and_builder_can_be_estimated(algo: str, builder: str, pix
         options["teachers"] = [str(tmp_path)] * 2
     settings = [*SMALL, "track.rewards.clip.model=micro", "track.lora.rank=4"]
     cell, _ = doctor.resolve(model=str(pixart_dir), algo=algo, builder=builder, settings=settings, **options)
-    found = doctor._Doctor(cell, CPU, fresh=False)
+    found = Memory(cell, CPU, fresh=False)
     train, decode = found._trace("train", cell.track), found._trace("decode", cell.track)
     assert 0 < train.kept <= train.peak and train.cost.flops > 0 and found.rounds > 0
     if algo == "draft":  # gradients flow through the decoder
@@ -292,10 +294,10 @@ def test_scorers_count_what_they_weigh_and_say_where_it_is_unknown(pixart_dir: P
     assert size == sum(t.nbytes for t in [*loaded.model.parameters(), *loaded.model.buffers()])
     settings = [*SMALL, 'track.evaluation.judges=["clip"]', "track.rewards.clip.model=micro"]
     cell, _ = doctor.resolve(model=str(pixart_dir), settings=settings, reward="hpsv3")
-    found = doctor._Doctor(cell, GPU, fresh=True)
+    found = Memory(cell, GPU, fresh=True)
     assert found.notes == ["not counted, since their size is not known before they are loaded: reward hpsv3"]
     assert found._layout(cell.track)["train"]["judge clip"] == size
-    away = found._layout(doctor.changed(cell.track, {"memory.offload_rewards": True}))
+    away = found._layout(changing.changed(cell.track, {"memory.offload_rewards": True}))
     assert "judge clip" not in away["train"] and away["score"]["the scorer"] == size
 
 
@@ -327,8 +329,8 @@ def test_it_fits_and_says_so_in_words_and_in_json(pixart_dir: Path, said: Any, t
     assert status == 0 and "fits: " in out and "4.00 GB" in out and "not estimated" in out
     status, out, _ = said(*words, "--device", "cpu", "--json", cwd=tmp_path)
     found = json.loads(out)
-    assert status == 0 and found["fits"] and found["peak_phase"] in doctor.ORDER
-    assert [p["name"] for p in found["phases"]] == list(doctor.ORDER)
+    assert status == 0 and found["fits"] and found["peak_phase"] in estimates.ORDER
+    assert [p["name"] for p in found["phases"]] == list(estimates.ORDER)
     assert found["peak"] == max(sum(p["parts"].values()) for p in found["phases"])
     assert found["round_seconds"] > 0 and found["rates"]["flops"] > 1e8
 
@@ -373,13 +375,13 @@ def test_a_config_that_is_not_of_its_weights_is_told(sd_dir: Path, tmp_path: Pat
     folder = hollow(sd_dir, tmp_path / "sd")
     (file,) = (folder / "unet").glob("*.safetensors")
     save_file(load_file(file) | {"more.weight": torch.zeros(100, 100)}, file)
-    notes = doctor._Doctor(cell_of(folder), GPU, fresh=True).notes
+    notes = Memory(cell_of(folder), GPU, fresh=True).notes
     assert any(note.startswith("unet: its files hold") for note in notes)
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "layers_per_block": 2}))
     with pytest.raises(UsageError, match="4 tensors of its unet are not of the shape that unet"):
-        doctor._Doctor(cell_of(folder), GPU, fresh=True)
-    assert not doctor._Doctor(cell_of(sd_dir), GPU, fresh=True).notes
+        Memory(cell_of(folder), GPU, fresh=True)
+    assert not Memory(cell_of(sd_dir), GPU, fresh=True).notes
 
 
 def test_a_model_of_the_hub_is_estimated_without_its_weights(
@@ -485,7 +487,7 @@ def test_offline_pairs_bring_their_own_prompts(sd_dir: Path, tmp_path: Path, mon
 def test_a_round_with_an_sde_window_trains_on_as_many_steps(pixart_dir: Path) -> None:
     settings = ["algo.sde_window.steps=1", "algo.window=[0, 0.5]"]
     flops = [
-        doctor._Doctor(cell_of(pixart_dir, *own, builder="vanilla"), CPU, fresh=False)
+        Memory(cell_of(pixart_dir, *own, builder="vanilla"), CPU, fresh=False)
         for own in ([], settings, ["algo.window=[0, 0.25]"])
     ]
     whole, windowed, quarter = (found._trace("train", found.cell.track).cost.flops for found in flops)

@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from test_offline import parquet, table
 
 from bench_dfusion import doctor
 from bench_dfusion.builders.offline import Offline, OfflineConfig
+from bench_dfusion.doctor.memory import Memory
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import load_adapter
@@ -141,5 +143,5 @@ def test_eval_and_the_doctor_say_what_is_cut(
     cell, _ = doctor.resolve(
         model=str(sd_dir), settings=own, algo="ddpo", builder="vanilla", reward="jpeg-compressibility"
     )
-    notes = doctor._Doctor(cell, doctor.torch.device("cpu"), fresh=False).notes
+    notes = Memory(cell, torch.device("cpu"), fresh=False).notes
     assert any(note.startswith("1 of 3 prompts is cut") for note in notes)

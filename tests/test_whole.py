@@ -19,6 +19,7 @@ import bench_dfusion
 from bench_dfusion import doctor
 from bench_dfusion.diffusion import lora
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.doctor.memory import Memory
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.publish import model
@@ -150,7 +151,7 @@ def test_doctor_counts_the_weights_twice_and_what_the_optimiser_keeps(pixart_dir
     cell, _ = doctor.resolve(
         model=str(pixart_dir), settings=settings, algo="ddpo", builder="vanilla", reward="jpeg-compressibility"
     )
-    doctored = doctor._Doctor(cell, torch.device("cuda"), fresh=True)
+    doctored = Memory(cell, torch.device("cuda"), fresh=True)
     found, counted = doctored._layout(cell.track)["train"], doctored.parameters(cell.track)
     adapter, _ = load_adapter(cell.track.model)
     own = sum(p.nbytes for p in adapter.network.parameters())
