@@ -19,7 +19,7 @@ from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, R
 from bench_dfusion.builders.contract import ConsistentSamples
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
-from bench_dfusion.objectives.averages import Average
+from bench_dfusion.objectives.averages import EMA
 from bench_dfusion.objectives.denoising import all_errors, all_outputs, at_levels, mean_square, noised
 from bench_dfusion.objectives.policy_gradient import clipped_share, clipped_terms
 
@@ -55,7 +55,7 @@ class AWM(Algorithm):
 
     def __init__(self, config: AWMConfig):
         super().__init__(config)
-        self._ema = Average(config.decay_rate, config.decay_most)
+        self._ema = EMA(config.decay_rate, config.decay_most)
 
     def stepped(self, policy: Policy) -> None:
         self._ema.steps += 1

@@ -29,7 +29,7 @@ from bench_dfusion.builders.contract import ConsistentSamples
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, in_batches
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages, prompt_groups
-from bench_dfusion.objectives.averages import Average
+from bench_dfusion.objectives.averages import EMA
 from bench_dfusion.objectives.denoising import Noised, all_outputs, draw_levels, mean_square, noised, self_normalised
 from bench_dfusion.objectives.groups import each_member, group_rows, padded
 from bench_dfusion.rewards.contract import Reward
@@ -91,8 +91,8 @@ class CRD(Algorithm):
         super().__init__(config)
         delay = config.rollout_rate * config.rollout_delay
         self._averages = {
-            "old": Average(config.old_rate, config.old_most, config.old_start),
-            "rollout": Average(config.rollout_rate, config.rollout_most, -delay),
+            "old": EMA(config.old_rate, config.old_most, config.old_start),
+            "rollout": EMA(config.rollout_rate, config.rollout_most, -delay),
         }
 
     def setup(self, policy: Policy, reward: Reward) -> None:

@@ -23,7 +23,7 @@ from bench_dfusion.algorithm import Algorithm, AlgorithmConfig, Between, Loss, R
 from bench_dfusion.builders.contract import ConsistentSamples
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.objectives.advantages import SPREADS, AdvantageConfig, Spread, advantages
-from bench_dfusion.objectives.averages import Average
+from bench_dfusion.objectives.averages import EMA
 from bench_dfusion.objectives.denoising import all_outputs, at_levels, mean_square, noised, self_normalised
 from bench_dfusion.objectives.gardo import Gardo, GardoOption
 from bench_dfusion.rewards.contract import Reward
@@ -52,7 +52,7 @@ class NFT(Algorithm):
 
     def __init__(self, config: NFTConfig):
         super().__init__(config)
-        self._old = Average(config.decay_rate, config.decay_most)
+        self._old = EMA(config.decay_rate, config.decay_most)
         self._gardo = None if config.gardo is None else Gardo(config.gardo)
 
     def setup(self, policy: Policy, reward: Reward) -> None:

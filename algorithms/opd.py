@@ -91,7 +91,7 @@ class OPD(Algorithm):
 
     def setup(self, policy: Policy, reward: Reward) -> None:
         self._steps(policy)
-        self._teachers = [teachers.weights(policy, path) for path in self.config.teachers]
+        self._teachers = [teachers.read_weights(policy, path) for path in self.config.teachers]
         if self.config.guidance is not None:
             policy.condition([""])  # while there is a text encoder
 

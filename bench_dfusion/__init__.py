@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bench_dfusion.results.leaderboard import Board
     from bench_dfusion.results.records import Record
     from bench_dfusion.runs.pairs import Keep
-    from bench_dfusion.runs.rescore import Evaluation, Rescored
+    from bench_dfusion.runs.rescore import Rescored, ScoredWeights
 
 __all__ = ["eval", "leaderboard", "load_records", "run", "sweep"]
 
@@ -119,7 +119,7 @@ def eval(
     model: str | None = None,
     prompts: str | Path | None = None,
     settings: Sequence[str] = (),
-) -> Rescored | Evaluation:
+) -> Rescored | ScoredWeights:
     """Score the weights of a finished run again and compare them with its record; or score a LoRA, or a pipeline's
     directory (`checkpoint`), that the suite did not train, on a track. Give one of `run`, `lora` and `checkpoint`."""
     from bench_dfusion.errors import UsageError
@@ -134,7 +134,7 @@ def eval(
     )
     files = {"lora": lora, "checkpoint": checkpoint}
     weights = {key: None if path is None else Path(path) for key, path in files.items()}
-    return rescore.weights(on, Path(out), **weights, name=name, device=device)[1]
+    return rescore.score_weights(on, Path(out), **weights, name=name, device=device)[1]
 
 
 def load_records(folder: str | Path = "runs") -> list[Record]:

@@ -76,6 +76,18 @@ MOVED: dict[str, tuple[str, ...]] = {
     "launch": ("sweeps.launcher",),
 }
 
+# By the old module and name: what has another name now.
+RENAMED = {
+    "track.merge": "deep_merge",
+    "dataset.merge": "merged",
+    "companions.weights": "weights_file",
+    "rescore.weights": "score_weights",
+    "rescore.Evaluation": "ScoredWeights",
+    "teachers.weights": "read_weights",
+    "fusion.attention.Taps": "AttentionHooks",
+    "reward.dealt_out": "scored_in_shards",
+}
+
 
 def attribute(module: str, name: str, places: Sequence[str]) -> Any:
     """What `name` of the old module is, in the first of today's modules that has it. Raises AttributeError."""
@@ -112,7 +124,8 @@ class _Old(MetaPathFinder, InspectLoader):
         def of(attribute_name: str) -> Any:
             if attribute_name.startswith("__"):
                 raise AttributeError(attribute_name)
-            return attribute(name, attribute_name, places)
+            known = RENAMED.get(f"{name.removeprefix(ROOT)}.{attribute_name}", attribute_name)
+            return attribute(name, known, places)
 
         module.__dict__["__getattr__"] = of
         if name == f"{ROOT}leaderboard":  # which is a function of the package too, and has to stay one

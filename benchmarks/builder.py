@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench_dfusion.builders.contract import Samples, references_and_bases
-from bench_dfusion.builders.dfusion.attention import Taps
+from bench_dfusion.builders.dfusion.attention import AttentionHooks
 from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, Trajectory
@@ -40,7 +40,7 @@ def plain_order(policy: Policy, builder: DFusion, drawn: Trajectory, references:
 
 
 def _plain(policy: Policy, builder: DFusion, drawn: Trajectory, references: Tensor, bases: Tensor) -> Tensor:
-    taps: Taps = builder._taps(policy)
+    taps: AttentionHooks = builder._taps(policy)
     unique, which = references.unique(return_inverse=True)
     fused = range(*(round(share * len(policy.schedule)) for share in builder.config.steps))
     tokens = [builder._tokens(policy, drawn.prompts[i]) for i in unique.tolist()]

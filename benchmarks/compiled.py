@@ -19,7 +19,7 @@ import measuring
 import torch
 from torch import Tensor
 
-from bench_dfusion.builders.dfusion.attention import Taps
+from bench_dfusion.builders.dfusion.attention import AttentionHooks
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.runs import config
@@ -32,7 +32,7 @@ def calls(policy: Policy, batch: int) -> dict[str, Callable[[], Tensor]]:
     prompts = [f"{numbers[i % 4]} red circles" for i in range(batch)]
     x = torch.randn(batch, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
     step = torch.full((batch,), len(policy.schedule) // 2, device=policy.device)
-    taps = Taps(policy.adapter, policy.adapter.fused_layers(), policy.adapter.map_side())
+    taps = AttentionHooks(policy.adapter, policy.adapter.fused_layers(), policy.adapter.map_side())
 
     def forward() -> Tensor:
         with torch.no_grad():

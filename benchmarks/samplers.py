@@ -35,7 +35,7 @@ def main() -> None:
     with bar("samplers", len(SAMPLERS)) as progress:
         for guidance, steps in SAMPLERS:
             settings = schema.Track.model_validate(
-                schema.merge(content, {"sampler": {"guidance": guidance, "steps": steps}})
+                schema.deep_merge(content, {"sampler": {"guidance": guidance, "steps": steps}})
             )
             adapter, _ = load_adapter(settings.model)
             policy = make_policy(settings, adapter, 0, torch.device("cpu"))

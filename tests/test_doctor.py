@@ -28,7 +28,7 @@ from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.doctor import changes as changing
 from bench_dfusion.doctor import device, estimates
 from bench_dfusion.doctor.memory import Memory
-from bench_dfusion.doctor.trace import Cost, tracing
+from bench_dfusion.doctor.trace import Work, tracing
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.rewards.contract import Reward, RewardConfig
@@ -178,13 +178,13 @@ def test_a_trace_by_hand() -> None:
         assert host.device.type == "cpu" and not host.any() and z.sum().item() == 0
         del x, z
         assert trace.live == 400  # the gradient
-    assert Cost(10, 20, 3).in_batches(rows=40, batch=4, traced=4) == Cost(100, 200, 30)
+    assert Work(10, 20, 3).in_batches(rows=40, batch=4, traced=4) == Work(100, 200, 30)
 
 
 def test_the_times_are_the_operations_over_what_was_measured() -> None:
     rates = device.Rates(flops=1e9, bandwidth=1e8, overhead=1e-3, overlaps=False)
-    assert rates.seconds(Cost(2e9, 1e8, 500)) == pytest.approx(2 + 1 + 0.5)
-    assert rates.model_copy(update={"overlaps": True}).seconds(Cost(2e9, 1e8, 500)) == pytest.approx(3)
+    assert rates.seconds(Work(2e9, 1e8, 500)) == pytest.approx(2 + 1 + 0.5)
+    assert rates.model_copy(update={"overlaps": True}).seconds(Work(2e9, 1e8, 500)) == pytest.approx(3)
 
 
 def test_a_round_is_scaled_from_what_was_traced(pixart_dir: Path) -> None:
@@ -453,14 +453,14 @@ def test_rewards_are_on_the_device_only_while_they_score(sd_dir: Path, tmp_path:
     run._score(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), PROMPTS[:2])
     assert reward.places == ["cpu", "cpu:0", "scores", "cpu"]
     judge = Elsewhere(RewardConfig())
-    judge.rest()
+    judge.offload()
     trajectory = Trajectory(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2), ["a capybara", "an axolotl"])
     drawn = evaluation.Drawn(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), trajectory)
     evaluation.judged(judge, "scale", drawn, 1)
     assert judge.places == ["cpu", "cpu:0", "scores", "cpu"]
     kept = JpegCompressibility(RewardConfig())
     with kept.scoring():
-        assert not kept.resting
+        assert not kept.offloaded
 
 
 def test_text_encoders_leave_once_every_prompt_is_encoded(sd_dir: Path, tmp_path: Path) -> None:

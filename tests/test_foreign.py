@@ -111,9 +111,9 @@ def pictures(value: int = 51) -> Tensor:
 
 def test_pictures_and_scores_are_copies() -> None:
     blank, images, prompts = Blank(RewardConfig()), pictures(), ["a", "b"]
-    first = contract.dealt_out(blank, images, prompts)
+    first = contract.scored_in_shards(blank, images, prompts)
     assert first.tolist() == pytest.approx([0.2, 0.2]) and torch.equal(images, pictures())
-    contract.dealt_out(blank, pictures(255), prompts)
+    contract.scored_in_shards(blank, pictures(255), prompts)
     assert first.tolist() == pytest.approx([0.2, 0.2])
     scores, applies = contract.scored_where_applicable(blank, images, prompts)
     assert applies.all() and torch.equal(images, pictures()) and scores.tolist() == pytest.approx([0.2, 0.2])
@@ -151,7 +151,7 @@ def test_what_is_no_score_is_named() -> None:
 
     words = Words(RewardConfig())
     with pytest.raises(PluginError, match="reward words returned list, not a tensor of numbers"):
-        contract.dealt_out(words, pictures(), ["a", "b"])
+        contract.scored_in_shards(words, pictures(), ["a", "b"])
     with pytest.raises(PluginError, match="reward words says it is differentiable"):
         contract.scored_with_gradient(words, torch.zeros(2, 3, 4, 4, requires_grad=True), ["a", "b"])
     with pytest.raises(PluginError, match="reward words: its image embedding is not finite"):

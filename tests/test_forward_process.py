@@ -25,7 +25,7 @@ from bench_dfusion.diffusion import samplers
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models import schedules
 from bench_dfusion.objectives.advantages import advantages, prompt_groups, win_rates
-from bench_dfusion.objectives.averages import Average
+from bench_dfusion.objectives.averages import EMA
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
 from bench_dfusion.objectives.groups import each_member
 from bench_dfusion.objectives.policy_gradient import clipped_terms
@@ -343,7 +343,7 @@ def test_the_clean_latent_is_found_in_the_output_that_is_right(prediction):
 
 def test_an_average_by_hand():
     policy = fake_policy()
-    average = Average(rate=0.1, most=0.25)
+    average = EMA(rate=0.1, most=0.25)
     name = next(iter(policy.parameters))
     found = []
     for number in (1.0, 5.0, 9.0, 9.0):

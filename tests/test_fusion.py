@@ -19,7 +19,7 @@ from tiny import policy_of
 from torch import Tensor, nn
 
 from bench_dfusion.builders.contract import PairConfig, Samples, references_and_bases, winning_pairs
-from bench_dfusion.builders.dfusion.attention import Taps, resize_mask
+from bench_dfusion.builders.dfusion.attention import AttentionHooks, resize_mask
 from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
 from bench_dfusion.builders.dfusion.masks import ItemTokens, Rules, item_mask, threshold
 from bench_dfusion.builders.vanilla import Vanilla
@@ -255,8 +255,8 @@ def test_a_full_mask_gives_fused_layers_exactly_the_references_keys_and_values(
 
     side = adapter.latent_shape[-1]
     layers = adapter.fused_layers()
-    everything = Taps(adapter, tuple(adapter.attentions("self")), side)
-    taps = Taps(adapter, layers, side)
+    everything = AttentionHooks(adapter, tuple(adapter.attentions("self")), side)
+    taps = AttentionHooks(adapter, layers, side)
     step, prompts = torch.tensor([1]), [case.drawn.prompts[6]]
     reference, base = case.drawn.latents[[4], 1], case.drawn.latents[[6], 1]
     with torch.no_grad():
@@ -326,7 +326,7 @@ def wiring(network: Any) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
 def test_taps_come_off_without_a_trace(name: str, phase: str, raises: bool, request: pytest.FixtureRequest) -> None:
     policy = request.getfixturevalue(name).policy
     side = policy.adapter.latent_shape[-1]
-    taps = Taps(policy.adapter, policy.adapter.fused_layers(), side)
+    taps = AttentionHooks(policy.adapter, policy.adapter.fused_layers(), side)
     branches = 1 if policy.guidance == 1 else 2
     x = torch.zeros(1, *policy.adapter.latent_shape)
     before = wiring(policy.adapter.network)

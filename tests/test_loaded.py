@@ -106,9 +106,9 @@ def test_code_of_others_and_what_a_run_takes_apart_is_made_anew(pixart_dir: Path
 
 def test_a_reward_that_rested_is_where_the_next_cell_wants_it(pixart_dir: Path, tmp_path: Path) -> None:
     offload, loaded = "track.memory.offload_rewards=true", Loaded()
-    assert Run(cell_of(pixart_dir, offload), tmp_path, "cpu", loaded=loaded).reward.resting
-    assert not Run(cell_of(pixart_dir, offload, algo="draft"), tmp_path, "cpu", loaded=loaded).reward.resting
-    assert Run(cell_of(pixart_dir, offload), tmp_path, "cpu", loaded=loaded).reward.resting
+    assert Run(cell_of(pixart_dir, offload), tmp_path, "cpu", loaded=loaded).reward.offloaded
+    assert not Run(cell_of(pixart_dir, offload, algo="draft"), tmp_path, "cpu", loaded=loaded).reward.offloaded
+    assert Run(cell_of(pixart_dir, offload), tmp_path, "cpu", loaded=loaded).reward.offloaded
 
 
 def test_random_numbers_and_settings_are_where_loading_leaves_them(pixart_dir: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tiny import policy_of
 from torch import Tensor
 
 from bench_dfusion.builders.contract import ConsistentSamples, Samples
-from bench_dfusion.builders.dfusion.attention import Taps
+from bench_dfusion.builders.dfusion.attention import AttentionHooks
 from bench_dfusion.builders.dfusion.builder import DFusion, DFusionConfig
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy
@@ -231,10 +231,10 @@ class Watch:
 
 
 @pytest.fixture
-def fusing(folder: Path) -> tuple[Policy, Taps]:
+def fusing(folder: Path) -> tuple[Policy, AttentionHooks]:
     policy = policy_of(folder, guidance=GUIDANCE, resolution=SIDE, batch=4)
     policy.condition(PROMPTS)
-    return policy, Taps(policy.adapter, policy.adapter.fused_layers(), policy.adapter.map_side())
+    return policy, AttentionHooks(policy.adapter, policy.adapter.fused_layers(), policy.adapter.map_side())
 
 
 @pytest.mark.parametrize("how", ["null", "left out", "encoder alone"])
@@ -271,7 +271,7 @@ def text_of(policy: Policy, rows: int) -> slice:
 
 @torch.no_grad()
 def test_maps_are_the_picture_to_text_block_of_the_joint_probabilities(
-    fusing: tuple[Policy, Taps], monkeypatch: pytest.MonkeyPatch
+    fusing: tuple[Policy, AttentionHooks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, taps = fusing
     x, step, watch = torch.randn(2, *policy.adapter.latent_shape), torch.tensor([1, 2]), Watch(monkeypatch)
@@ -290,7 +290,7 @@ def test_maps_are_the_picture_to_text_block_of_the_joint_probabilities(
 
 @torch.no_grad()
 def test_a_full_mask_gives_the_references_keys_and_values_to_the_picture_alone(
-    fusing: tuple[Policy, Taps], monkeypatch: pytest.MonkeyPatch
+    fusing: tuple[Policy, AttentionHooks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, taps = fusing
     reference, target = torch.randn(2, 2, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -319,7 +319,9 @@ def test_a_full_mask_gives_the_references_keys_and_values_to_the_picture_alone(
 
 
 @torch.no_grad()
-def test_half_a_mask_fuses_half_the_tokens(fusing: tuple[Policy, Taps], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_mask_fuses_half_the_tokens(
+    fusing: tuple[Policy, AttentionHooks], monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy, taps = fusing
     reference, target = torch.randn(2, 1, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(1))
     step, watch = torch.tensor([1]), Watch(monkeypatch)

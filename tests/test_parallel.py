@@ -16,7 +16,7 @@ from processes import TINY, command
 
 from bench_dfusion.results import records
 from bench_dfusion.results.records import Record
-from bench_dfusion.rewards.contract import Reward, RewardConfig, dealt_out
+from bench_dfusion.rewards.contract import Reward, RewardConfig, scored_in_shards
 from bench_dfusion.util import files, parallel
 
 # Batches smaller than a round's samples, so that there is something to deal out.
@@ -88,7 +88,7 @@ def test_a_rewards_batches_are_dealt_out_where_they_score_alone(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        dealt_out(Counting(Counting.Config()), images, prompts)
+        scored_in_shards(Counting(Counting.Config()), images, prompts)
     first, second = own
     if by_batch:
         assert [s.tolist() for s in first] == [[100, 101], [204]] and [s.tolist() for s in second] == [[102, 103]]

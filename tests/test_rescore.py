@@ -211,7 +211,7 @@ def test_a_run_on_a_directory_goes_on_and_is_scored_again_wherever_that_is(
 @pytest.mark.parametrize("part", [lora.FILE, "peft"])
 def test_a_runs_own_lora_gets_the_records_verdicts(part: str, finished: Path, tmp_path: Path) -> None:
     record: Record = records.read(finished / "record.json")
-    folder, found = rescore.weights(tiny_track(), tmp_path, lora=finished / part)
+    folder, found = rescore.score_weights(tiny_track(), tmp_path, lora=finished / part)
     assert plain(found.verdicts) == plain(record.verdicts) and found.drift == record.drift
     assert not any(v.trained_on for v in found.verdicts)
     assert found.lora is not None and (found.lora.rank, found.lora.alpha) == (4, 4)
@@ -282,8 +282,8 @@ def test_a_pipeline_trained_as_a_whole_beside_its_base(sd_dir: Path, tmp_path: P
     merged = shutil.copytree(sd_dir, tmp_path / "merged")
     (file,) = merged.glob("unet/*.safetensors")
     save_file({k.replace(".base_layer", ""): v.contiguous() for k, v in weights.items()}, file, {"format": "pt"})
-    _, whole = rescore.weights(track, tmp_path, checkpoint=merged)
-    _, apart = rescore.weights(track, tmp_path, lora=tmp_path / "lora")
+    _, whole = rescore.score_weights(track, tmp_path, checkpoint=merged)
+    _, apart = rescore.score_weights(track, tmp_path, lora=tmp_path / "lora")
     torch.testing.assert_close(whole.verdicts[0].per_prompt, apart.verdicts[0].per_prompt, atol=1e-3, rtol=0)
     assert whole.drift.kl == pytest.approx(apart.drift.kl, rel=1e-2) and whole.drift.kl > 0
 

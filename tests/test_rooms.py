@@ -138,5 +138,7 @@ def test_old_names_of_modules_go_on_working(old: str) -> None:
         assert all(hasattr(module, name) for name in names)
         assert any(getattr(module, name) is getattr(own, name) for name in names)
         assert any(f"import bench_dfusion.{new}" in str(w.message) for w in said) or "and" in str(said[0].message)
+    for renamed in (name for name in _moved.RENAMED if name.rpartition(".")[0] == old):
+        assert getattr(module, renamed.rpartition(".")[2]).__name__ == _moved.RENAMED[renamed]
     with pytest.raises(AttributeError, match="has no attribute 'never_there'"):
         module.never_there  # noqa: B018

@@ -22,7 +22,7 @@ from bench_dfusion import report
 from bench_dfusion.cli import display
 from bench_dfusion.diffusion import lora
 from bench_dfusion.errors import UsageError
-from bench_dfusion.objectives.averages import Warmed
+from bench_dfusion.objectives.averages import WarmedUpEMA
 from bench_dfusion.publish import dataset
 from bench_dfusion.report import content
 from bench_dfusion.results import checked_base, checks, leaderboard, merge, records, standings, tables
@@ -560,8 +560,8 @@ def test_a_publication_takes_the_record_that_goes_further() -> None:
     first, second, third = ({r.cell_hash: r} for r in in_three())
     (key,) = first
     published = dataset.Content(second, {}, {key[:16]: "samples/old"})
-    assert dataset.merge(published, dataset.Content(first)) == published
-    merged = dataset.merge(published, dataset.Content(third))
+    assert dataset.merged(published, dataset.Content(first)) == published
+    merged = dataset.merged(published, dataset.Content(third))
     assert merged.records == third and not merged.samples, "the pictures were of the earlier rung"
 
 
@@ -572,7 +572,7 @@ def test_an_average_counts_updates() -> None:
     policy = fake_policy()
     name, weight = next(iter(policy.parameters.items()))
     weight.data.zero_()
-    average = Warmed(0.3)
+    average = WarmedUpEMA(0.3)
     average.weights(policy)
     seen = []
     for value in (1.0, 3.0, 5.0):

@@ -138,7 +138,7 @@ def test_eval_and_the_doctor_say_what_is_cut(
     found = config.resolve_track(model=str(sd_dir), settings=own)
     monkeypatch.setattr(rescore.evaluation, "evaluate", drawn)
     with pytest.raises(AssertionError, match="drawn"):
-        rescore.weights(found, tmp_path, checkpoint=sd_dir)
+        rescore.score_weights(found, tmp_path, checkpoint=sd_dir)
     assert "1 of 2 prompts is cut: text_encoder (CLIPTextModel) reads the first 77" in capsys.readouterr().err
     cell, _ = doctor.resolve(
         model=str(sd_dir), settings=own, algo="ddpo", builder="vanilla", reward="jpeg-compressibility"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bench_dfusion.publish.verify import Verified
     from bench_dfusion.results.checked_base import CheckedBase
     from bench_dfusion.results.merge import Merged
-    from bench_dfusion.runs.rescore import Evaluation, Rescored
+    from bench_dfusion.runs.rescore import Rescored, ScoredWeights
 
 
 def record(record: Record, folder: Path, out: Console) -> None:
@@ -133,7 +133,7 @@ def base(path: Path, found: CheckedBase, again: CheckedBase | None, out: Console
         out.print(_text(same), highlight=False)
 
 
-def evaluation(found: Evaluation, folder: Path, out: Console) -> None:
+def evaluation(found: ScoredWeights, folder: Path, out: Console) -> None:
     """What the judges say of weights that the suite did not train."""
     shape = f", rank {found.lora.rank}, alpha {found.lora.alpha:g}" if found.lora else ""
     _verdicts(f"{found.label} ({found.kind}{shape}) on {found.track}", found.verdicts, out)

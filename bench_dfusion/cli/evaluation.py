@@ -47,7 +47,7 @@ def evaluate(
         display.rescored(found, run_folder, out)
         raise typer.Exit(0 if found.status == "matches" else 1)
     on = config.resolve_track(track, model, prompts, settings)
-    where, scored = rescore.weights(on, folder, lora=lora, checkpoint=checkpoint, name=name, device=device)
+    where, scored = rescore.score_weights(on, folder, lora=lora, checkpoint=checkpoint, name=name, device=device)
     display.evaluation(scored, where, out)
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 
-from bench_dfusion.doctor.trace import Cost
+from bench_dfusion.doctor.trace import Work
 from bench_dfusion.errors import UsageError
 
 SECONDS = 0.3  # for each of the three measurements
@@ -24,7 +24,7 @@ class Rates(BaseModel):
     overhead: float = Field(description="time of an operation on next to nothing (s)")
     overlaps: bool = Field(description="whether the host issues operations while the device computes")
 
-    def seconds(self, cost: Cost) -> float:
+    def seconds(self, cost: Work) -> float:
         """The time of a cost: arithmetic at the product's rate, and memory at the copy's, one after the other.
 
         The host's overhead is added on a CPU; on a GPU it overlaps, and the longer of the two counts.

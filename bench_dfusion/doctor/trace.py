@@ -26,22 +26,22 @@ FUSED_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
-class Cost:
+class Work:
     """Floating-point operations, bytes read and written, and operations (all counts)."""
 
     flops: float = 0.0
     moved: float = 0.0
     operations: float = 0.0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.moved + other.moved, self.operations + other.operations)
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.moved + other.moved, self.operations + other.operations)
 
-    def __mul__(self, by: float) -> Cost:
-        return Cost(self.flops * by, self.moved * by, self.operations * by)
+    def __mul__(self, by: float) -> Work:
+        return Work(self.flops * by, self.moved * by, self.operations * by)
 
-    def in_batches(self, rows: float, batch: int, traced: int) -> Cost:
+    def in_batches(self, rows: float, batch: int, traced: int) -> Work:
         """The cost of `rows` rows, `batch` at a time, from that of `traced` at once: every batch runs every operation."""
-        return Cost(
+        return Work(
             self.flops * rows / traced, self.moved * rows / traced, self.operations * max(1.0, rows / max(1, batch))
         )
 
@@ -61,8 +61,8 @@ class Trace(TorchDispatchMode):
         self._kept: dict[int, int] = {}
 
     @property
-    def cost(self) -> Cost:
-        return Cost(self.flops, self.moved, self.operations)
+    def cost(self) -> Work:
+        return Work(self.flops, self.moved, self.operations)
 
     @property
     def kept(self) -> int:

@@ -19,7 +19,7 @@ from bench_dfusion.builders.contract import Builder, Components, ConsistentSampl
 from bench_dfusion.diffusion.policy import Policy, Trajectory
 from bench_dfusion.doctor import configs, device
 from bench_dfusion.doctor.stand_ins import StandIn, StandInAfter, shortened, without_decoding
-from bench_dfusion.doctor.trace import Cost, tracing
+from bench_dfusion.doctor.trace import Work, tracing
 from bench_dfusion.errors import UsageError
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.loading import find, load_adapter
@@ -45,7 +45,7 @@ class Traced:
 
     peak: int
     kept: int
-    cost: Cost
+    cost: Work
 
 
 class Traces:

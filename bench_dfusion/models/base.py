@@ -284,11 +284,11 @@ class Adapter(ABC):
 
     @property
     def spreads(self) -> bool:
-        """Whether the network's frozen weights are dealt out or offloaded."""
+        """Whether the network's frozen weights are sharded or offloaded."""
         return self.offload_network or self.shard
 
     def to(self, device: torch.device | str) -> None:
-        """Move every part to `device`, but those that are offloaded to the CPU, or are to be dealt out from there."""
+        """Move every part to `device`, but those that are offloaded to the CPU, or are to be sharded from there."""
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module):
                 resting = (self.offload_text and _is_text(name)) or (self.offload_vae and name == "vae")

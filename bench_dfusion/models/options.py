@@ -52,7 +52,7 @@ class MemorySection(Section):
     )
     shard: bool = Field(
         False,
-        description="the network's frozen weights are dealt out to a run's processes (FSDP), each block gathered while it "
+        description="the network's frozen weights are sharded over a run's processes (FSDP), each block gathered while it "
         "works; nothing where there is one process",
     )
     offload_rewards: bool = Field(

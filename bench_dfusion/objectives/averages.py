@@ -8,7 +8,7 @@ from torch import Tensor
 from bench_dfusion.diffusion.policy import Policy
 
 
-class Average:
+class EMA:
     """The average of a policy's weights; the policy's own ones until the first `update`.
 
     Its decay grows with the optimiser's steps so far: min(start + rate · steps, most), and 0 where that is less.
@@ -41,7 +41,7 @@ class Average:
         self._weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or None
 
 
-class Warmed(Average):
+class WarmedUpEMA(EMA):
     """An average whose decay after update n is min((1 + n) / (10 + n), most): `algo.ema`."""
 
     def __init__(self, most: float):
@@ -49,3 +49,6 @@ class Warmed(Average):
 
     def decay(self) -> float:
         return min((1 + self.steps) / (10 + self.steps), self.most)
+
+
+Average, Warmed = EMA, WarmedUpEMA  # the names they had

@@ -18,7 +18,7 @@ def hashes(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(lora.digest(lora.locate(Path(path).expanduser())) for path in paths)
 
 
-def weights(policy: Policy, path: str) -> dict[str, Tensor]:
+def read_weights(policy: Policy, path: str) -> dict[str, Tensor]:
     """The LoRA of a run's directory or of a file as weights of the policy, for `Policy.holding`.
 
     Raises UsageError where it is of another network or shape than the policy's LoRA, or its record names another base.

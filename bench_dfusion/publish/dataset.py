@@ -275,7 +275,7 @@ def boards_of(content: Content) -> list[Board]:
     return result
 
 
-def merge(published: Content, own: Content, replace: bool = False) -> Content:
+def merged(published: Content, own: Content, replace: bool = False) -> Content:
     """Both together, one record a cell; of the same record the published one stays, unless one's own goes on to a further
     rung; a record outlives an unfinished cell. Raises UsageError where records of one cell differ in more than timings,
     unless `replace` takes one's own."""
@@ -618,7 +618,7 @@ proposes the runs below `runs/` as a pull request; rows that are published stay.
 
 def _with_lora(content: Content) -> int:
     return sum(
-        run_path(key, companions.weights(record)) in content.companions for key, record in content.records.items()
+        run_path(key, companions.weights_file(record)) in content.companions for key, record in content.records.items()
     )
 
 

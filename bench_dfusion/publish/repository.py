@@ -407,7 +407,7 @@ def _published(paths: set[str], readme: str | None, read: Callable[[str], bytes]
         )
     found = Content(samples=dataset.samples_in(paths))
     for path in records:  # one file, unless others wrote more
-        found = dataset.merge(found, dataset.read_records(read(path), f"{where}: {path}"))
+        found = dataset.merged(found, dataset.read_records(read(path), f"{where}: {path}"))
     return Content(found.records, found.unfinished, found.samples, dataset.companions_in(paths, found))
 
 
@@ -450,7 +450,7 @@ def _tree(
     work: Path,
 ) -> _Tree:
     """The tree that holds both; pictures that are not published yet are written to `work`."""
-    merged = dataset.merge(published, own, replace)
+    merged = dataset.merged(published, own, replace)
     folders = {r.cell_hash: p.parent for b in boards for r, p in zip(b.records, b.paths, strict=False)}
     needed = {h: f for h, f in folders.items() if h[:16] not in merged.samples}
     samples, written = dict(merged.samples), {}

@@ -94,7 +94,7 @@ def _evaluated(path: Path, record: Record, device: str | None, model: str | None
         beside = companions.beside(path, record)
     except UsageError as error:
         return said("differs", str(error))
-    if companions.weights(record) not in beside:
+    if companions.weights_file(record) not in beside:
         return said("cannot be verified", "no LoRA: cannot be verified but by --rerun")
     try:
         again = rescore.run(path.parent, device, model)

@@ -42,7 +42,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """What a cell shows, a smaller second line, and what it sorts by (None: always last)."""
 
     text: str
@@ -254,11 +254,13 @@ def _row(line: Line, number: int, marks: dict[str, int]) -> dict[str, Any]:
     row, state = line.row, _state(line)
     place = "–" if state == "unranked" else str(line.rank) if line.rank else state
     cells = {
-        "rank": Cell(place, line.rank.low + line.rank.high / 1e4 if line.rank else None),
-        "algorithm": Cell(visible(row.algorithm), visible(row.algorithm).lower(), visible(row.label)),
-        "builder": Cell(visible(row.builder), visible(row.builder).lower()),
-        "reward": Cell(visible(row.reward), visible(row.reward).lower()),
-        "seeds": Cell(f"{line.seeds}/{line.seeds + line.missing}" if line.missing else str(line.seeds), line.seeds),
+        "rank": TableCell(place, line.rank.low + line.rank.high / 1e4 if line.rank else None),
+        "algorithm": TableCell(visible(row.algorithm), visible(row.algorithm).lower(), visible(row.label)),
+        "builder": TableCell(visible(row.builder), visible(row.builder).lower()),
+        "reward": TableCell(visible(row.reward), visible(row.reward).lower()),
+        "seeds": TableCell(
+            f"{line.seeds}/{line.seeds + line.missing}" if line.missing else str(line.seeds), line.seeds
+        ),
         **{figure.name: _figure(figure, line) for figure in FIGURES},
     }
     for n, score in enumerate(line.scores):
@@ -266,7 +268,7 @@ def _row(line: Line, number: int, marks: dict[str, int]) -> dict[str, Any]:
         trained = any(r.verdicts[n].trained_on for r in row.finished)
         interval = f"{signed(score.low)} to {signed(score.high)}" if known else ""
         sort = None if math.isnan(score.gain) else score.gain
-        cells[f"{n} gain"] = Cell(signed(score.gain), sort, interval, "trained" * trained)
+        cells[f"{n} gain"] = TableCell(signed(score.gain), sort, interval, "trained" * trained)
     words = (row.algorithm, row.builder, row.reward, row.label, line.note, line.flags, state)
     first = line.scores[0] if line.scores else None
     flags = f"not to be published: {line.flags}" if line.flags else ""
@@ -284,11 +286,11 @@ def _row(line: Line, number: int, marks: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _figure(figure: Figure, line: Line) -> Cell:
+def _figure(figure: Figure, line: Line) -> TableCell:
     value = line.figures[figure.name]
     if figure.kind == "int64" and not value and not line.row.offline:
         value = math.nan
-    return Cell(figure.text(line.row, value, figure.form), None if math.isnan(value) else float(value))
+    return TableCell(figure.text(line.row, value, figure.form), None if math.isnan(value) else float(value))
 
 
 def _axis(lines: Sequence[Line]) -> tuple[float, float]:

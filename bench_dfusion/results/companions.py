@@ -22,7 +22,7 @@ HASHES = {
 MAY_BE_MISSING = {LORA, WHOLE}  # records of schema version 1 were published without
 
 
-def weights(record: Record) -> str:
+def weights_file(record: Record) -> str:
     """The name of the file of a record's trained weights: the LoRA's, or the network's own."""
     shape = record.resolved.get("track", {}).get("lora", {})
     return WHOLE if isinstance(shape, dict) and shape.get("rank") == 0 else LORA
@@ -33,7 +33,7 @@ def hashes(record: Record) -> dict[str, str]:
     found: dict[str, str] = {}
     for stage in record.stages:
         folder = "" if stage is record else f"{records.rung_folder(Path(), stage.rung or 1).as_posix()}/"
-        names = (weights(record), checked_base.SCORES)
+        names = (weights_file(record), checked_base.SCORES)
         of = {name: getattr(stage.provenance, HASHES[name]) for name in names}
         found |= {folder + name: digest for name, digest in of.items() if digest is not None}
     return found

@@ -78,7 +78,7 @@ def merge(
                     bases[place.parent.parent / base.name] = base
     accepted = list({place: found for found in accepted for place in found[1:2]}.values())  # the one that goes further
     done.added = [(path, place) for path, place, _, _ in accepted]
-    done.loras = sum(companions.weights(record) in beside for *_, record, beside in accepted)
+    done.loras = sum(companions.weights_file(record) in beside for *_, record, beside in accepted)
     if accepted and not dry_run and (skip_refused or not done.refused):
         _write([(place, record, beside) for _, place, record, beside in accepted], bases, into, known.replaced)
         done.written = True

@@ -382,6 +382,19 @@ def _problems(record: Record) -> Iterator[str]:
     except ValidationError as error:
         yield f"resolved.track is no track: {error.errors()[0]['msg']} ({'.'.join(map(str, error.errors()[0]['loc']))})"
         return
+    yield from _identity_problems(record, track)
+    problem = _ladder_problem(record, track)
+    if problem:
+        yield problem
+        return
+    for stage in record.stages:
+        where = "" if stage is record else f"rung {stage.rung}: "
+        yield from (where + problem for problem in _stage_problems(stage, track))
+
+
+def _identity_problems(record: Record, track: Track) -> Iterator[str]:
+    """Where names, hashes and seed of a record are not those of what was resolved."""
+    resolved = record.resolved
     if record.track != track.id:
         yield f"track {record.track!r}, but the resolved track is {track.id!r}"
     if record.track_hash != hash_of(resolved["track"]):
@@ -400,14 +413,6 @@ def _problems(record: Record) -> Iterator[str]:
         yield f"seed {record.seed}, but the resolved seed is {resolved.get('seed')!r}"
     if track.model.sha256 not in (None, record.provenance.model_sha256):
         yield "provenance.model_sha256 is not the hash of the track's model"
-
-    problem = _ladder_problem(record, track)
-    if problem:
-        yield problem
-        return
-    for stage in record.stages:
-        where = "" if stage is record else f"rung {stage.rung}: "
-        yield from (where + problem for problem in _stage_problems(stage, track))
 
 
 def _ladder_problem(record: Record, track: Track) -> str | None:

@@ -40,7 +40,7 @@ class Reward(ABC):
     differentiable: ClassVar[bool] = False
     one_judge: ClassVar[bool] = False
     by_batch: ClassVar[bool] = False
-    resting = False  # whether its networks stay on the CPU between scores (see `rest`)
+    offloaded = False  # whether its networks stay on the CPU between scores (see `offload`)
 
     def __init__(self, config: RewardConfig, device: torch.device | str = "cpu"):
         self.config = config
@@ -90,26 +90,28 @@ class Reward(ABC):
         """Its networks in this process."""
         return [value for value in vars(self).values() if isinstance(value, nn.Module)]
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """From now on its networks are on its device only inside `scoring`, else on the CPU."""
-        self.resting = True
+        self.offloaded = True
         self._move("cpu")
 
+    rest = offload  # the name it had
+
     def wake(self) -> None:
-        """Undo `rest`: its networks stay on its device."""
-        if self.resting:
-            self.resting = False
+        """Undo `offload`: its networks stay on its device."""
+        if self.offloaded:
+            self.offloaded = False
             self._move(self.device)
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Inside, its networks are on its device."""
-        if self.resting:
+        if self.offloaded:
             self._move(self.device)
         try:
             yield
         finally:
-            if self.resting:
+            if self.offloaded:
                 self._move("cpu")
 
     def _move(self, device: torch.device | str) -> None:
@@ -117,8 +119,8 @@ class Reward(ABC):
             network.to(device)
 
 
-def dealt_out(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`scored`, its batches dealt out to the run's processes where that changes no score, else by the first."""
+def scored_in_shards(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`scored`, its batches sharded over the run's processes where that changes no score, else by the first."""
     if not reward.by_batch or parallel.size() == 1:
         return parallel.once(lambda: scored(reward, images, prompts))
     size: int = reward.config.batch  # type: ignore[attr-defined]

@@ -106,17 +106,17 @@ def resolve(
         given["set"] = list(settings)
     if pairs is not None:
         given["pairs"] = pairs
-        set_options = track.merge(set_options, {"builder": {"pairs": pairs}})
+        set_options = track.deep_merge(set_options, {"builder": {"pairs": pairs}})
     if teachers:
         given["teachers"] = list(teachers)
-        set_options = track.merge(set_options, {"algo": {"teachers": _teachers(teachers, algo, classes["algo"])}})
+        set_options = track.deep_merge(set_options, {"algo": {"teachers": _teachers(teachers, algo, classes["algo"])}})
     for options in (file_options, set_options):
         _check_sections(options)
     if model is not None:
         given["model"] = model
     if prompts is not None:
         given["prompts"] = str(prompts)
-    changes = track.merge(file_options.get("track", {}), set_options.get("track", {}))
+    changes = track.deep_merge(file_options.get("track", {}), set_options.get("track", {}))
     resolved_track = _change_track(track_source, content, changes, model, prompts)
     if Path(resolved_track.model.id).is_absolute():  # where it was, which the resolved track does not say
         given["model"] = changes.get("model", {}).get("id") or model or content["model"]["id"]
@@ -173,7 +173,7 @@ def _configs(
             defaults = {**defaults, **on.tuned.get(names["algo"], {}).get(names["builder"], {})}
         values = {**defaults, **file_options.get(section, {}), **set_options.get(section, {})}
         configs[section] = track.validate(classes[section].Config, values, section)
-    options = track.merge(file_options.get("reward", {}), set_options.get("reward", {}))
+    options = track.deep_merge(file_options.get("reward", {}), set_options.get("reward", {}))
     configs["reward"] = sums.configure(classes["reward"], names["reward"], options, on.rewards)
     _fit(classes["algo"], configs["algo"], classes["builder"], classes["reward"], on)
     configs["algo"] = classes["algo"].pinned(configs["algo"], on)
@@ -206,24 +206,24 @@ def _change_track(
             raise UsageError(f"track.{part} is a section: write track.{part}.OPTION=VALUE")
     changes = dict(changes)
     if model is not None:
-        changes = track.merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
+        changes = track.deep_merge({"model": {"id": model, "sha256": None, "revision": None}}, changes)
     custom = bool(changes.keys() - {"batch", *track.NOT_FIXED})
     if "source" in content.get("prompts", {}):
         asked, lists = prompt_sources.split_changes(changes.pop("prompts", {}))
-        found = prompt_sources.resolve(track.merge(content["prompts"], asked), prompts, source)
-        content["prompts"] = track.merge(found, lists)
+        found = prompt_sources.resolve(track.deep_merge(content["prompts"], asked), prompts, source)
+        content["prompts"] = track.deep_merge(found, lists)
     elif prompts is not None:
         custom = True
         held = changes.get("prompts", {}).get("heldout")
         own = _own_prompts(prompts, content.get("prompts", {}), held if isinstance(held, list) else [], source)
-        changes = track.merge({"prompts": own}, changes)
+        changes = track.deep_merge({"prompts": own}, changes)
     for part, option in (("model", "--model DIR_OR_HUB_ID"), ("prompts", "--prompts FILE")):
         if part not in content and part not in changes:
             raise UsageError(f"track {source} leaves the {part} to you: give {option}")
     if changes:
         if "heldout" in changes.get("prompts", {}):  # the clusters were those of the prompts that go
             content["prompts"] = {k: v for k, v in content.get("prompts", {}).items() if k != "clusters"}
-        content = track.merge(track.without_rungs(content, changes), changes)
+        content = track.deep_merge(track.without_rungs(content, changes), changes)
     # A track whose fixed part is changed is another: its records never mix with the published one's.
     if custom:
         content["name"] = f"{content.get('name', 'track')}-custom"
@@ -391,5 +391,5 @@ def _settings(settings: list[str]) -> dict[str, Any]:
         nested: dict[str, Any] = {parts[-1]: parsed}
         for part in reversed(parts[:-1]):
             nested = {part: nested}
-        result = track.merge(result, nested)
+        result = track.deep_merge(result, nested)
     return result

@@ -20,7 +20,7 @@ from bench_dfusion.errors import PluginError
 from bench_dfusion.results import checked_base, statistics
 from bench_dfusion.results.checked_base import CheckedBase
 from bench_dfusion.results.records import Drift, Gain, Verdict
-from bench_dfusion.rewards.contract import Reward, dealt_out, embedded, fault, made
+from bench_dfusion.rewards.contract import Reward, embedded, fault, made, scored_in_shards
 from bench_dfusion.runs.config import judges_of
 from bench_dfusion.tracks.schema import Track
 from bench_dfusion.util import parallel
@@ -115,7 +115,7 @@ def load_judges(track: Track, device: torch.device, make: Callable[..., Reward] 
     for text, (cls, options) in judges_of(track).items():
         loaded = judges[text] = make(cls, options, device, track.prompts.heldout)
         if track.memory.offload_rewards:
-            loaded.rest()
+            loaded.offload()
     return judges
 
 
@@ -131,7 +131,7 @@ def judged(judge: Reward, name: str, drawn: Drawn, per_prompt: int, what: str = 
     """A judge's scores float32 [P, K]. Raises PluginError where they are no numbers: the fault is the judge's."""
     prompts = drawn.trajectory.prompts
     with judge.scoring():
-        scores = dealt_out(judge, drawn.images, prompts)
+        scores = scored_in_shards(judge, drawn.images, prompts)
     if wrong := fault(scores, prompts):
         raise PluginError(f"{what} {name} {wrong}: mend it, and the same command goes on")
     return scores.view(-1, per_prompt)

@@ -2,7 +2,7 @@
 
 No cell can tell whether another ran before it: what it is given is what it would load, and torch's settings and random
 numbers are where loading would leave them. What another cell could tell apart is loaded anew: rewards of others' code,
-which may keep what they were asked, and a pipeline whose parts were dropped or dealt out.
+which may keep what they were asked, and a pipeline whose parts were dropped or sharded.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def card(folder: Path, record: Record) -> str:
     if local:
         base = str(record.given.get("model", base))
     on_hub = not local and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base)) and not Path(base).exists()
-    whole = companions.weights(record) == companions.WHOLE
+    whole = companions.weights_file(record) == companions.WHOLE
     in_diffusers = whole or _keys_begin_with(folder / companions.LORA, "unet.")
     name = f"{record.algorithm} on {record.builder} samples, reward {record.reward}, seed {record.seed}"
     data = ModelCardData(

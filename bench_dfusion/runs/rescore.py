@@ -98,7 +98,7 @@ def run(folder: Path, device: str | None = None, model: str | None = None) -> Re
     record = records.read(folder / "record.json")
     if record.status == "failed":
         raise UsageError(f"{folder} failed ({record.evidence}): it was never judged, so there is nothing to compare")
-    file = records.beside(folder / "record.json", record, companions.weights(record))
+    file = records.beside(folder / "record.json", record, companions.weights_file(record))
     if not file.is_file():
         raise UsageError(
             f"no file {file}: the record alone cannot be scored again; run its cell again, or get its trained weights"
@@ -274,7 +274,7 @@ class Scale(Part):
     modules: int = Field(description="modules it changes (count)")
 
 
-class Evaluation(Part):
+class ScoredWeights(Part):
     """What the judges say of weights that the suite did not train: a checkpoint result, never ranked."""
 
     schema_version: Literal[1] = Field(1, description="version of this schema")
@@ -329,7 +329,7 @@ class Checkpoint(Policy):
                 setattr(self, name, value)
 
 
-def weights(
+def score_weights(
     track: Track,
     out: Path,
     *,
@@ -337,7 +337,7 @@ def weights(
     checkpoint: Path | None = None,
     name: str | None = None,
     device: str | None = None,
-) -> tuple[Path, Evaluation]:
+) -> tuple[Path, ScoredWeights]:
     """Score a LoRA's file or directory, or a pipeline's directory, that the suite did not train, on a track.
 
     Leaves `evaluation.json` and `base_trained.png` below `out` and returns their directory with the evaluation; what
@@ -380,7 +380,7 @@ def weights(
     done = _evaluated(policy, track, judges, {}, base, str(path))
     pictures.base_and_trained(folder / "base_trained.png", done.base, done.trained, track.prompts.heldout)
     code, dirty = records.code_state()
-    found = Evaluation(
+    found = ScoredWeights(
         label=label,
         kind=kind,
         source=str(path),
@@ -405,10 +405,10 @@ def weights(
     return folder, found
 
 
-def read(path: Path) -> Evaluation:
+def read(path: Path) -> ScoredWeights:
     """Read an evaluation. Raises UsageError naming the file and the first thing wrong with it."""
     try:
-        return Evaluation.model_validate_json(path.read_bytes())
+        return ScoredWeights.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
         text = str(error)
         if isinstance(error, ValidationError):

@@ -20,10 +20,10 @@ from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.models.base import Adapter, NotFinite
 from bench_dfusion.models.loading import dtype
-from bench_dfusion.objectives.averages import Warmed
+from bench_dfusion.objectives.averages import WarmedUpEMA
 from bench_dfusion.results import checked_base, records
 from bench_dfusion.results.records import Record, Round, Rung
-from bench_dfusion.rewards.contract import dealt_out, fault
+from bench_dfusion.rewards.contract import fault, scored_in_shards
 from bench_dfusion.rewards.sums import WeightedSum, scored_apart
 from bench_dfusion.runs import base_drawing, baseline, evaluation, model_card, pairs, pictures, text_limits
 from bench_dfusion.runs.baseline import Baseline
@@ -128,7 +128,7 @@ class Run:
         loaded.begin(cell, self.device)
         self.reward = loaded.reward(cell.reward, cell.reward_config, self.device, prompts if cell.builder.draws else ())
         if track.memory.offload_rewards and not cell.algorithm.needs_gradient:
-            self.reward.rest()
+            self.reward.offload()
         self.judges = evaluation.load_judges(track, self.device, loaded.reward)
         self.base: checked_base.CheckedBase | None = None
         adapter, self.model_sha256 = loaded.pipeline(track.model, self.device, track.memory)
@@ -155,7 +155,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        self.average = Warmed(config.ema) if config.ema is not None else None
+        self.average = WarmedUpEMA(config.ema) if config.ema is not None else None
         if self.average is not None:
             self.average.weights(self.policy)  # it begins with the weights before the first update
         self.progress = Progress()
@@ -275,7 +275,7 @@ class Run:
             if isinstance(self.reward, WeightedSum):
                 rewards, apart = scored_apart(self.reward, images, prompts)
             else:
-                rewards = dealt_out(self.reward, images, prompts)
+                rewards = scored_in_shards(self.reward, images, prompts)
         if wrong := fault(rewards, prompts):
             raise Collapse(f"reward {self.reward.name} {wrong}")
         return rewards, apart

@@ -338,7 +338,7 @@ def _read(source: str, folder: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UsageError(
             f"{path}: {base} is {content['name']} version {content['version']} already: give another name or version"
         )
-    return merge(_without_replaced(under, content), content)
+    return deep_merge(_without_replaced(under, content), content)
 
 
 def _with_files(prompts: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -378,12 +378,12 @@ def without_rungs(content: dict[str, Any], changes: dict[str, Any]) -> dict[str,
     return {**content, "budget": {k: v for k, v in own.items() if k != "rungs"}}
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def deep_merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes` over it, table by table; lists and values are replaced whole."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 

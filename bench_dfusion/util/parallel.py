@@ -1,4 +1,4 @@
-"""One run in several processes: the batches are dealt out, and every process goes on with all that came of them.
+"""One run in several processes: its batches are sharded, and every process goes on with all that came of them.
 
 A batch is what one process makes of it, and gradients are added in the order of their pieces, so a run ends the same
 whatever the number of processes. All of them hold the same LoRA and optimiser; only the first writes files. Joined by
@@ -27,7 +27,7 @@ T = TypeVar("T")
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=12)  # a reward may score for long while the others wait
 _objects: Any = None  # the process group that carries results through the CPU's memory
-_in_step = False  # whether every process makes the same calls of the network, since its weights are dealt out
+_in_step = False  # whether every process makes the same calls of the network, since its weights are sharded
 _spare = False  # inside what is computed for that alone
 
 

@@ -45,7 +45,7 @@ class OpenAttention:
         return result
 
 
-class Taps:
+class AttentionHooks:
     """What is wired into a network while D-Fusion builds: recording of a reference, fusing of a target.
 
     Inside `recording()`, a forward leaves `keys_values` {layer: (K, V)}, each [B', rows, D] with one row for each

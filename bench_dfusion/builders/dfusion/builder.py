@@ -21,7 +21,7 @@ from bench_dfusion.builders.contract import (
     winning_pairs,
 )
 from bench_dfusion.builders.dfusion import by_hand
-from bench_dfusion.builders.dfusion.attention import Taps
+from bench_dfusion.builders.dfusion.attention import AttentionHooks
 from bench_dfusion.builders.dfusion.masks import ItemTokens, Rules, item_mask, threshold
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy, Trajectory
@@ -164,7 +164,7 @@ class DFusion(Builder):
         return Trajectory.cat(parts)[back], torch.cat(masks)[back]
 
     def _targets(
-        self, policy: Policy, taps: Taps, drawn: Trajectory, references: Tensor, bases: Tensor
+        self, policy: Policy, taps: AttentionHooks, drawn: Trajectory, references: Tensor, bases: Tensor
     ) -> tuple[Trajectory, Tensor]:
         schedule, device = policy.schedule, policy.device
         unique, which = references.unique(return_inverse=True)
@@ -200,14 +200,14 @@ class DFusion(Builder):
         """The mask [R, positions] of references from their cross-attention maps [R, positions, tokens]."""
         return item_mask(maps, tokens, rules)
 
-    def _taps(self, policy: Policy) -> Taps:
+    def _taps(self, policy: Policy) -> AttentionHooks:
         layers = self.config.layers or policy.adapter.fused_layers()
         sides = policy.adapter.map_sides()
         if self.config.map_side and self.config.map_side not in sides:
             raise ValueError(
                 f"no cross-attention layer has maps of side {self.config.map_side}; there are {sorted(sides)}"
             )
-        return Taps(policy.adapter, layers, self.config.map_side or policy.adapter.map_side())
+        return AttentionHooks(policy.adapter, layers, self.config.map_side or policy.adapter.map_side())
 
     def _tokens(self, policy: Policy, prompt: str) -> list[list[int]]:
         """For each item the columns of the attention maps that name it, in every stretch of the text."""
