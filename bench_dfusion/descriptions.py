@@ -28,6 +28,8 @@ def describe(plugin: Plugin) -> Description:
     found = _in_source(plugin)
     if found is None:
         value = plugin.load()
+        if plugin.kind == "tracks":
+            return Description(track_summary(value, Path(value())), "")
         found = Description(summary_of(value), str(getattr(value, "paper", "")))
     return found
 
@@ -37,6 +39,12 @@ def summary_of(value: Any) -> str:
     text = getattr(value, "summary", None) or (value.__doc__ or "").strip()
     note = ISOLATED if getattr(value, "requirements", ()) else ""
     return text.splitlines()[0] + note if text else ""
+
+
+def track_summary(value: Any, path: Path) -> str:
+    """The line of a track: of the function that an entry point names, else the first comment of its file."""
+    line = path.read_text(encoding="utf-8").splitlines()[0] if path.is_file() else ""
+    return summary_of(value) or line.removeprefix("#").strip()
 
 
 def _in_source(plugin: Plugin) -> Description | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from bench_dfusion import _moved
 from bench_dfusion.errors import PluginError, UsageError, unknown
+from bench_dfusion.version import __version__
 
 if TYPE_CHECKING:  # the contracts look down at this module, which must not import them
     from bench_dfusion.algorithm import Algorithm
@@ -67,11 +68,31 @@ def _contained(what: str, kind: str) -> AbstractContextManager[None]:
 _from_files: dict[tuple[str, str], Plugin] = {}
 
 
+@cache
+def shipped_tracks() -> dict[str, Path]:
+    """The tracks in this package by the names that they are called by: NAME-vN.toml is NAME where no earlier version is
+    there, else NAME-vN. A track of somebody else is an entry point: a function that returns the path of its file."""
+    here = Path(__file__).parent
+    found: dict[str, dict[int, Path]] = {}
+    for folder in ("tracks", "micro"):
+        for path in (here / folder).glob("*-v*.toml"):
+            name, _, version = path.stem.rpartition("-v")
+            found.setdefault(name, {})[int(version)] = path
+    return {
+        name if number == min(versions) else f"{name}-v{number}": path
+        for name, versions in found.items()
+        for number, path in versions.items()
+    }
+
+
 def plugins(kind: str) -> dict[str, Plugin]:
     """Every plugin of a kind by name. Raises PluginError where two distributions claim one name."""
     if kind not in KINDS:
         raise ValueError(f"no plugin kind {kind!r}: {', '.join(KINDS)}")
     found: dict[str, Plugin] = {}
+    if kind == "tracks":
+        ours = f"bench-dfusion {__version__}"
+        found = {name: Plugin(kind, name, ours, value=_path(path)) for name, path in shipped_tracks().items()}
     for entry, source in _installed(f"bench_dfusion.{kind}", _places()):
         if entry.name in found and found[entry.name].entry != entry:
             raise PluginError(
@@ -85,6 +106,10 @@ def plugins(kind: str) -> dict[str, Plugin]:
                 raise PluginError(f"{plugin.source} registers the {kind[:-1]} {name!r}, which {found[name].source} has")
             found[name] = plugin
     return dict(sorted(found.items()))
+
+
+def _path(path: Path) -> Callable[[], Path]:
+    return lambda: path
 
 
 @cache

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bench_dfusion import errors, registry
 from bench_dfusion.cli.options import Plugins, load_files, out
-from bench_dfusion.descriptions import describe, summary_of
+from bench_dfusion.descriptions import describe
 from bench_dfusion.errors import PluginError, UsageError
 
 
@@ -51,7 +51,7 @@ def list_plugins(
 
 def _describe(kind: str, name: str, plugin: registry.Plugin) -> None:
     value = plugin.load()
-    out.print(f"[bold]{name}[/bold]  ({plugin.source})\n{escape(summary_of(value))}")
+    out.print(f"[bold]{name}[/bold]  ({plugin.source})\n{escape(describe(plugin).summary)}")
     if getattr(value, "paper", None):
         out.print(escape(f"source: {value.paper}"))
     if requirements := getattr(value, "requirements", ()):

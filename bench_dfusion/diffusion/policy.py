@@ -221,7 +221,7 @@ class Policy:
         new = [p for p in new if p not in self._encoded]
         if new:
             with self.adapter.encoding(self.device):
-                for prompt in new:  # each alone: in a batch its last bits depend on the others, and so on what resumed
+                for prompt in new:  # each alone: in a batch its last bits would depend on the other prompts, so a resumed run would differ
                     encoded = self.adapter.encode([prompt])
                     for name, value in encoded.items():
                         if value.is_floating_point():

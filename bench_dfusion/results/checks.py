@@ -46,7 +46,7 @@ ALIKE = 8  # prompts (and an eighth of all) whose scores two runs may share by c
 
 
 class Checker:
-    """See the module. One for all records of a command: what it learns of plugins and tracks it keeps."""
+    """Checks records alone and beside each other. One serves a whole command: what it learns of plugins and tracks it keeps."""
 
     def __init__(self) -> None:
         self._plugins = {kind: registry.plugins(kind) for kind in registry.KINDS}

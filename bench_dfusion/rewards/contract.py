@@ -26,9 +26,10 @@ class Reward(ABC):
     unit                   what a score means and its range
     limits                 the least and the greatest score there can be, None: no bound; records beyond are refused
     differentiable         whether gradients flow through `score_tensors`
-    one_judge              whether its options make no other judge of it: trained on under one, it ranks under none
-    by_batch               whether its batches, of `config.batch` images, score alone what they do among others: several
-                           processes then share them
+    one_judge              whether it is the same judge whatever its options: a run that trained on it with some options
+                           is not ranked by it with others
+    by_batch               whether the scores of a batch of `config.batch` images do not depend on the other batches, so
+                           that several processes can share them
     """
 
     name: ClassVar[str]

@@ -207,7 +207,7 @@ NOT_FIXED = {"algorithms", "builders", "tuned", "tuning", "memory"}
 
 
 class Track(Section):
-    """See the module."""
+    """What one TOML file says of a track, its prompts read and its model's path resolved."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="the track's name")
     version: int = Field(ge=1, description="raised with every change; records of different versions never mix")
