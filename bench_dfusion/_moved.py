@@ -24,7 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "companions": ("results.companions",),
     "config": ("runs.config",),
     "consistent": ("builders.contract",),
-    "dataset": ("publish.dataset",),
+    "dataset": ("publish.dataset", "publish.tree", "publish.card"),
     "display": ("cli.display",),
     "evaluation": ("runs.evaluation",),
     "files": ("util.files",),

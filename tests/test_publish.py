@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from bench_dfusion.errors import UsageError
-from bench_dfusion.publish import dataset, repository, verify
+from bench_dfusion.publish import dataset, repository, tree, verify
 from bench_dfusion.results import checked_base, companions, leaderboard, records, tables
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
@@ -576,7 +576,7 @@ def test_hostile_text_is_only_text() -> None:
     rows = [
         record("+[a](http://evil)", builder=evil, reward=evil, of=of, options=o, tuning=evil) for o in (options, {})
     ]
-    card = dataset.files(dataset.content_of([board(*rows)]))["README.md"].decode()
+    card = tree.files(dataset.content_of([board(*rows)]))["README.md"].decode()
     assert header({"README.md": card.encode()})["tags"][0] == dataset.MARK and "\x1b" not in card
     shown = MarkdownIt("commonmark").enable("table").render(card.split("\n---\n", 1)[1])
     for markup in ("<script", "<img", "<a ", "<strong>", "<h1>h"):
@@ -586,7 +586,7 @@ def test_hostile_text_is_only_text() -> None:
 
 
 def test_the_card_declares_only_what_can_be_loaded_and_cites_as_the_project_does(tmp_path: Path) -> None:
-    published = dataset.files(dataset.content_of([board(record(gains=None, rounds=0))]))
+    published = tree.files(dataset.content_of([board(record(gains=None, rounds=0))]))
     head = header(published)
     names = ["leaderboard", "scores", "records"]
     assert [c["config_name"] for c in head["configs"]] == names == [c["config_name"] for c in head["dataset_info"]]
@@ -610,7 +610,7 @@ def test_one_collapsed_run_makes_its_row_a_miss_without_an_interval() -> None:
 def test_the_same_records_give_the_same_bytes_in_any_order() -> None:
     everything = [*OURS, *THEIRS, record(of=OTHER)]
     first, second = (
-        dataset.files(dataset.Content({r.cell_hash: r for r in order})) for order in (everything, everything[::-1])
+        tree.files(dataset.Content({r.cell_hash: r for r in order})) for order in (everything, everything[::-1])
     )
     assert first == second
 

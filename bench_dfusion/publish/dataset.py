@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench_dfusion.errors import UsageError, plain
-from bench_dfusion.results import checks, companions, leaderboard, records, standings
+from bench_dfusion.results import checks, leaderboard, records, standings
 from bench_dfusion.results.figures import COST, FIGURES, OVER
 from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record, Unfinished
 from bench_dfusion.results.standings import Line
-from bench_dfusion.results.tables import markdown
 from bench_dfusion.runs.pictures import evenly, prompts_of
-from bench_dfusion.tracks.schema import JudgedSampler, SamplerSection, Track
+from bench_dfusion.tracks.schema import Track
 from bench_dfusion.util.files import json_text
-from bench_dfusion.version import BIBTEX
 
 MARK = "bench-dfusion-leaderboard"  # the tag by which a dataset is known as one of ours
 README = "README.md"
@@ -134,7 +132,7 @@ def leaderboard_columns() -> dict[str, Column]:
         "judge": Column(
             "string",
             "the judge that ranks: the first of the track; the others are in scores",
-            lambda board, line: _track(board.cells[0]).evaluation.judges[0],
+            lambda board, line: track_of(board.cells[0]).evaluation.judges[0],
         ),
         "metric": Column(
             "string",
@@ -318,10 +316,10 @@ def _check(cell: Record | Unfinished, source: str) -> Track:
         raise wrong(f"its hash is {cell.cell_hash[:80]!r}, no SHA-256")
     if not -(2**63) <= cell.seed < 2**63:
         raise wrong("its seed has more than 64 bits")
-    return _track(cell)
+    return track_of(cell)
 
 
-def _track(cell: Record | Unfinished) -> Track:
+def track_of(cell: Record | Unfinished) -> Track:
     track: Track = Track.model_validate(cell.resolved["track"])
     return track
 
@@ -363,7 +361,7 @@ def _leaderboard(board: Board) -> list[dict[str, Any]]:
 
 def _scores(record: Record, cell: dict[str, Any]) -> list[dict[str, Any]]:
     """What every judge said of all held-out prompts, of each template and of each prompt."""
-    track = _track(record)
+    track = track_of(record)
     prompts, templates = track.prompts.heldout, track.prompts.templates or {}
     first = track.evaluation.judges[0]
     if record.status == "failed":
@@ -395,8 +393,8 @@ def _curves(record: Record, cell: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _stored(cell: Record | Unfinished) -> dict[str, Any]:
     if isinstance(cell, Record):
-        return {**_cell(cell), "status": cell.status, "record": _json(cell.model_dump(mode="json"))}
-    return {**_cell(cell), "status": "unfinished", "error": cell.error, "record": _json(_registered(cell))}
+        return {**_cell(cell), "status": cell.status, "record": json_line(cell.model_dump(mode="json"))}
+    return {**_cell(cell), "status": "unfinished", "error": cell.error, "record": json_line(_registered(cell))}
 
 
 def _registered(cell: Unfinished) -> dict[str, Any]:
@@ -404,7 +402,7 @@ def _registered(cell: Unfinished) -> dict[str, Any]:
     return {"given": {}, "resolved": cell.resolved, "hash": cell.cell_hash}
 
 
-def _run_files(content: Content) -> dict[str, bytes]:
+def run_files(content: Content) -> dict[str, bytes]:
     """The files of all cells but the companions, by path: what their run directories hold."""
     found: dict[str, Any] = {}
     for key, record in content.records.items():
@@ -414,6 +412,10 @@ def _run_files(content: Content) -> dict[str, bytes]:
         if cell.error is not None:
             found[run_path(key, "error.json")] = {"error": cell.error}
     return {path: json_text(found[path]).encode() for path in sorted(found)}
+
+
+def path_of(config: str) -> str:
+    return f"{config}/train-00000-of-00001.parquet"
 
 
 def run_path(cell_hash: str, name: str) -> str:
@@ -426,13 +428,13 @@ def base_path(name: str) -> str:
     return f"runs/{name}"
 
 
-def _json(value: Any) -> str:
+def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def sample_rows(record: Record, pictures: Mapping[str, bytes]) -> bytes:
     """The pictures of a run, by kind, as a Parquet file of the config `samples`."""
-    heldout = _track(record).prompts.heldout
+    heldout = track_of(record).prompts.heldout
     rows: list[dict[str, Any]] = []
     for kind, data in pictures.items():
         row = {**_cell(record), "kind": kind, "image": {"bytes": data, "path": None}}
@@ -457,59 +459,7 @@ def parquet(table: pa.Table) -> bytes:
     return data.getvalue()
 
 
-# ---------------------------------------------------------------- the published tree
-
-
-def path_of(config: str) -> str:
-    return f"{config}/train-00000-of-00001.parquet"
-
-
-def files(content: Content) -> dict[str, bytes]:
-    """The tables, the card and the cells, by path in the dataset; samples and companions are files of their own. Raises
-    UsageError for records that cannot stand beside each other."""
-    checks.check([(None, r) for r in content.records.values()])
-    made = tables(content)
-    data = {config: parquet(table) for config, table in made.items() if len(table)}
-    digests = {config: hashlib.sha256(value).hexdigest() for config, value in data.items()}
-    if content.samples:
-        digests["samples"] = hashlib.sha256(_json(sorted(content.samples.values())).encode()).hexdigest()
-    if content.companions:  # what they hold, the records say
-        beside = f"{digests['records']} {_json(sorted(content.companions))}"
-        digests["records"] = hashlib.sha256(beside.encode()).hexdigest()
-    made = {path_of(config): value for config, value in data.items()}
-    return made | _run_files(content) | {README: card(content, digests).encode()}
-
-
-def is_ours(readme: str) -> bool:
-    """Whether a README is the card of a leaderboard that this module wrote."""
-    readme = readme.replace("\r\n", "\n")
-    head = readme.split("\n---", 1)[0] if readme.startswith("---") else ""
-    return f"\n- {MARK}\n" in head + "\n"
-
-
-def samples_in(paths: Iterable[str]) -> dict[str, str]:
-    """The samples among the paths of a published tree, as in `Content`."""
-    return {match[1]: path for path in sorted(paths) if (match := SAMPLE.fullmatch(path))}
-
-
-def companions_in(paths: Iterable[str], content: Content) -> frozenset[str]:
-    """Those of a published tree's paths that lie beside the content's records, of whatever name: a later bench-dfusion
-    may know more companions."""
-    runs = {p: run for p in paths if (run := RUN.fullmatch(p))}
-    return frozenset(p for p, run in runs.items() if run[1] in content.records and run[2] not in MADE)
-
-
-def superseded(paths: Iterable[str], content: Content, made: Iterable[str]) -> set[str]:
-    """Paths of a published tree that its configs would still load, or a reader of its cells still find, and whose rows the
-    new content has or replaces. `made`: the paths of `files(content)`."""
-    kept = {*made, *content.samples.values(), *content.companions}
-    cells = content.records.keys() | content.unfinished.keys()
-
-    def ours(path: str) -> bool:
-        run = RUN.fullmatch(path)
-        return bool(SHARD.fullmatch(path) or SAMPLE.fullmatch(path) or (run and run[1] in cells))
-
-    return {path for path in paths if path not in kept and ours(path)}
+# ---------------------------------------------------------------- read again
 
 
 def read_records(data: bytes, source: str) -> Content:
@@ -531,7 +481,7 @@ def read_records(data: bytes, source: str) -> Content:
                 resolved = json.loads(row["record"])["resolved"]
                 names = {name: row[name] for name in (*_CELL, *_SEED)}
                 cell = unfinished[row["cell_hash"]] = Unfinished(Path(), **names, resolved=resolved, error=row["error"])
-                _track(cell)
+                track_of(cell)
             else:
                 cell = finished[row["cell_hash"]] = records.parse(row["record"], where)
             if cell.cell_hash != row["cell_hash"]:
@@ -542,168 +492,3 @@ def read_records(data: bytes, source: str) -> Content:
             raise UsageError(f"{where}, is no record ({plain(error)[:200]}); {update}") from None
         _check(cell, f"{source}: ")
     return Content(finished, unfinished)
-
-
-# ---------------------------------------------------------------- the card
-
-
-def card(content: Content, digests: Mapping[str, str]) -> str:
-    """The dataset's README. `digests`: a hash of each config that has rows; the others cannot be loaded, and are said
-    to be absent. Texts of records are shown as text, whatever they hold."""
-    boards = boards_of(content)
-    rows = sum(len(leaderboard.rows(b.at(1))) for b in boards)
-    absent = [config for config in COLUMNS if config not in digests]
-    missing = f"\nWithout rows yet, and so not declared: {', '.join(f'`{c}`' for c in absent)}.\n" if absent else ""
-    return f"""---
-license: apache-2.0
-pretty_name: bench-dfusion leaderboard
-task_categories:
-- text-to-image
-tags:
-- {MARK}
-- bench-dfusion
-- leaderboard
-- benchmark
-- diffusion
-- preference-optimization
-- reinforcement-learning
-configs:
-{_yaml_configs(digests)}dataset_info:
-{_yaml_features(digests)}---
-# bench-dfusion leaderboard
-
-Which preference-optimisation method aligns a text-to-image diffusion model best, at what cost: {counted(len(content.records), "run")} in {counted(rows, "row")} of {counted(len(boards), "track")}, measured by bench-dfusion.
-A row is an algorithm × builder of training samples × reward; its gain is trained − base on held-out prompts never trained on, before a judge never trained against.
-
-```python
-from datasets import load_dataset
-
-load_dataset("OWNER/NAME", "leaderboard", split="train")  # this dataset's id, or the directory it lies in
-```
-
-{"".join(_track_section(b) for b in boards)}## Rules
-- The budget is reward queries: every image the training reward scores, samples that are built included. Offline rows (trained on given pairs) cost none, and say so.
-- The first judge of a track ranks. A row trained on it is a ceiling: shown, unranked.
-- Base and trained are drawn on the same held-out noise, which depends on (prompt, image index) alone; the gain is paired. From three seeds on its 95 % interval is the two-way t over seeds and prompts; below, it covers the prompts only and there is no rank.
-- A rank is a range: all pairs of rows with exactly the track's seeds are compared together, at 5 % for the whole table; rows that are not separated share it.
-- A run that collapsed or turned non-finite makes its row a miss: gain −inf, last place. Registered cells without a record make it incomplete. Neither is dropped.
-- The evaluated checkpoint is the last one of the budget, at each rung where the track has rungs. Options are fixed for a method, or tuned on validation prompts under the budget that the track states.
-- Records of different tracks (the hash decides) are never compared.
-
-## Configs
-Every config has the split `train`. Floats are null where there is no value, and −inf in `gain` for a miss.
-{missing}
-{_columns(digests)}
-## Make the tables anew, and check them
-`records` holds everything the other tables are made from. The same cells lie as files in `runs/<cell_hash>/`: the record, and beside it what a check of it needs, the trained LoRA (of {_with_lora(content)} of {counted(len(content.records), "run")}) and, of the records that name it, every judge's score of every held-out picture.
-
-```sh
-hf download OWNER/NAME --repo-type dataset --local-dir board
-bench-dfusion leaderboard board
-bench-dfusion verify board --sample 3  # drawn by a hash of all, evaluated again from their LoRAs
-```
-
-## Add your runs
-```sh
-bench-dfusion publish OWNER/NAME --from runs --pr
-```
-proposes the runs below `runs/` as a pull request; rows that are published stay. Should others be merged before yours, publish again: it reads what is there and makes the tables anew.
-
-## Cite
-```bibtex
-{BIBTEX}
-```
-"""
-
-
-def _with_lora(content: Content) -> int:
-    return sum(
-        run_path(key, companions.weights_file(record)) in content.companions for key, record in content.records.items()
-    )
-
-
-def _yaml_configs(digests: Mapping[str, str]) -> str:
-    # datasets.load_dataset keys its cache of a local directory by this YAML alone: the hash in `description` is what
-    # tells it that the files have changed.
-    return "".join(
-        f"- config_name: {config}\n"
-        + ("  default: true\n" if config == "leaderboard" else "")
-        + f"  description: content {digests[config]}\n"
-        + f"  data_files:\n  - split: train\n    path: {config}/train-*\n"
-        for config in COLUMNS
-        if config in digests
-    )
-
-
-def _yaml_features(digests: Mapping[str, str]) -> str:
-    return "".join(
-        f"- config_name: {config}\n  features:\n"
-        + "".join(f"  - name: {name}\n    dtype: {kind}\n" for name, (kind, _) in columns.items())
-        for config, columns in COLUMNS.items()
-        if config in digests
-    )
-
-
-def _columns(digests: Mapping[str, str]) -> str:
-    about = {
-        "leaderboard": "one row for each algorithm × builder × reward × variant of a track, best first, at each of its rungs",
-        "scores": "what every judge said of every run at each of its rungs: of all held-out prompts, of each template, of each prompt",
-        "curves": "the training curve of every run, one row for each round and metric",
-        "samples": "pictures that runs left",
-        "records": "one row a run: the record that everything else is made from",
-    }
-    return "".join(
-        f"### {config}\n{about[config][0].upper()}{about[config][1:]}.\n\n| column | type | what it is |\n|---|---|---|\n"
-        + "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, (kind, meaning) in COLUMNS[config].items())
-        + "\n"
-        for config in COLUMNS
-        if config in digests
-    )
-
-
-def _sampler(section: SamplerSection) -> str:
-    noise = "the family's eta" if section.eta is None else f"eta {section.eta:g}" if section.eta else "the ODE"
-    cps = "cps, " if section.kind == "cps" else ""
-    side = f", {section.resolution} pixels" if isinstance(section, JudgedSampler) and section.resolution else ""
-    return f"{cps}{section.steps} steps, {noise}, guidance {section.guidance:g}{side}"
-
-
-def _track_section(board: Board) -> str:
-    cell = board.cells[0]
-    track = _track(cell)
-    metrics = {v.judge: v.metric for r in board.records for v in r.verdicts}
-    weights = sorted({r.provenance.model_sha256 for r in board.records})
-    judges = [f"{_text(j)} ({_text(metrics[j])})" if j in metrics else _text(j) for j in track.evaluation.judges]
-    p, s, b = track.prompts, track.sampler, track.budget
-    rank = f"rank {track.lora.rank}" if track.lora.rank else "none: the network's own weights"
-    lora = rank + (f", in {_text(', '.join(track.lora.targets))}" if track.lora.targets else "")
-    tuning = next((r.tuning for r in board.records if r.tuning), "")
-    facts = {
-        "track hash": f"`{_text(board.track_hash)}`",
-        "base model": _text(track.model.id)
-        + (f", revision {_text(track.model.revision)}" if track.model.revision else ""),
-        "its weights, SHA-256": ", ".join(f"`{_text(w)}`" for w in weights) or "–",
-        "arithmetic": _text(track.model.dtype + (f", autocast {track.model.autocast}" if track.model.autocast else "")),
-        "sampler": _sampler(s),
-        **({"sampler of what is judged": _sampler(other)} if (other := track.evaluation.sampler) else {}),
-        "LoRA": lora,
-        "budget of a run": f"{b.reward_queries} reward queries; {b.prompts_per_round} prompts × {b.samples_per_prompt} samples a round"
-        + (f"; ranked at {', '.join(map(str, b.rungs))}" if b.rungs else ""),
-        "prompts": f"{len(p.train)} train, {len(p.validation)} validation, {len(p.heldout)} held-out × "
-        f"{track.evaluation.images_per_prompt} images; the first held out: {'; '.join(map(_text, p.heldout[:3]))}",
-        "judges": f"{'; '.join(judges)}; the first ranks",
-        "seeds of a full row": str(track.seeds),
-    } | ({"options": _text(tuning)} if tuning else {})
-    lines = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    return f"## {_text(board.track)}\n{markdown(board)}\n| the track | |\n|---|---|\n{lines}\n"
-
-
-def _text(value: str) -> str:
-    """Text of a record as one line of Markdown that shows it and does nothing: all but letters, digits and a few signs
-    are character references, which Markdown never reads as markup."""
-    line = "".join(c for c in " ".join(value.split()) if c.isprintable())
-    return "".join(c if c.isalnum() or c in " ,.–−-" else f"&#{ord(c)};" for c in line)
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

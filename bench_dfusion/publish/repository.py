@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench_dfusion.errors import UsageError, plain
-from bench_dfusion.publish import dataset
+from bench_dfusion.publish import card, dataset, tree
 from bench_dfusion.publish.dataset import README, Content
 from bench_dfusion.results import companions
 from bench_dfusion.results.leaderboard import Board
@@ -74,7 +74,7 @@ def summary(done: Published) -> str:
     """What to tell the user: where it is, and how to read it."""
     proposal = re.search(r"/discussions/(\d+)$", done.url)
     verb = "proposed" if proposal else "published"
-    new = f"{dataset.counted(done.added, 'run')} of {done.records} new{_and_beside(done)}"
+    new = f"{card.counted(done.added, 'run')} of {done.records} new{_and_beside(done)}"
     what = new if done.changed else "it was there already"
     revision = f', revision="refs/pr/{proposal[1]}"' if proposal else ""
     return (
@@ -84,7 +84,7 @@ def summary(done: Published) -> str:
 
 
 def _and_beside(done: Published) -> str:
-    return f" and {dataset.counted(done.beside, 'file')} beside records" if done.beside else ""
+    return f" and {card.counted(done.beside, 'file')} beside records" if done.beside else ""
 
 
 # ---------------------------------------------------------------- a directory
@@ -144,7 +144,7 @@ def check(folder: Path, found: Sequence[tuple[Path, Record]]) -> None:
     """Where a folder is a published leaderboard, whether the record files found in it are the records that its tables
     are made from, all of them. Raises UsageError."""
     paths, readme = _read(folder)
-    if readme is None or not dataset.is_ours(readme):
+    if readme is None or not tree.is_ours(readme):
         return
     tables = _published(paths, readme, lambda path: (folder / path).read_bytes(), str(folder)).records
     for path, record in found:
@@ -276,7 +276,7 @@ def _commit(
     if readme is not None and readme.encode() == tree.made[README]:
         return _result(repo, page, published, tree, changed=False)
     new = _result(repo, page, published, tree, changed=True)
-    title = message or f"bench-dfusion: {dataset.counted(new.added, 'run')}{_and_beside(new)} of {_names(boards)}"
+    title = message or f"bench-dfusion: {card.counted(new.added, 'run')}{_and_beside(new)} of {_names(boards)}"
     if pr:
         number = _proposed(api, repo, title, tree.made[README], work)
         if number is not None:
@@ -396,7 +396,7 @@ def _published(paths: set[str], readme: str | None, read: Callable[[str], bytes]
     """What a published tree holds. Raises UsageError where it is no leaderboard, or cannot be read whole."""
     if readme is None:
         return Content()
-    if not dataset.is_ours(readme):
+    if not tree.is_ours(readme):
         raise UsageError(
             f"{where} has a README.md that bench-dfusion did not write: it is another dataset, give another place"
         )
@@ -405,10 +405,10 @@ def _published(paths: set[str], readme: str | None, read: Callable[[str], bytes]
         raise UsageError(
             f"{where} has lost {dataset.path_of('records')}: bring it back, or publish elsewhere, else rows would be lost"
         )
-    found = Content(samples=dataset.samples_in(paths))
+    found = Content(samples=tree.samples_in(paths))
     for path in records:  # one file, unless others wrote more
         found = dataset.merged(found, dataset.read_records(read(path), f"{where}: {path}"))
-    return Content(found.records, found.unfinished, found.samples, dataset.companions_in(paths, found))
+    return Content(found.records, found.unfinished, found.samples, tree.companions_in(paths, found))
 
 
 def _beside(boards: Sequence[Board]) -> Beside:
@@ -473,8 +473,8 @@ def _tree(
     new = {path: source for path, source in new.items() if path not in merged.companions}
     written |= {path: source for path, source in bases.items() if path not in paths}
     content = Content(merged.records, merged.unfinished, samples, merged.companions | new.keys())
-    made = dataset.files(content)
-    return _Tree(content, made, written | new, dataset.superseded(paths, content, made))
+    made = tree.files(content)
+    return _Tree(content, made, written | new, tree.superseded(paths, content, made))
 
 
 def _picture(path: Path) -> bytes:
