@@ -21,6 +21,7 @@ from test_sweep import jobs
 from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.sweeps import local, node, queue, storage
+from bench_dfusion.sweeps.job import Job
 from bench_dfusion.sweeps.local import Local
 from bench_dfusion.sweeps.storage import Life, Storage, begin
 from bench_dfusion.version import __version__
@@ -102,16 +103,16 @@ WAIT = "print('waits', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrup
 
 
 @pytest.fixture
-def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], queue.Job]:
+def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Job]:
     """`cell("code")`: the job of a cell that runs this code."""
     monkeypatch.setattr(local, "_command", lambda fd: [sys.executable, "-c", CELL, str(fd)])
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is still in a buffer at a cell's end is the cell's
     (planned,), made = jobs(tmp_path, algorithms=["dpo"], seeds=1), itertools.count()
 
-    def of(code: str = "") -> queue.Job:
+    def of(code: str = "") -> Job:
         number = next(made)
         (tmp_path / str(number)).write_text(code)
-        job = queue.Job(planned.cell, tmp_path / f"out{number}", ["--config", str(tmp_path / str(number))])
+        job = Job(planned.cell, tmp_path / f"out{number}", ["--config", str(tmp_path / str(number))])
         (job.folder / "error.json").parent.mkdir(parents=True)
         (job.folder / "error.json").touch()
         return job
@@ -119,20 +120,20 @@ def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], que
     return of
 
 
-def ends(where: Local, *own: queue.Job) -> list[str | None]:
+def ends(where: Local, *own: Job) -> list[str | None]:
     """How the started cells end."""
     until, found = time.monotonic() + 60, {}
     while len(found) < len(own) and time.monotonic() < until:
-        found |= {j.folder: how for j in own if j.folder not in found and (how := where.ended(j)) is not None}
+        found |= {j.folder: ended.how for j in own if j.folder not in found and (ended := where.ended(j)) is not None}
         time.sleep(0.02)
     return [found.get(j.folder) for j in own]
 
 
-def log(job: queue.Job) -> str:
+def log(job: Job) -> str:
     return (job.folder / "log.txt").read_text()
 
 
-def begun(job: queue.Job, word: str = "waits") -> int:
+def begun(job: Job, word: str = "waits") -> int:
     """The process of a cell that waits."""
     until = time.monotonic() + 60
     while word not in log(job) and time.monotonic() < until:

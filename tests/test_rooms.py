@@ -44,7 +44,7 @@ ROOMS = [
     "__main__",
 ]
 # The contracts stand above the registry, whose overloads name them for type checkers.
-FOR_TYPES_ONLY = {"bench_dfusion.registry", "bench_dfusion.sweeps.launcher"}
+FOR_TYPES_ONLY = {"bench_dfusion.registry"}
 PLUGINS = {"algorithms": "objectives", "reward_models": "rewards"}  # the highest room that plugins of ours may see
 
 

@@ -30,7 +30,7 @@ from bench_dfusion.results.leaderboard import Board
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import config, trainer
 from bench_dfusion.runs.baseline import pictures_per_prompt
-from bench_dfusion.sweeps import queue
+from bench_dfusion.sweeps import job, queue
 from bench_dfusion.tracks.schema import read
 from bench_dfusion.util import files
 
@@ -427,7 +427,7 @@ def test_every_rung_stands_beside_the_others(tmp_path: Path, said: Any, refused:
 
 
 def test_a_sweep_runs_to_its_rung(tmp_path: Path) -> None:
-    def planned(rung: int) -> queue.Job:
+    def planned(rung: int) -> job.Job:
         names = (["diffusion-dpo"], ["vanilla"], ["oracle"])
         ((job,), _) = queue.plan("micro", *names, 1, tmp_path, ["--track", "micro"], rung, settings=OWN)
         return job

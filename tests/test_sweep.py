@@ -18,7 +18,8 @@ import bench_dfusion
 from bench_dfusion import plugin_files, registry
 from bench_dfusion.errors import UsageError
 from bench_dfusion.results import leaderboard, records, tables
-from bench_dfusion.sweeps import queue
+from bench_dfusion.runs import status
+from bench_dfusion.sweeps import job, queue
 from bench_dfusion.sweeps.local import Local
 
 FAILING = '''
@@ -55,7 +56,7 @@ class Killing(Oracle):
 '''
 
 
-def jobs(out: Path, **changes) -> list[queue.Job]:
+def jobs(out: Path, **changes) -> list[job.Job]:
     options = {"seeds": 2, "settings": SETTINGS} | changes
     algorithms = options.pop("algorithms", ["dpo", "ddpo"])
     rewards = options.pop("rewards", ["oracle"])
@@ -119,7 +120,7 @@ def test_the_time_left_is_that_of_like_cells_then_of_all_then_of_what_runs(tmp_p
     now = time.monotonic()
     planned[0].state, planned[0].started = "running", now - 10
     planned[0].folder.mkdir(parents=True)
-    (planned[0].folder / "log.txt").write_text("hello\ntrain dpo/vanilla/oracle 1/4, 30 s left  reward 0.5\n")
+    status.Reporter(planned[0].folder).say("train", 1, 4)
     assert sweep.time_left() == pytest.approx((30 + 3 * 40) / 2, abs=0.5)
     planned[1].state, planned[1].seconds = "finished", 100.0
     assert sweep.time_left() == pytest.approx((90 + 2 * 100) / 2, abs=0.5)

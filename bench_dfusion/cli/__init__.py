@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -15,6 +16,7 @@ import typer
 from bench_dfusion import errors
 from bench_dfusion.cli import doctor, evaluation, pairs, plugins, publish, records, run, sweep, tables
 from bench_dfusion.errors import PluginError, UsageError
+from bench_dfusion.util import files
 
 if TYPE_CHECKING:
     from bench_dfusion.runs.loaded import Loaded
@@ -66,7 +68,7 @@ def main(loaded: Loaded | None = None) -> None:
         sys.exit(app(standalone_mode=False, obj=loaded) or 0)  # typer.Exit comes back as its status
     except UsageError as error:
         print(f"bench-dfusion: {errors.plain(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, files.Busy) else 2)
     except PluginError as error:
         import traceback
 

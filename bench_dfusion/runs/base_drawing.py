@@ -71,9 +71,8 @@ def _alone(folder: Path, track: Track) -> Iterator[None]:
         with files.locked(lock, busy):
             yield
         return
-    except UsageError as error:
-        if str(error) != busy:
-            raise
+    except files.Busy:
+        pass
     print(f"{busy}; this one waits for it", file=sys.stderr, flush=True)
     with files.locked(lock):
         yield

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from bench_dfusion.results import checked_base, records
 from bench_dfusion.results.records import Record, Round, Rung
 from bench_dfusion.rewards.contract import fault, scored_in_shards
 from bench_dfusion.rewards.sums import WeightedSum, scored_apart
-from bench_dfusion.runs import base_drawing, baseline, evaluation, model_card, pairs, pictures, text_limits
+from bench_dfusion.runs import base_drawing, baseline, evaluation, model_card, pairs, pictures, status, text_limits
 from bench_dfusion.runs.baseline import Baseline
 from bench_dfusion.runs.config import Cell
 from bench_dfusion.runs.loaded import Loaded
@@ -105,6 +105,7 @@ def run_cell(
         if parallel.first():
             files.write_json(folder / "cell.json", cell.description)
         run.restore()
+        run.say("base", run.ends[rung - 1])
         run.base = base_drawing.ensure(cell.track, folder.parent, run.policy, run.judges, run.model_sha256)
         return run.climb(rung)
 
@@ -163,6 +164,7 @@ class Run:
         self._scored: list[tuple[Tensor, Tensor]] = []  # of a sum: rewards and components, as the round scored them
         self.failure: str | None = None
         self.checkpoint = folder / CHECKPOINT
+        self.status = status.Reporter(folder)
 
     def _check_builder(self, prompts: Sequence[str]) -> None:
         """Raise ValueError where the builder cannot work with a prompt, or with the noise of one of the rounds."""
@@ -171,15 +173,24 @@ class Run:
             with self.policy.noisy_at(steps):
                 self.builder.check(self.policy, prompts)
 
+    def say(self, stage: Literal["base", "train", "evaluate", "done"], end: int) -> None:
+        """Leave in the run's directory what it does now, on its way to `end` rounds."""
+        rounds = self.progress.rounds
+        last = rounds[-1]["reward"] if rounds else None
+        rises = [r["rise"] for r in rounds if r["rise"] is not None]
+        self.status.say(stage, self.progress.round, end, last, rises)
+
     def climb(self, rung: int) -> Record:
         """Train up to a rung of the ladder, and at each on the way evaluate and leave a record."""
         record: Record | None = None
         for number in range(len(self.progress.rungs) + 1, rung + 1):
             self.train(self.ends[number - 1])
+            self.say("evaluate", self.ends[rung - 1])
             self.evaluate(number)
             record = parallel.once(self._record)
             if record.status == "failed":
                 break
+        self.say("done", self.ends[rung - 1])
         return record or parallel.once(self._record)
 
     def train(self, end: int) -> None:
@@ -187,6 +198,7 @@ class Run:
         label = f"{self.cell.algorithm.name}/{self.cell.builder.name}/{self.cell.reward.name}"
         with bar(f"train {label}", end, self.progress.round) as progress:
             while self.progress.round < end:
+                self.say("train", end)
                 number = self.progress.round
                 before = self.policy.network_evaluations
                 try:

@@ -12,4 +12,4 @@ _BEFORE = {"Job", "Sweep", "plan", "register"}  # what was in the module of this
 def __getattr__(name: str) -> Any:
     if name not in _BEFORE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _moved.attribute(__name__, name, ("sweeps.queue",))
+    return _moved.attribute(__name__, name, ("sweeps.queue", "sweeps.job"))

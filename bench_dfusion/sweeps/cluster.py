@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from bench_dfusion.errors import UsageError, plain
 from bench_dfusion.results import checked_base
+from bench_dfusion.runs import status
 from bench_dfusion.sweeps import launcher, node
+from bench_dfusion.sweeps.job import Job
+from bench_dfusion.sweeps.launcher import Ended
 from bench_dfusion.sweeps.storage import BEAT, LAST, Life, Storage, begin, lease, tries_of
 from bench_dfusion.util import files
 from bench_dfusion.version import __version__
 
 if TYPE_CHECKING:  # a node imports this too, and needs no torch for it
-    from bench_dfusion.sweeps.queue import Job
+    from bench_dfusion.sweeps.job import Job
 
 LOSSES = 10  # lost tries of a cell after which it may be what kills its nodes
 # Errors of Ray that say nothing of the cell
@@ -189,31 +192,31 @@ class Cluster:
             self.bases.add(path.name)
         return path.name
 
-    def ended(self, job: Job) -> str | None:
+    def ended(self, job: Job) -> Ended | None:
         own = self.tries[job.folder]
         if own.ref is None:
-            return self._done(job, "its record was in the storage", pull=True)
+            return Ended(self._done(job, "its record was in the storage", pull=True))
         if own.node and job.state == "queued":
             job.state, job.started = "running", time.monotonic()
         if own.dead:  # Ray itself waits for a word of a task on a node that went silent
             self.ray.cancel(own.ref, force=True)
-            return self._lost(job, "NodeDiedError")
+            return Ended(self._lost(job, "NodeDiedError"))
         if not self.ray.wait([own.ref], timeout=0)[0]:
             return None
         try:
             code, seconds = self.ray.get(own.ref)
         except self.ray.exceptions.RayError as error:
             if type(error).__name__ in LOST:
-                return self._lost(job, type(error).__name__)
+                return Ended(self._lost(job, type(error).__name__))
             cause = getattr(error, "cause", None) or error
             how = self._done(job, "on its node")
             with open(job.folder / "log.txt", "a") as log:
                 log.write(f"\n{type(cause).__name__}: {plain(str(cause).strip())}\n")
-            return how
+            return Ended(how)
         if code is None:
             raise launcher.Lost(self._done(job, "another sweep has begun it too"))
         job.state, job.started = "running", time.monotonic() - seconds
-        return self._done(job, launcher.how(code), pull=True)
+        return Ended(self._done(job, launcher.how(code), pull=True), code)
 
     def stop(self, jobs: Sequence[Job]) -> None:
         running = {j.folder: own for j in jobs if (own := self.tries.get(j.folder)) and own.ref is not None}
@@ -268,7 +271,9 @@ class Cluster:
                         own.node = own.node or self.storage.read(f"{own.cell}/nodes/{own.name}.json").get("node", "")
                         own.dead = own.node in self.gone
                         if own.node:
-                            self.storage.get(f"{own.cell}/{own.name}/log.txt", folder / "log.txt")
+                            for name in ("log.txt", status.FILE):
+                                with suppress(Exception):
+                                    self.storage.get(f"{own.cell}/{own.name}/{name}", folder / name)
 
     def _count(self) -> int:
         """How many cells fit the nodes; `places` is that, at least 1."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from bench_dfusion.sweeps.queue import Job
+from bench_dfusion.sweeps.job import Job
 
+BUSY = os.EX_TEMPFAIL  # the exit status of a command whose cell another process is running
 GRACE = 30.0  # s that a stopped cell has to end by itself
 
 
 class Lost(Exception):
     """The try of a cell is lost and not the cell: another may begin. The message is why."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a try of a cell ended: in words, and the exit status of its process where that is known."""
+
+    how: str
+    code: int | None = None
 
 
 class Launcher(Protocol):
@@ -33,7 +43,7 @@ class Launcher(Protocol):
     def start(self, job: Job) -> None:
         """Begin a try: `job.state` becomes queued, running (with `job.started`), or elsewhere where others were faster."""
 
-    def ended(self, job: Job) -> str | None:
+    def ended(self, job: Job) -> Ended | None:
         """None while the cell is queued or runs, then how it ended, its files and log in its directory. Raises Lost."""
 
     def stop(self, jobs: Sequence[Job]) -> None:

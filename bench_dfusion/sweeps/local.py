@@ -13,12 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from bench_dfusion.sweeps import launcher
-
-if TYPE_CHECKING:
-    from bench_dfusion.sweeps.queue import Job
+from bench_dfusion.sweeps.job import Job
+from bench_dfusion.sweeps.launcher import Ended
 
 
 def devices_of(named: str | None) -> list[str]:
@@ -140,7 +138,7 @@ class Local:
         self.running[job.folder] = place
         job.state, job.started = "running", time.monotonic()
 
-    def ended(self, job: Job) -> str | None:
+    def ended(self, job: Job) -> Ended | None:
         place = self.running[job.folder]
         assert place.worker
         status = place.worker.status()
@@ -150,7 +148,7 @@ class Local:
         if not place.worker.alive:
             self._give_up(place)
         self.free.append(place)
-        return launcher.how(status)
+        return Ended(launcher.how(status), status)
 
     def stop(self, jobs: Sequence[Job]) -> None:
         places = [self.running.pop(j.folder) for j in jobs if j.folder in self.running]

@@ -9,17 +9,14 @@ second sweep, or what a killed sweep left running) are waited for.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -28,101 +25,15 @@ from rich.table import Table
 from rich.text import Text
 
 from bench_dfusion.errors import UsageError
-from bench_dfusion.results import records
 from bench_dfusion.results.figures import signed
-from bench_dfusion.runs.config import Cell, Misfit, resolve
-from bench_dfusion.sweeps.launcher import Launcher, Lost
+from bench_dfusion.runs.config import Misfit, resolve
+from bench_dfusion.sweeps.job import Job
+from bench_dfusion.sweeps.launcher import BUSY, Ended, Launcher, Lost
 from bench_dfusion.tracks.schema import check_rung
 from bench_dfusion.util import files
 from bench_dfusion.util.progress import duration
 
 POLL = 0.2  # s between looks at the running cells
-
-State = Literal["waiting", "queued", "running", "elsewhere", "finished", "miss", "error"]
-
-
-@dataclass
-class Job:
-    """One cell of a sweep."""
-
-    cell: Cell
-    out: Path
-    options: list[str]  # arguments of `bench-dfusion run` beside algorithm, builder, reward, seed, device, out and rung
-    rung: int = 1  # to which it is to run
-    state: State = "waiting"
-    started: float = 0.0  # s, time.monotonic
-    seconds: float | None = None  # wall time of the try that ended with a record
-    result: records.Record | None = None
-    folder: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.folder = self.out / self.cell.folder
-
-    @property
-    def words(self) -> list[str]:
-        """The arguments of `bench-dfusion run` for this cell, all but --device and --out."""
-        algorithm, builder, _ = self.row
-        reward = self.cell.given["reward"]  # a sum or a function as the user wrote it
-        names = ["--algo", algorithm, "--builder", builder, "--reward", reward, "--seed", str(self.cell.seed)]
-        return names + self.options + (["--rung", str(self.rung)] if self.rung > 1 else [])
-
-    @property
-    def row(self) -> tuple[str, str, str]:
-        return self.cell.algorithm.name, self.cell.builder.name, self.cell.reward.name
-
-    @property
-    def name(self) -> str:
-        return f"{'/'.join(self.row)}, seed {self.cell.seed}"
-
-    @property
-    def record(self) -> Path:
-        return self.folder / "record.json"
-
-    def done(self) -> records.Record | None:
-        """The cell's record at its rung, if there is one that has reached it."""
-        return records.read(self.record).at(self.rung) if self.record.exists() else None
-
-    def take_record(self) -> bool:
-        """Note what `done` gives."""
-        self.result = self.done()
-        if self.result is None:
-            return False
-        self.state = "miss" if self.result.status == "failed" else "finished"
-        return True
-
-    @property
-    def error(self) -> str:
-        with suppress(OSError, ValueError, KeyError):
-            return str(files.read_json(self.folder / "error.json")["error"])
-        return ""
-
-    def locked(self) -> bool:
-        """Whether another process is running the cell."""
-        try:
-            with open(self.folder / ".lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
-
-    def last_line(self) -> str:
-        """The last thing the cell said, its control characters removed."""
-        try:
-            with open(self.folder / "log.txt", "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:
-            return ""
-        text = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return "".join(c for c in text if c.isprintable())
-
-    def share(self) -> float:
-        """The share of the training that a running cell has said is done."""
-        line = self.last_line()
-        found = re.match(r"train .* (\d+)/(\d+), ", line)
-        return int(found[1]) / int(found[2]) if found else float(line.startswith("evaluate "))
 
 
 def plan(
@@ -222,22 +133,23 @@ class Sweep:
                     self.queue.append(job)
             if job.state in ("queued", "running"):
                 try:
-                    how = self.launcher.ended(job)
+                    ended = self.launcher.ended(job)
                 except Lost as lost:
                     self.console.print(f"{job.name}: {lost}; it is tried again", markup=False, highlight=False)
                     job.state = "waiting"
                     self.queue.appendleft(job)
                     continue
-                if how is not None:
-                    self._ended(job, how)
+                if ended is not None:
+                    self._ended(job, ended)
 
-    def _ended(self, job: Job, how: str = "") -> None:
+    def _ended(self, job: Job, ended: Ended | None = None) -> None:
         job.seconds = time.monotonic() - job.started if job.state == "running" else None
         if not job.take_record():
-            if "another process is running" in job.last_line():  # it took the lock between the look and the start
+            if ended is not None and ended.code == BUSY:  # another took its lock between the look and the start
                 job.state = "elsewhere"
                 return
             text = job.last_line() or "it said nothing"
+            how = ended.how if ended is not None else ""
             files.write_json(job.folder / "error.json", {"error": f"{text} ({how})", "log": "log.txt"})
             job.state = "error"
         self._say(job)

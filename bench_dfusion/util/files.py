@@ -23,21 +23,37 @@ def cache() -> Path:
     return Path(os.environ.get("BENCH_DFUSION_HOME") or "~/.cache/bench-dfusion").expanduser()
 
 
+class Busy(UsageError):
+    """Another process holds a lock: what was asked may be done later, or is being done."""
+
+
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold the lock of a directory, or of a file that is made where there is none, while the block runs.
 
-    Raises UsageError(busy) where another process holds it; with None waits for it.
+    Raises Busy(busy) where another process holds it; with None waits for it.
     """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
-            raise UsageError(str(busy)) from None
+            raise Busy(str(busy)) from None
         yield
     finally:
         os.close(handle)
+
+
+def held(path: Path) -> bool:
+    """Whether another process holds the lock in a file."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager
