@@ -41,6 +41,7 @@ def run(
     device: str | None = None,
     keep_pairs: Keep | None = None,
     rung: int = 1,
+    trackers: Sequence[str] = (),
     **options: Any,
 ) -> Record:
     """Train and evaluate one cell, or go on where it was stopped; returns its record.
@@ -51,6 +52,7 @@ def run(
     device      torch device; None: cuda where there is one
     keep_pairs  of which rounds the pairs stay, "all", "last" or "none"; None: by the pictures' size
     rung        of a track with rungs the one to end at
+    trackers    experiment trackers that are shown the run: tensorboard, wandb, trackio, mlflow
     options     model, prompts, config (a TOML file), settings (a list of "SECTION.OPTION=VALUE"), teachers, as
                 `bench_dfusion.runs.config.resolve` has them
     """
@@ -67,7 +69,7 @@ def run(
         seed=seed,
         **options,
     )
-    return run_cell(cell, Path(out), device, keep_pairs, rung=rung)
+    return run_cell(cell, Path(out), device, keep_pairs, rung=rung, tracked_by=trackers)
 
 
 def sweep(
@@ -83,6 +85,7 @@ def sweep(
     rung: int = 1,
     settings: Sequence[str] = (),
     model: str | None = None,
+    trackers: Sequence[str] = (),
 ) -> list[Board]:
     """Run every algorithm × builder × reward × seed in processes of this machine; returns the boards of the track's runs.
 
@@ -92,11 +95,14 @@ def sweep(
     Finished cells are skipped, stopped ones go on where they were; one that fails stops nothing and is seen in the board.
     """
     from bench_dfusion.results.leaderboard import boards
+    from bench_dfusion.runs.trackers import check as check_trackers
     from bench_dfusion.sweeps import local, queue
 
     words = ["--track", str(track), *(["--model", model] if model is not None else [])]
     for setting in settings:
         words += ["--set", setting]
+    for tracker in check_trackers(trackers):
+        words += ["--tracker", tracker]
     given = {"settings": list(settings), "model": model}
     jobs, left_out = queue.plan(str(track), algo, builder, reward, seeds, Path(out), words, rung, **given)
     for reason in left_out:

@@ -39,6 +39,10 @@ KeepPairs = Annotated[
     Literal["all", "last", "none"] | None,
     typer.Option(help="Rounds whose pairs stay, for pairs export (default: all; over 128 px the last)."),
 ]
+Tracker = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Show runs in tensorboard, wandb, trackio or mlflow; once for each."),
+]
 Rung = Annotated[
     int, typer.Option(min=1, help="Of a track with rungs the one to end at; a run goes on from an earlier one.")
 ]

@@ -18,6 +18,7 @@ from bench_dfusion.cli.options import (
     Plugins,
     Rung,
     Settings,
+    Tracker,
     TrackOption,
     check_names,
     load_files,
@@ -83,6 +84,7 @@ def run(
         typer.Option(metavar="OWNER/NAME", help="With --push-to-hub: the dataset whose table the scores belong to."),
     ] = None,
     rung: Rung = 1,
+    tracker: Tracker = None,
     expect: Annotated[
         str | None, typer.Option(metavar="HASH", help="Refuse to run a cell whose hash (in cell.json) is another.")
     ] = None,
@@ -101,6 +103,7 @@ def run(
         raise UsageError("--push-to-hub takes one run: give --seed N, and a repository for each")
     check_names([algo], [builder] if builder else [], [reward] if reward else [], track)
     from bench_dfusion.runs import config as configs
+    from bench_dfusion.runs import trackers
     from bench_dfusion.util import parallel
 
     cells = [
@@ -124,6 +127,7 @@ def run(
             f"this cell's hash is {cells[0].hash[:8]} here and {expect[:8]} where it was planned: use the same "
             "bench-dfusion, plugins and files on both machines"
         )
+    trackers.check(tracker or [])
     hub = None
     if push is not None:  # a missing token is said before any compute
         from bench_dfusion.publish.repository import connect
@@ -141,7 +145,7 @@ def run(
     loaded = context.obj or Loaded()
     for cell in cells:
         try:
-            records.append(run_cell(cell, folder, device, keep_pairs, loaded, rung))
+            records.append(run_cell(cell, folder, device, keep_pairs, loaded, rung, tracker or []))
         except KeyboardInterrupt:
             out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
             raise typer.Exit(130) from None

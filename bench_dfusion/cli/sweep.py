@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bench_dfusion.cli.options import Config, KeepPairs, Model, Out, Plugins, Rung, boards, check_names, load_files, out
+from bench_dfusion.cli.options import (
+    Config,
+    KeepPairs,
+    Model,
+    Out,
+    Plugins,
+    Rung,
+    Tracker,
+    boards,
+    check_names,
+    load_files,
+    out,
+)
 from bench_dfusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +65,7 @@ def sweep(
     ] = None,
     keep_pairs: KeepPairs = None,
     rung: Rung = 1,
+    tracker: Tracker = None,
     plugin: Plugins = None,
 ) -> None:
     """Run every algorithm × builder × reward × seed, and print the leaderboard.
@@ -73,9 +86,12 @@ def sweep(
         raise UsageError("--device and --workers are of this machine: with ray give --cpus-per-cell, --gpus-per-cell")
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds must be 1 or more, not {seeds}")
+    from bench_dfusion.runs import trackers
+
     words = ["--track", track]
     given = [("--model", model), ("--prompts", prompts), ("--config", config), ("--keep-pairs", keep_pairs)]
     given += [("--set", s) for s in settings or []] + [("--plugin", p) for p in plugin or []]
+    given += [("--tracker", name) for name in trackers.check(tracker or [])]
     for option, value in given:
         words += [option, str(value)] if value is not None else []
     jobs, left_out = queue.plan(

@@ -25,7 +25,17 @@ from bench_dfusion.results import checked_base, records
 from bench_dfusion.results.records import Record, Round, Rung
 from bench_dfusion.rewards.contract import fault, scored_in_shards
 from bench_dfusion.rewards.sums import WeightedSum, scored_apart
-from bench_dfusion.runs import base_drawing, baseline, evaluation, model_card, pairs, pictures, status, text_limits
+from bench_dfusion.runs import (
+    base_drawing,
+    baseline,
+    evaluation,
+    model_card,
+    pairs,
+    pictures,
+    status,
+    text_limits,
+    trackers,
+)
 from bench_dfusion.runs.baseline import Baseline
 from bench_dfusion.runs.config import Cell
 from bench_dfusion.runs.loaded import Loaded
@@ -72,17 +82,20 @@ def run_cell(
     keep_pairs: pairs.Keep | None = None,
     loaded: Loaded | None = None,
     rung: int = 1,
+    tracked_by: Sequence[str] = (),
 ) -> Record:
     """Train and evaluate one cell in `out / cell.folder`, or go on where it was stopped; returns its record.
 
     `keep_pairs`: of which rounds the pairs stay in `pairs/` (None: by the pictures' size); no number depends on it.
     `loaded`: what earlier cells of this process have loaded, and this one leaves to the next; nor does any on that.
     `rung`: of the track's ladder of budgets the one to end at, from 1.
+    `tracked_by`: experiment trackers (`trackers.PACKAGES`) that are shown the run; no number depends on them.
 
     Raises UsageError on anything that can be known before compute. A cell that has reached the rung, or failed, is only
     read.
     """
     check_rung(rung, cell.track.budget.ladder, cell.track.id)
+    names = trackers.check(tracked_by)
     folder = out / cell.folder
     record_path = folder / "record.json"
     if record_path.exists():
@@ -105,6 +118,7 @@ def run_cell(
         if parallel.first():
             files.write_json(folder / "cell.json", cell.description)
         run.restore()
+        run.track(names)
         run.say("base", run.ends[rung - 1])
         run.base = base_drawing.ensure(cell.track, folder.parent, run.policy, run.judges, run.model_sha256)
         return run.climb(rung)
@@ -165,6 +179,7 @@ class Run:
         self.failure: str | None = None
         self.checkpoint = folder / CHECKPOINT
         self.status = status.Reporter(folder)
+        self.trackers: trackers.Trackers | None = None
 
     def _check_builder(self, prompts: Sequence[str]) -> None:
         """Raise ValueError where the builder cannot work with a prompt, or with the noise of one of the rounds."""
@@ -180,6 +195,11 @@ class Run:
         rises = [r["rise"] for r in rounds if r["rise"] is not None]
         self.status.say(stage, self.progress.round, end, last, rises)
 
+    def track(self, names: Sequence[str]) -> None:
+        """Show the run to trackers, from the round that they were told last."""
+        if names and parallel.first():
+            self.trackers = trackers.Trackers(names, self.folder, self.folder.name, self.cell.resolved)
+
     def climb(self, rung: int) -> Record:
         """Train up to a rung of the ladder, and at each on the way evaluate and leave a record."""
         record: Record | None = None
@@ -191,6 +211,8 @@ class Run:
             if record.status == "failed":
                 break
         self.say("done", self.ends[rung - 1])
+        if self.trackers is not None:
+            self.trackers.close()
         return record or parallel.once(self._record)
 
     def train(self, end: int) -> None:
@@ -366,6 +388,10 @@ class Run:
         if self.progress.round in self.ends:
             pictures.triples(self.folder / "triples.png", samples)
         self._save()
+        if self.trackers is not None:
+            picture = self.trackers.folder / "triples.png"
+            pictures.triples(picture, samples)
+            self.trackers.rounds(self.progress.rounds, self.progress.seconds, picture)
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {f"lora.{k}": v for k, v in self.policy.parameters.items()}
@@ -428,6 +454,9 @@ class Run:
         if done is not None:
             found = parallel.once(lambda: self._found(rung, done, rewards))
             self.progress.rungs.append(found)
+            if self.trackers is not None:
+                last = self.progress.round - 1
+                self.trackers.rung(rung, last, done.verdicts, done.drift, self.folder / "base_trained.png")
 
     def _rewards_of(self, done: evaluation.Evaluation) -> Tensor | None:
         """The training reward's scores [P, K] of the pictures judged; None for offline pairs, whose reward scores none."""
