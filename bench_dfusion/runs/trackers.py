@@ -66,8 +66,10 @@ class Trackers:
                 self._trackers[name] = self._start(name, cell, resolved)
 
     def _start(self, name: str, cell: str, resolved: Mapping[str, Any]) -> Any:
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        PartialState()  # whose place in a run of several processes accelerate's loggers ask for
         known = self.logged.get(name)
         cls: Any = LOGGER_TYPE_TO_CLASS[name]
         options: dict[str, Any] = {}
