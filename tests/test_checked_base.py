@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawn: list[int] = []
     plain = base_drawing.draw
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checked_base, "draw", lambda *words: drawn.append(1) or plain(*words))
+        patch.setattr(base_drawing, "draw", lambda *words: drawn.append(1) or plain(*words))
         for seed in (0, 1):
             bench_dfusion.run(
                 algo="diffusion-dpo", builder="vanilla", reward="jpeg-compressibility", settings=OWN, out=out, seed=seed
@@ -192,7 +192,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> tuple[Track, Any, dict[str, Reward
     settings += ["track.prompts.validation=[]", "track.prompts.templates=null"]
     track = config.resolve_track("micro", settings=[*settings, "track.evaluation.base_images_per_prompt=8"])
     section = track.evaluation.model_copy(update={"judges": ("red",)})
-    monkeypatch.setattr(checked_base, "AT_ONCE", 16)
+    monkeypatch.setattr(base_drawing, "AT_ONCE", 16)
     Red.calls, Red.stop = 0, None
     return track.model_copy(update={"evaluation": section}), fake_policy(scheduler=ddim()), {"red": Red(RewardConfig())}
 

@@ -23,10 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 from PIL import ImageOps
 
-from bench_dfusion import errors
+from bench_dfusion import errors, registry
 from bench_dfusion.builders import preference_data
 from bench_dfusion.errors import UsageError
-from bench_dfusion.micro import tracks
 from bench_dfusion.results import records
 from bench_dfusion.runs import config
 from bench_dfusion.tracks import prompts, schema
@@ -145,7 +144,7 @@ def changed(content: Any, path: tuple[Any, ...], value: Any, how: str) -> Any:
 
 @cache
 def a_track() -> dict[str, Any]:
-    return tomllib.loads(Path(tracks.micro()).read_text()) | {
+    return tomllib.loads(registry.shipped_tracks()["micro"].read_text()) | {
         "prompts": {"train": ["a red ring"], "heldout": ["a", "b"]}
     }
 

@@ -244,7 +244,7 @@ def test_a_long_check_is_noted_and_done_again_where_a_file_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pairs, "SLOW", -1)
+    monkeypatch.setattr(preference_data, "SLOW", -1)
     table().save_to_disk(tmp_path / "mine")
     first = preference_data.read(str(tmp_path / "mine"))
     digest = first.sha256
@@ -261,7 +261,7 @@ def test_a_long_check_is_noted_and_done_again_where_a_file_has_changed(
 
 def test_pictures_that_lie_elsewhere_are_looked_at_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BENCH_DFUSION_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pairs, "SLOW", -1)
+    monkeypatch.setattr(preference_data, "SLOW", -1)
     picture(7).save(tmp_path / "a.png")
     path = str(tmp_path / "pairs.parquet")
     pq.write_table(cells({"bytes": None, "path": str(tmp_path / "a.png")}).data.table, path)
