@@ -191,8 +191,8 @@ class Run:
     def say(self, stage: Literal["base", "train", "evaluate", "done"], end: int) -> None:
         """Leave in the run's directory what it does now, on its way to `end` rounds."""
         rounds = self.progress.rounds
-        last = rounds[-1]["reward"] if rounds else None
-        rises = [r["rise"] for r in rounds if r["rise"] is not None]
+        last = rounds[-1].get("reward") if rounds else None
+        rises = [r["rise"] for r in rounds if r.get("rise") is not None]
         self.status.say(stage, self.progress.round, end, last, rises)
 
     def track(self, names: Sequence[str]) -> None:
