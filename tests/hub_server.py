@@ -146,7 +146,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self) -> None:
         wanted = json.loads(self.body())
-        name = f"{wanted['organization']}/{wanted['name']}"
+        name = f"{'spaces/' * (wanted['type'] == 'space')}{wanted['organization']}/{wanted['name']}"
+        assert wanted["type"] != "space" or wanted["sdk"] == "static"
         known = name in self.server.repos
         if not known:
             self.server.create(name, private=wanted.get("visibility") == "private" or wanted.get("private") is True)
@@ -158,6 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         head = yaml.safe_load(given["content"].split("\n---", 1)[0])
         if given["repoType"] == "model":
             good = isinstance(head, dict) and all(r["metrics"] for m in head["model-index"] for r in m["results"])
+        elif given["repoType"] == "space":
+            good = isinstance(head, dict) and head["sdk"] == "static" and bool(head["title"])
         else:
             good = isinstance(head, dict) and [c for c in head["configs"] if c.get("default")] == head["configs"][:1]
         self.answer(200 if good else 400, {"errors": [] if good else [{"message": "bad YAML"}], "warnings": []})
@@ -271,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
                     del files[value["path"]]
             number = len(repo.refs)
             oid = hub.add(repo, files, header["summary"], f"refs/pr/{number}" if proposed else "main")
-        page = f"{hub.url}/datasets/{name}"
+        page = f"{hub.url}/{name}" if name.startswith("spaces/") else f"{hub.url}/datasets/{name}"
         pull = {"pullRequestUrl": f"{page}/discussions/{number}"} if proposed else {}
         if after:
             return after()
@@ -307,8 +310,8 @@ def blob_id(data: bytes, mode: str = "regular") -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-NAME = r"([\w.-]+/[\w.-]+)"
-API = f"/api/(?:datasets|models)/{NAME}"
+NAME = r"((?:spaces/)?[\w.-]+/[\w.-]+)"
+API = f"/api/(?:(?:datasets|models)/)?{NAME}"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", Handler.create_repo),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),

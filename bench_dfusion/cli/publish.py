@@ -25,17 +25,36 @@ def publish(
     replace: Annotated[
         bool, typer.Option("--replace", help="Your record takes the place of another result of its cell.")
     ] = False,
+    space: Annotated[
+        bool,
+        typer.Option("--space", help="Put the report page into a static Space of the same name (or DIR/space) too."),
+    ] = False,
 ) -> None:
     """Publish the runs found as a dataset, merged with what it holds: tables, records with their LoRAs, pictures, a card."""
     from bench_dfusion.publish import repository as publish
+    from bench_dfusion.publish.space import FOLDER, PAGE, to_directory, to_hub
 
     if (repo is None) == (to is None):
         raise UsageError("give one of OWNER/NAME (a dataset of the Hub) and --to DIR")
     if to is not None and (pr or private or message is not None):
         raise UsageError("--pr, --private and --message are of the Hub: leave them out with --to")
+    if space and pr:
+        raise UsageError("--space goes with a dataset of your own: leave --pr out")
     found = boards(None, given, runs)
     if to is not None:
-        done = publish.to_directory(found, to, replace)
+        done = publish.to_directory(found, to, replace, f"{FOLDER}/{PAGE}" if space else None)
     else:
-        done = publish.to_hub(found, str(repo), pr=pr, message=message, private=private, replace=replace)
+        done = publish.to_hub(found, str(repo), pr=pr, message=message, private=private, replace=replace, space=space)
     out.print(escape(publish.summary(done)), soft_wrap=True, highlight=False)
+    if not space:
+        return
+    try:
+        if to is not None:
+            where = str(to_directory(done.content, found, to) / PAGE)
+        else:
+            where = to_hub(done.content, found, str(repo), message=message, private=private)
+    except UsageError as error:
+        raise UsageError(
+            f"the dataset is published, and its Space is not: {error}; the same command tries again"
+        ) from None
+    out.print(escape(f"page: {where}"), soft_wrap=True, highlight=False)

@@ -11,10 +11,12 @@ from bench_dfusion.results.tables import markdown
 from bench_dfusion.tracks.schema import JudgedSampler, SamplerSection
 from bench_dfusion.version import BIBTEX
 
+PAGE_AT = "The same as a page: "  # before the Space's address
 
-def card(content: Content, digests: Mapping[str, str]) -> str:
+
+def card(content: Content, digests: Mapping[str, str], space: str | None = None) -> str:
     """The dataset's README. `digests`: a hash of each config that has rows; the others cannot be loaded, and are said
-    to be absent. Texts of records are shown as text, whatever they hold."""
+    to be absent. `space`: the address of the page in a Space. Texts of records are shown as text, whatever they hold."""
     boards = boards_of(content)
     rows = sum(len(leaderboard.rows(b.at(1))) for b in boards)
     absent = [config for config in COLUMNS if config not in digests]
@@ -40,7 +42,7 @@ configs:
 Which preference-optimisation method aligns a text-to-image diffusion model best, at what cost: {counted(len(content.records), "run")} in {counted(rows, "row")} of {counted(len(boards), "track")}, measured by bench-dfusion.
 A row is an algorithm × builder of training samples × reward; its gain is trained − base on held-out prompts never trained on, before a judge never trained against.
 
-```python
+{f"{PAGE_AT}<{space}>{chr(10)}{chr(10)}" if space else ""}```python
 from datasets import load_dataset
 
 load_dataset("OWNER/NAME", "leaderboard", split="train")  # this dataset's id, or the directory it lies in

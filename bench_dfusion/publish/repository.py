@@ -18,12 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bench_dfusion.errors import UsageError, plain
-from bench_dfusion.publish import card, dataset, tree
+from bench_dfusion.publish import card, dataset
+from bench_dfusion.publish import tree as published_tree
 from bench_dfusion.publish.dataset import README, Content
 from bench_dfusion.results import companions
 from bench_dfusion.results.leaderboard import Board
@@ -50,6 +51,7 @@ class Published:
     added     of them new, or in the place of another (count)
     beside    files beside the records, LoRAs above all, that are new (count)
     changed   whether anything was written: the same content is not published twice
+    content   all that is published now
     """
 
     where: str
@@ -58,6 +60,7 @@ class Published:
     added: int
     beside: int
     changed: bool
+    content: Content = field(default_factory=Content, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _and_beside(done: Published) -> str:
 # ---------------------------------------------------------------- a directory
 
 
-def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -> Published:
+def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False, space: str | None = None) -> Published:
     """Write boards as a dataset directory, or merge them into the leaderboard that lies there.
 
     The directory is changed as a whole or not at all; files in it that are not of the dataset stay. Raises UsageError
@@ -110,7 +113,8 @@ def to_directory(boards: Sequence[Board], folder: Path, replace: bool = False) -
         if readme is None and any(folder.iterdir() if folder.exists() else ()):
             raise UsageError(f"{folder} is not empty and no leaderboard: give --to a new directory")
         published = _published(paths, readme, lambda path: (folder / path).read_bytes(), str(folder))
-        tree = _tree(published, own, boards, beside, bases, paths, replace, Path(work))
+        page = space or published_tree.space_in(readme)
+        tree = _tree(published, own, boards, beside, bases, paths, replace, Path(work), page)
         if readme is None or (folder / README).read_bytes() != tree.made[README]:
             new = Path(work) / "new"
             if folder.exists():
@@ -144,7 +148,7 @@ def check(folder: Path, found: Sequence[tuple[Path, Record]]) -> None:
     """Where a folder is a published leaderboard, whether the record files found in it are the records that its tables
     are made from, all of them. Raises UsageError."""
     paths, readme = _read(folder)
-    if readme is None or not tree.is_ours(readme):
+    if readme is None or not published_tree.is_ours(readme):
         return
     tables = _published(paths, readme, lambda path: (folder / path).read_bytes(), str(folder)).records
     for path, record in found:
@@ -181,6 +185,7 @@ def to_hub(
     private: bool = False,
     replace: bool = False,
     endpoint: str | None = None,
+    space: bool = False,
 ) -> Published:
     """Publish boards as the dataset `repo` (OWNER/NAME), made where there is none, in one commit or pull request.
 
@@ -188,6 +193,7 @@ def to_hub(
     message   of the commit
     private   make a new dataset private
     replace   take one's own record where another result of its cell is published
+    space     name in the card the Space of this name, which `space.to_hub` fills
     endpoint  the Hub's address (None: HF_ENDPOINT, else the public one)
 
     Raises UsageError, in one line with the fix, where there is no token, the dataset is none of ours, the token may not
@@ -197,7 +203,7 @@ def to_hub(
     own, beside, bases = dataset.content_of(boards), _beside(boards), _bases(boards)
     with tempfile.TemporaryDirectory() as work, bars_on_a_terminal():
         return persist(
-            lambda: _commit(api, own, boards, beside, bases, repo, pr, message, private, replace, Path(work)),
+            lambda: _commit(api, own, boards, beside, bases, repo, pr, message, private, replace, Path(work), space),
             repo,
             token,
             pr,
@@ -245,6 +251,7 @@ def _commit(
     private: bool,
     replace: bool,
     work: Path,
+    space: bool,
 ) -> Published:
     """One attempt: read the head, merge, commit on top of it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -270,8 +277,9 @@ def _commit(
         raise UsageError(f"the dataset {repo} holds files and no leaderboard: give another OWNER/NAME")
     published = _published(paths, readme, read, repo)
     folder = Path(tempfile.mkdtemp(dir=work))
-    tree = _tree(published, own, boards, beside, bases, paths, replace, folder)
     page = f"{api.endpoint}/datasets/{repo}"
+    shown = f"{api.endpoint}/spaces/{repo}" if space else published_tree.space_in(readme)
+    tree = _tree(published, own, boards, beside, bases, paths, replace, folder, shown)
     # Also how an attempt whose answer was lost is found to have been a success.
     if readme is not None and readme.encode() == tree.made[README]:
         return _result(repo, page, published, tree, changed=False)
@@ -396,7 +404,7 @@ def _published(paths: set[str], readme: str | None, read: Callable[[str], bytes]
     """What a published tree holds. Raises UsageError where it is no leaderboard, or cannot be read whole."""
     if readme is None:
         return Content()
-    if not tree.is_ours(readme):
+    if not published_tree.is_ours(readme):
         raise UsageError(
             f"{where} has a README.md that bench-dfusion did not write: it is another dataset, give another place"
         )
@@ -405,10 +413,10 @@ def _published(paths: set[str], readme: str | None, read: Callable[[str], bytes]
         raise UsageError(
             f"{where} has lost {dataset.path_of('records')}: bring it back, or publish elsewhere, else rows would be lost"
         )
-    found = Content(samples=tree.samples_in(paths))
+    found = Content(samples=published_tree.samples_in(paths))
     for path in records:  # one file, unless others wrote more
         found = dataset.merged(found, dataset.read_records(read(path), f"{where}: {path}"))
-    return Content(found.records, found.unfinished, found.samples, tree.companions_in(paths, found))
+    return Content(found.records, found.unfinished, found.samples, published_tree.companions_in(paths, found))
 
 
 def _beside(boards: Sequence[Board]) -> Beside:
@@ -448,8 +456,10 @@ def _tree(
     paths: set[str],
     replace: bool,
     work: Path,
+    space: str | None,
 ) -> _Tree:
-    """The tree that holds both; pictures that are not published yet are written to `work`."""
+    """The tree that holds both; pictures that are not published yet are written to `work`. `space`: the address of its
+    page in a Space."""
     merged = dataset.merged(published, own, replace)
     folders = {r.cell_hash: p.parent for b in boards for r, p in zip(b.records, b.paths, strict=False)}
     needed = {h: f for h, f in folders.items() if h[:16] not in merged.samples}
@@ -473,8 +483,8 @@ def _tree(
     new = {path: source for path, source in new.items() if path not in merged.companions}
     written |= {path: source for path, source in bases.items() if path not in paths}
     content = Content(merged.records, merged.unfinished, samples, merged.companions | new.keys())
-    made = tree.files(content)
-    return _Tree(content, made, written | new, tree.superseded(paths, content, made))
+    made = published_tree.files(content, space)
+    return _Tree(content, made, written | new, published_tree.superseded(paths, content, made))
 
 
 def _picture(path: Path) -> bytes:
@@ -490,4 +500,4 @@ def _result(where: str, url: str, published: Content, tree: _Tree, changed: bool
     now = tree.content.records
     added = sum(published.records.get(h) is not r for h, r in now.items())
     beside = sum(dataset.RUN.fullmatch(path) is not None for path in tree.copied)
-    return Published(where, url, len(now), added, beside, changed)
+    return Published(where, url, len(now), added, beside, changed, tree.content)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 
-from bench_dfusion.publish.card import card
+from bench_dfusion.publish.card import PAGE_AT, card
 from bench_dfusion.publish.dataset import (
     MADE,
     MARK,
@@ -23,9 +24,9 @@ from bench_dfusion.publish.dataset import (
 from bench_dfusion.results import checks
 
 
-def files(content: Content) -> dict[str, bytes]:
+def files(content: Content, space: str | None = None) -> dict[str, bytes]:
     """The tables, the card and the cells, by path in the dataset; samples and companions are files of their own. Raises
-    UsageError for records that cannot stand beside each other."""
+    UsageError for records that cannot stand beside each other. `space`: the address of its page."""
     checks.check([(None, r) for r in content.records.values()])
     made = tables(content)
     data = {config: parquet(table) for config, table in made.items() if len(table)}
@@ -36,7 +37,13 @@ def files(content: Content) -> dict[str, bytes]:
         beside = f"{digests['records']} {json_line(sorted(content.companions))}"
         digests["records"] = hashlib.sha256(beside.encode()).hexdigest()
     made = {path_of(config): value for config, value in data.items()}
-    return made | run_files(content) | {README: card(content, digests).encode()}
+    return made | run_files(content) | {README: card(content, digests, space).encode()}
+
+
+def space_in(readme: str | None) -> str | None:
+    """The address of the page that a card names."""
+    found = re.search(rf"(?m)^{re.escape(PAGE_AT)}<(\S+)>$", readme or "")
+    return found[1] if found else None
 
 
 def is_ours(readme: str) -> bool:

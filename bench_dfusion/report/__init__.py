@@ -41,8 +41,9 @@ def write(boards: Sequence[Board], path: Path) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def html(boards: Sequence[Board]) -> str:
-    """The page, one section a board. Raises UsageError where there is none."""
+def html(boards: Sequence[Board], home: str | None = None) -> str:
+    """The page, one section a board; `home` is the address of the dataset that it is of. Raises UsageError where there is
+    no board."""
     if not boards:
         raise UsageError("no record to report on; bench-dfusion run leaves its records in runs/")
     pictures = content.Pictures()
@@ -58,6 +59,7 @@ def html(boards: Sequence[Board]) -> str:
     theme, script = _source("theme.js"), _source("page.js")
     return environment.from_string(_source("page.html")).render(
         tracks=tracks,
+        home=home,
         marks=MARKS,
         limits={"pictures": content.MOST_PICTURES, "megabytes": content.MOST_BYTES / 1e6},
         data=embedded({"tracks": [track["data"] for track in tracks]}),
