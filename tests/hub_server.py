@@ -146,12 +146,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self) -> None:
         wanted = json.loads(self.body())
-        name = f"{'spaces/' * (wanted['type'] == 'space')}{wanted['organization']}/{wanted['name']}"
-        assert wanted["type"] != "space" or wanted["sdk"] == "static"
+        name = f"{'spaces/' * (wanted.get('type') == 'space')}{wanted['organization']}/{wanted['name']}"
+        assert wanted.get("type") != "space" or wanted["sdk"] == "static"
         known = name in self.server.repos
         if not known:
             self.server.create(name, private=wanted.get("visibility") == "private" or wanted.get("private") is True)
-        kind = "datasets/" if wanted["type"] == "dataset" else ""
+        kind = "datasets/" if wanted.get("type") == "dataset" else ""
         self.answer(409 if known else 200, {"url": f"{self.server.url}/{kind}{name}"})
 
     def validate_yaml(self) -> None:
