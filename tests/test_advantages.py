@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import draw, fake_policy, with_targets
-from rounds import PROMPTS, generator
 from torch import Tensor
 
 from bench_dfusion import registry
 from bench_dfusion.builders.contract import Components, Samples
 from bench_dfusion.objectives.advantages import advantages
+from bench_dfusion.testing.fakes import draw, fake_policy, with_targets
+from bench_dfusion.testing.rounds import PROMPTS, generator
 
 WITH_COMPONENTS = [n for n, p in registry.plugins("algorithms").items() if "components" in p.load().Config.model_fields]
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from bench_dfusion.algorithms.dpo import DPO, DPOConfig
-from fakes import RED, ddim, draw, fake_policy, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import TINY, command
@@ -26,6 +25,7 @@ from bench_dfusion.builders.same_noise import SameNoise, SameNoiseConfig
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.results import records
+from bench_dfusion.testing.fakes import RED, ddim, draw, fake_policy, shake
 from bench_dfusion.util.seeds import seed_of
 
 PROMPTS = ["one"] * 4 + ["two"] * 4

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fakes import ddim, fake_policy
 from processes import SETTINGS
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from bench_dfusion.results.records import Record
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.runs import base_drawing, config, evaluation
 from bench_dfusion.runs.trainer import make_policy
+from bench_dfusion.testing.fakes import ddim, fake_policy
 from bench_dfusion.tracks.schema import Track
 from bench_dfusion.util import files
 

@@ -15,12 +15,12 @@ from bench_dfusion.algorithms.fdfo import FDFO, FDFOConfig
 from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig
 from bench_dfusion.algorithms.nft import NFT, NFTConfig
 from bench_dfusion.algorithms.opd import OPD, OPDConfig
-from fakes import RED, shake
 from tiny import policy_of
 
 from bench_dfusion.builders.contract import Components, ConsistentSamples, PairConfig, Samples
 from bench_dfusion.builders.vanilla import Vanilla
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.testing.fakes import RED, shake
 
 GARDO: dict[str, Any] = {"share": 0.5, "reset_kl": 1e-9, "diversity": "none"}
 STEPS: dict[str, Any] = {

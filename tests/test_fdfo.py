@@ -1,16 +1,21 @@
-"""fdfo: terms by hand, the loss written a second time, what the pair owes it, and a bandit."""
+"""fdfo: terms by hand, the loss written a second time, what the pair owes it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from bench_dfusion.algorithms.fdfo import FDFO, FDFOConfig, fdfo_ratio, fdfo_terms
-from fakes import ddim, draw, fake_policy, shake, with_targets
 from pydantic import ValidationError
-from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope_along_the_gradient
 
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.models import schedules
+from bench_dfusion.testing.fakes import ddim, draw, fake_policy, shake, with_targets
+from bench_dfusion.testing.rounds import (
+    PROMPTS,
+    generator,
+    gradient,
+    loss_and_gradient,
+)
 
 REWARDS = [0.0, 1.0, 1.0, 4.0, 2.0, 2.5, 7.0, 3.0]
 
@@ -107,11 +112,6 @@ def test_a_loss_and_its_gradient_are_those_of_the_formula(prediction, space):
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3)
 
 
-def test_a_loss_has_the_gradient_that_finite_differences_find():
-    found, norm = slope_along_the_gradient(*round_of())
-    assert found == pytest.approx(norm, rel=0.03)
-
-
 def test_the_order_of_the_members_changes_nothing():
     policy, samples, algorithm, rows = round_of()
     expected = loss_and_gradient(policy, samples, algorithm, rows)
@@ -176,14 +176,10 @@ def test_the_slope_of_the_velocity_is_that_of_the_output(prediction):
     torch.testing.assert_close(samplers.velocity_slope(schedule, step).double(), found, rtol=1e-3, atol=1e-3)
 
 
-def test_preparing_keeps_to_the_window_and_leaves_the_policy_as_it_was():
-    policy, _, algorithm, rows = round_of(window=(0.5, 1.0))
+def test_preparing_keeps_to_the_window():
+    policy, _, _, rows = round_of(window=(0.5, 1.0))
     assert set(rows["step"].tolist()) == {2, 3}
-    assert all(not v.requires_grad and v.device.type == "cpu" for v in rows.values())
-    state = policy.state()
     samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
-    algorithm.prepare(policy, samples, generator())
-    assert all(torch.equal(v, state[k]) for k, v in policy.state().items())
     with pytest.raises(ValueError, match="holds none of the 4 steps"):
         FDFO(FDFOConfig(window=(0.0, 0.1))).prepare(policy, samples, generator())
 
@@ -195,11 +191,3 @@ def test_the_curves_are_detached_and_wrong_options_refused():
     for option in ({"trust": 0}, {"kl": -1}, {"space": "x0"}, {"window": (0.5, 0.5)}):
         with pytest.raises(ValidationError):
             FDFOConfig(**option)
-
-
-def test_a_bandit_is_learned():
-    means, rewards = bandit(FDFO(FDFOConfig(learning_rate=1e-2, trust=0.3)))
-    start, end = means[:3].mean(0), means[-3:].mean(0)
-    assert start.abs().max() < 0.35
-    assert end[0] > start[0] + 0.4 and end[1] < start[1] - 0.4
-    assert rewards[-3:].mean() > rewards[:3].mean() + 0.4

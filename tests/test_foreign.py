@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import RED, Red
 from torch import Tensor
 
 from bench_dfusion import plugin_files, registry
 from bench_dfusion.errors import PluginError
 from bench_dfusion.rewards import contract, sums, user_function
 from bench_dfusion.rewards.contract import RewardConfig
+from bench_dfusion.testing.fakes import RED, Red
 from bench_dfusion.util import foreign
 
 CHANGES = [
@@ -77,7 +77,7 @@ def test_a_file_that_changes_torch_when_it_is_imported(tmp_path: Path, monkeypat
     path.write_text(source + "def score(images, prompts):\n    return [0.0] * len(images)\n")
     user_function.load(f"{path}:score")
     assert state() == before
-    path.write_text(source + "from fakes import Red\nclass Mine(Red):\n    name = 'mine'\n")
+    path.write_text(source + "from bench_dfusion.testing.fakes import Red\nclass Mine(Red):\n    name = 'mine'\n")
     plugin_files.load_file(path)
     assert state() == before
 

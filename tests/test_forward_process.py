@@ -1,4 +1,4 @@
-"""sft, rwr, kto, dgpo, nft, crd and awm: terms by hand, losses written a second time, gradients, first updates, bandits."""
+"""sft, rwr, kto, dgpo, nft, crd and awm: terms by hand, losses written a second time, first updates, a bandit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from bench_dfusion.algorithms.kto import KTO, KTOConfig, kto_terms
 from bench_dfusion.algorithms.nft import NFT, NFTConfig, nft_terms
 from bench_dfusion.algorithms.rwr import RWR, RWRConfig, rwr_weights
 from bench_dfusion.algorithms.sft import SFT, SFTConfig
-from fakes import RED, ddim, draw, fake_policy, shake, with_targets
 from pydantic import ValidationError
-from rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, slope, values
 from torch.distributions import Normal
 from torch.nn.functional import softplus
 
@@ -29,8 +27,9 @@ from bench_dfusion.objectives.averages import EMA
 from bench_dfusion.objectives.denoising import at_levels, draw_levels, noised
 from bench_dfusion.objectives.groups import each_member
 from bench_dfusion.objectives.policy_gradient import clipped_terms
+from bench_dfusion.testing.fakes import RED, ddim, draw, fake_policy, shake, with_targets
+from bench_dfusion.testing.rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, values
 from bench_dfusion.tracks.schema import validate
-from bench_dfusion.util import files
 
 ALGORITHMS = {
     "sft": lambda **o: SFT(SFTConfig(**o)),
@@ -499,44 +498,6 @@ def test_the_samplers_levels_are_those_of_its_timesteps(prediction):
         assert torch.equal(getattr(levels, name)[1000:], getattr(levels, name)[steps])
 
 
-@pytest.mark.parametrize("name", ["sft", "rwr", "kto", "awm"])
-def test_a_loss_has_the_gradient_that_finite_differences_find(name):
-    policy, samples, algorithm, rows = round_of(name)
-    _, along = loss_and_gradient(policy, samples, algorithm, rows)
-
-    def value():
-        return float(algorithm.loss(policy, samples, rows).value)
-
-    assert along.norm() > 1e-3
-    assert slope(policy, along / along.norm(), value, 2e-3) == pytest.approx(float(along.norm()), rel=0.03)
-
-
-@every_algorithm
-def test_a_loss_does_not_depend_on_the_order_of_rows(name):
-    policy, samples, algorithm, rows = round_of(name)
-    order = torch.randperm(len(rows["t"]), generator=generator(3))
-    expected = loss_and_gradient(policy, samples, algorithm, rows)
-    found = loss_and_gradient(policy, samples, algorithm, {k: v[order] for k, v in rows.items()})
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-
-
-@every_algorithm
-def test_one_batch_is_two_accumulated_ones(name):
-    policy, samples, algorithm, rows = round_of(name)
-    order = torch.randperm(len(rows["t"]), generator=generator(3))[:8]
-    eight = {k: v[order] for k, v in rows.items()}
-    assert len(order) == 8
-    expected = loss_and_gradient(policy, samples, algorithm, eight)
-    batch = algorithm.batch(policy, samples, eight)
-    halves = [{k: v[part] for k, v in batch.items()} for part in (slice(0, 3), slice(3, 8))]
-    parts = [
-        loss_and_gradient(policy, samples, algorithm, h, w, part=True)
-        for h, w in zip(halves, (3 / 8, 5 / 8), strict=True)
-    ]
-    value = 3 / 8 * parts[0][0] + 5 / 8 * parts[1][0]
-    torch.testing.assert_close((value, parts[0][1] + parts[1][1]), expected, rtol=1e-3, atol=1e-5)
-
-
 def test_the_noisiest_level_is_the_last_timestep(monkeypatch):
     # The largest number below 1 that torch draws: .5 + (1 - 2^-24) / 2 rounds to 1 in float32, and 1000 is no timestep.
     monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
@@ -555,23 +516,6 @@ def test_the_last_step_of_the_sampler_is_the_last_level(monkeypatch):
 
 
 @every_algorithm
-def test_preparing_is_repeatable_and_leaves_the_policy_as_it_was(name):
-    policy = before()
-    samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
-    state = policy.state()
-    first, second = (ALGORITHMS[name]().prepare(policy, samples, generator()) for _ in range(2))
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    other = ALGORITHMS[name]().prepare(policy, samples, generator(1))
-    assert not torch.equal(first["t"], other["t"]) and not torch.equal(first["noise"], other["noise"])
-    assert len({len(v) for v in first.values()}) == 1
-    assert all(not v.requires_grad and v.device.type == "cpu" for v in first.values())
-    assert all(torch.equal(v, state[k]) for k, v in policy.state().items())
-    algorithm = ALGORITHMS[name]()
-    _, along = loss_and_gradient(policy, samples, algorithm, algorithm.prepare(policy, samples, generator()))
-    assert along.norm() > 0 and all(p.grad is None for n, p in policy.adapter.network.named_parameters() if "base" in n)
-
-
-@every_algorithm
 def test_the_final_latents_are_enough_and_levels_are_kept_to(name):
     policy, samples, algorithm, rows = round_of(name, levels=(0.5, 0.75), timesteps=8)
     assert rows["t"].min() >= 500 and rows["t"].max() < 750 and len(rows["t"].unique()) >= 12
@@ -579,15 +523,6 @@ def test_the_final_latents_are_enough_and_levels_are_kept_to(name):
     samples.samples.trajectory.latents[:, :-1] = float("nan")
     samples.samples.trajectory.log_probs[:] = float("nan")
     assert torch.equal(algorithm.loss(policy, samples, rows).value, expected)
-
-
-@every_algorithm
-def test_without_samples_there_are_no_rows(name):
-    policy = fake_policy()
-    none = torch.zeros(0, dtype=torch.long)
-    samples = ConsistentSamples(draw(policy, PROMPTS), 8, none.view(0, 2), none, none.view(0, 3))
-    rows = ALGORITHMS[name]().prepare(policy, samples, generator())
-    assert rows and all(len(v) == 0 for v in rows.values())
 
 
 @every_algorithm
@@ -1008,33 +943,6 @@ def test_awm_holds_to_the_average_as_it_is_at_the_start_of_the_round():
         torch.testing.assert_close(rows["ema"], here.output(averaged), rtol=1e-4, atol=1e-5)
 
 
-@every_algorithm
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_state_survives_a_kill(name, trained, tmp_path):
-    policy, rest = fake_policy(), ALGORITHMS[name]()
-    algorithm = ALGORITHMS[name]()
-    if trained:
-        for seed in range(3):
-            with algorithm.collecting(policy):
-                pass
-            shake(policy, seed=seed)
-            algorithm.stepped(policy)
-    files.save_tensors(tmp_path / "state.safetensors", algorithm.state())
-    assert bool(algorithm.state()) == (name in ("nft", "crd", "awm"))
-    rest.load_state(files.load_tensors(tmp_path / "state.safetensors")[0])
-    found = []
-    for a in (algorithm, rest):
-        with a.collecting(policy):
-            samples = with_targets(policy, draw(policy, PROMPTS, REWARDS))
-        found.append((samples.samples.trajectory.latents, a.prepare(policy, samples, generator())))
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(v, found[1][1][k]) for k, v in found[0][1].items())
-    for a in (algorithm, rest):
-        a.stepped(policy)
-    after = algorithm.state(), rest.state()
-    assert after[0].keys() == after[1].keys() and all(torch.equal(v, after[1][k]) for k, v in after[0].items())
-
-
 # --- the forward process
 
 
@@ -1050,26 +958,15 @@ def test_every_row_has_a_level_and_a_noise_of_its_own():
     torch.testing.assert_close(found.clean_of(policy, output), here.clean_hat(output))
 
 
-# --- the bandit (in rounds.py)
+# --- the bandit
 
 BANDITS = {
-    "sft": {},
-    "rwr": {"tau": 1.0},
     "kto": {"beta": 2.0, "desirable": 1.0, "undesirable": 1.0},
     "dgpo": {"beta": 2.0, "kl": 0.0},
     "nft": {"beta": 1.0, "kl": 1e-4},
     "crd": {"beta": 1.0, "kl": 1e-2},
     "awm": {"clip": 1.0, "weight": "one", "kl": 1e-3, "kl_ema": 1.0},
 }
-
-
-@every_algorithm
-def test_a_bandit_is_learned(name):
-    means, rewards = bandit(ALGORITHMS[name](learning_rate=1e-2, **BANDITS[name]))
-    start, end = means[:3].mean(0), means[-3:].mean(0)
-    assert start.abs().max() < 0.35
-    assert end[0] > start[0] + 0.4 and end[1] < start[1] - 0.4
-    assert rewards[-3:].mean() > rewards[:3].mean() + 0.4
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ import pytest
 import torch
 from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig
 from bench_dfusion.algorithms.nft import NFT, NFTConfig
-from fakes import draw, fake_policy, shake, with_targets
 from processes import SETTINGS
 from pydantic import ValidationError
-from rounds import PROMPTS, generator, gradient, stopped_in_round
+from rounds import stopped_in_round
 from torch import Tensor
 
 import bench_dfusion
@@ -23,6 +22,8 @@ from bench_dfusion.objectives import gardo
 from bench_dfusion.objectives.gardo import Gardo, GardoConfig
 from bench_dfusion.results import records
 from bench_dfusion.runs import config
+from bench_dfusion.testing.fakes import draw, fake_policy, shake, with_targets
+from bench_dfusion.testing.rounds import PROMPTS, generator, gradient
 
 ALGORITHMS: dict[str, Any] = {"grpo": (GRPO, GRPOConfig), "nft": (NFT, NFTConfig)}
 both = pytest.mark.parametrize("name", ALGORITHMS)

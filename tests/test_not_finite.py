@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import RED, Red, ddim, draw, fake_policy
 from torch import Tensor
 
 from bench_dfusion.diffusion.policy import Policy
@@ -18,6 +17,7 @@ from bench_dfusion.models.loading import load_adapter
 from bench_dfusion.rewards.contract import RewardConfig
 from bench_dfusion.runs import config, evaluation, rescore
 from bench_dfusion.runs.evaluation import Drawn
+from bench_dfusion.testing.fakes import RED, Red, ddim, draw, fake_policy
 from bench_dfusion.tracks.schema import ModelSection
 from bench_dfusion.util import parallel
 

@@ -17,10 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from fakes import draw, fake_policy, shake, with_targets
 from PIL import Image as Picture
 from processes import SETTINGS, TINY, command
-from rounds import PROMPTS, generator, loss_and_gradient
 from tiny import policy_of, tiny_sd
 
 import bench_dfusion
@@ -32,6 +30,8 @@ from bench_dfusion.diffusion.policy import Trajectory
 from bench_dfusion.errors import UsageError
 from bench_dfusion.results import records
 from bench_dfusion.runs import config, pairs
+from bench_dfusion.testing.fakes import fake_policy
+from bench_dfusion.testing.rounds import generator
 
 ABLE = ("diffusion-dpo", "kto", "rwr", "sft")
 FEATURES = Features(prompt=Value("string"), chosen=Image(), rejected=Image())
@@ -480,27 +480,6 @@ def test_rounds_pass_over_the_pairs_and_depend_on_seed_and_number_alone(tmp_path
     greys = [(100 + i) / 255 for i in rows[1]] + [i / 255 for i in rows[1]]
     torch.testing.assert_close(found.samples.trajectory.final[:, 0, 0, 0], torch.tensor(greys))
     assert len(Offline(OfflineConfig(pairs=path, pairs_per_round=3)).offline(policy, 5, 0, 8).pairs) == 3
-
-
-@pytest.mark.parametrize("name", ABLE)
-def test_an_algorithm_that_learns_offline_looks_at_final_latents_alone(name: str) -> None:
-    cls = registry.load("algorithms", name)
-    assert cls.offline
-    policy = fake_policy()
-    whole = with_targets(policy, draw(policy, PROMPTS))
-    own = whole.samples.trajectory
-    bare = Trajectory(own.latents[:, -1:], torch.zeros(len(own), 0), own.seeds, own.prompts)
-    short = ConsistentSamples(
-        Samples(bare, whole.samples.images, whole.samples.rewards), 0, whole.pairs, whole.train, whole.triples[:0]
-    )
-    results = []
-    for samples in (whole, short):
-        algorithm = cls(cls.Config())
-        rows = algorithm.prepare(policy, samples, generator())
-        shake(policy)
-        results.append(loss_and_gradient(policy, samples, algorithm, rows))
-        shake(policy, -0.1)
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["diffusion-dpo", "kto", "rwr"])

@@ -18,10 +18,8 @@ from bench_dfusion.reward_models.hpsv2 import HPSv2, HPSv2Config
 from bench_dfusion.reward_models.oracle import Oracle, OracleConfig
 from bench_dfusion.reward_models.pickscore import PickScore, PickScoreConfig
 from bench_dfusion.reward_models.vqa import VQA, Question, VQAConfig, gated, read_questions
-from fakes import draw, fake_policy
 from PIL import Image
 from processes import SETTINGS, TINY
-from rounds import PROMPTS as ROUND
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +33,8 @@ from bench_dfusion.rewards.contract import Reward
 from bench_dfusion.rewards.preprocessing import prepare
 from bench_dfusion.runs import trainer
 from bench_dfusion.runs.config import Misfit, judges_of, resolve, resolve_track
+from bench_dfusion.testing.fakes import draw, fake_policy
+from bench_dfusion.testing.rounds import PROMPTS as ROUND
 
 SIDE = 32
 PROMPTS = ["a red circle", "two blue rings", "a red circle"]

@@ -33,6 +33,7 @@ ROOMS = [
     "builders",
     "algorithm",
     "objectives",
+    "testing",
     "plugin_files",
     "runs",
     "sweeps",

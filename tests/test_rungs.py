@@ -13,7 +13,6 @@ import boards
 import numpy as np
 import pytest
 import safetensors.torch
-from fakes import fake_policy
 from processes import SETTINGS
 from rich.console import Console
 
@@ -31,6 +30,7 @@ from bench_dfusion.results.records import Record
 from bench_dfusion.runs import config, trainer
 from bench_dfusion.runs.baseline import pictures_per_prompt
 from bench_dfusion.sweeps import job, queue
+from bench_dfusion.testing.fakes import fake_policy
 from bench_dfusion.tracks.schema import read
 from bench_dfusion.util import files
 

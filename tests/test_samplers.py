@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
-from fakes import ddim, fake_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.models import schedules
 from bench_dfusion.models.schedules import ddim_schedule
+from bench_dfusion.testing.fakes import ddim, fake_policy
 
 PREDICTIONS = ("epsilon", "v_prediction")
 SPACINGS = {

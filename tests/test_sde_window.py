@@ -9,12 +9,10 @@ import torch
 from bench_dfusion.algorithms.ddpo import DDPO, DDPOConfig
 from bench_dfusion.algorithms.dpo import DPO, DPOConfig
 from bench_dfusion.algorithms.grpo import GRPO, GRPOConfig
-from fakes import RED, ddim, draw, fake_policy, shake, with_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import SETTINGS
 from pydantic import ValidationError
-from rounds import PROMPTS, generator, loss_and_gradient
 from tiny import policy_of
 from torch import Tensor
 
@@ -23,6 +21,8 @@ from bench_dfusion.algorithm import SDEWindow
 from bench_dfusion.builders.branch import Branch, BranchConfig
 from bench_dfusion.diffusion import samplers
 from bench_dfusion.errors import UsageError
+from bench_dfusion.testing.fakes import RED, ddim, draw, fake_policy, shake, with_targets
+from bench_dfusion.testing.rounds import PROMPTS, generator, loss_and_gradient
 
 ALGORITHMS = {"ddpo": (DDPO, DDPOConfig), "dpo": (DPO, DPOConfig), "grpo": (GRPO, GRPOConfig)}
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)

@@ -9,7 +9,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from fakes import shake
 from processes import SETTINGS
 from rounds import stopped_in_round
 from tiny import policy_of
@@ -27,6 +26,7 @@ from bench_dfusion.results import companions, records
 from bench_dfusion.results.records import Record
 from bench_dfusion.runs import config, rescore, trainer
 from bench_dfusion.runs.loaded import Loaded
+from bench_dfusion.testing.fakes import shake
 
 FAMILIES = ("sd", "sdxl", "pixart", "sd3", "flux")
 WHOLE = [*SETTINGS, "track.budget.reward_queries=16", "track.sampler.steps=4", "track.lora.rank=0"]

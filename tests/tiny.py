@@ -27,7 +27,6 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
-from fakes import shake
 from t5 import t5_tokenizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -36,6 +35,7 @@ from bench_dfusion.diffusion.policy import Policy
 from bench_dfusion.micro import pretrain
 from bench_dfusion.models import loading
 from bench_dfusion.models.loading import load_adapter
+from bench_dfusion.testing.fakes import shake
 from bench_dfusion.tracks.schema import ModelSection
 
 BETAS: dict[str, Any] = {  # of every Stable Diffusion

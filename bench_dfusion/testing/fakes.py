@@ -1,4 +1,5 @@
-"""A policy small enough to train in a test: one attention layer on latents of a few numbers, a real DDIMScheduler; a reward."""
+"""A policy small enough to train in a test: one attention layer on latents of a few numbers, a real DDIMScheduler; a reward;
+samples of both."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from bench_dfusion.builders.contract import ConsistentSamples, Samples
 from bench_dfusion.diffusion.policy import Policy, Trajectory
+from bench_dfusion.models import layout
 from bench_dfusion.models.base import Adapter, Conditioning
 from bench_dfusion.rewards.contract import Reward, RewardConfig
+from bench_dfusion.util import files
 
 WIDTH = 8
 
@@ -95,7 +98,7 @@ class FakeAdapter(Adapter):
         return ("attn1",)
 
     def save_lora(self, folder: Path, layers: Mapping[str, Tensor], scale: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        files.save_tensors(folder / layout.LORA, {f"net.{name}": value for name, value in layers.items()})
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.repeat(1, 3, 1, 1)[:, :3].sigmoid()
