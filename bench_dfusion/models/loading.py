@@ -50,11 +50,13 @@ def load_adapter(
     device: torch.device | str = "cpu",
     memory: MemorySection | None = None,
     found: Layout | None = None,
+    kind: type[Adapter] | None = None,
 ) -> tuple[Adapter, str]:
     """The adapter of a pipeline and the hash of its files. Raises UsageError where either is not as asked.
 
     device   "meta": the networks are made from their configs alone, and nothing is hashed
     found    the pipeline's layout, where it is known (see `find`)
+    kind     the adapter's class; None: the one that is registered for the pipeline's
     """
     found, hollow = found or find(model.id, model.revision), torch.device(device).type == "meta"
     digest = "none"
@@ -63,7 +65,7 @@ def load_adapter(
         digest = found.sha256()
         if model.sha256 and model.sha256 != digest:
             raise UsageError(f"{model.id}: its files hash to {digest[:12]}…, the track fixes {model.sha256[:12]}…")
-    cls = adapters_by_pipeline()[found.pipeline]
+    cls = kind or adapters_by_pipeline()[found.pipeline]
     with quiet():
         parts = _parts(found, cls, dtype(model.dtype), hollow)
         try:

@@ -10,9 +10,12 @@ What they are made of serves tests of one's own: `fake_policy`, a policy of a fe
 samples, `loss_and_gradient`, `slope` and `bandit`.
 """
 
+from bench_dfusion.testing.adapters import check_adapter
 from bench_dfusion.testing.algorithms import check_algorithm
+from bench_dfusion.testing.builders import check_builder
 from bench_dfusion.testing.contracts import ContractError
 from bench_dfusion.testing.fakes import RED, FakeAdapter, Red, ddim, draw, fake_policy, shake, with_targets
+from bench_dfusion.testing.rewards import check_reward
 from bench_dfusion.testing.rounds import PROMPTS, bandit, generator, gradient, loss_and_gradient, round_of, slope
 
 __all__ = [
@@ -22,7 +25,10 @@ __all__ = [
     "FakeAdapter",
     "Red",
     "bandit",
+    "check_adapter",
     "check_algorithm",
+    "check_builder",
+    "check_reward",
     "ddim",
     "draw",
     "fake_policy",
