@@ -15,7 +15,9 @@ from bench_dfusion import registry
 from bench_dfusion.builders.contract import BuilderConfig, ConsistentSamples, Samples, Score
 from bench_dfusion.builders.vanilla import Vanilla
 from bench_dfusion.diffusion.policy import Policy
+from bench_dfusion.errors import PluginError
 from bench_dfusion.models.base import Conditioning
+from bench_dfusion.models.loading import adapters_by_pipeline
 from bench_dfusion.models.unet import UNetAdapter
 from bench_dfusion.rewards.contract import Reward, RewardConfig
 from bench_dfusion.testing import ContractError, check_adapter, check_builder, check_reward
@@ -273,3 +275,12 @@ def test_a_faulty_adapter_is_told_which_check_it_fails(check: str, cls: type[UNe
     with pytest.raises(ContractError) as found:
         check_adapter(cls, sd_dir, skip=others - {check})
     assert check in found.value.failed, found.value
+
+
+def test_two_models_that_serve_one_pipeline_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_from_files", {})
+    registry.register(registry.Plugin("models", "mine", "mine.py", value=Deaf))
+    with pytest.raises(
+        PluginError, match=r"two models serve StableDiffusionPipeline: mine of mine.py and unet of bench"
+    ):
+        adapters_by_pipeline()

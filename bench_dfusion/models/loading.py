@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from bench_dfusion import errors, micro, registry
-from bench_dfusion.errors import UsageError
+from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.models import layout
 from bench_dfusion.models.base import Adapter
 from bench_dfusion.models.layout import Layout, Part
@@ -91,13 +91,19 @@ def load_adapter(
 
 
 def adapters_by_pipeline() -> dict[str, type[Adapter]]:
-    """The adapter class of every supported diffusers pipeline class."""
-    return {
-        pipeline: cls
-        for plugin in registry.plugins("models").values()
-        for cls in (plugin.load(),)
-        for pipeline in cls.pipelines
-    }
+    """The adapter class of every supported diffusers pipeline class. Raises PluginError where two serve one class."""
+    found: dict[str, type[Adapter]] = {}
+    by: dict[str, registry.Plugin] = {}
+    for plugin in registry.plugins("models").values():
+        cls = plugin.load()
+        for pipeline in cls.pipelines:
+            if pipeline in found:
+                raise PluginError(
+                    f"two models serve {pipeline}: {by[pipeline].name} of {by[pipeline].source} and {plugin.name} of "
+                    f"{plugin.source}; uninstall one, or leave the class out of its `pipelines`"
+                )
+            found[pipeline], by[pipeline] = cls, plugin
+    return found
 
 
 def _supported(found: Layout) -> Layout:
