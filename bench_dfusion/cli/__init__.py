@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from bench_dfusion import errors
-from bench_dfusion.cli import doctor, evaluation, pairs, plugins, publish, records, run, sweep, tables
+from bench_dfusion.cli import doctor, evaluation, new, pairs, plugins, publish, records, run, sweep, tables
 from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.util import files
 
@@ -34,6 +34,7 @@ app.command()(doctor.doctor)
 app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.base)
 app.command("list")(plugins.list_plugins)
+app.command()(new.new)
 app.command()(tables.leaderboard)
 app.command()(tables.report)
 app.command()(records.merge)
