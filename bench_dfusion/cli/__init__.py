@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from bench_dfusion import errors
-from bench_dfusion.cli import doctor, evaluation, new, pairs, plugins, publish, records, run, sweep, tables
+from bench_dfusion.cli import doctor, evaluation, new, pairs, plugins, publish, records, run, sweep, tables, watch
 from bench_dfusion.errors import PluginError, UsageError
 from bench_dfusion.util import files
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 pairs_app = typer.Typer(help="The consistent samples of a run as a preference dataset.", no_args_is_help=True)
 app.command()(run.run)
 app.command()(sweep.sweep)
+app.command()(watch.watch)
 app.command()(doctor.doctor)
 app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.base)
