@@ -1,7 +1,7 @@
 """bench-dfusion: which preference method aligns a text-to-image diffusion model best, at what cost, and the proof.
 
-import bench_dfusion
-record = bench_dfusion.run(algo="dpo", reward="clip")
+    import bench_dfusion
+    record = bench_dfusion.run(algo="dpo", reward="clip")
 
 The functions here have the words and the options of the command `bench-dfusion`, and do what it does. Each raises
 UsageError on anything wrong, before any compute.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -25,6 +26,12 @@ from bench_dfusion.cli.options import (
     out,
 )
 from bench_dfusion.errors import UsageError
+
+if TYPE_CHECKING:
+    from bench_dfusion.results.records import Record
+    from bench_dfusion.runs.config import Cell
+    from bench_dfusion.runs.loaded import Loaded
+    from bench_dfusion.runs.pairs import Keep
 
 
 def run(
@@ -92,11 +99,7 @@ def run(
 ) -> None:
     """Train one algorithm with one reward on consistent samples, then evaluate base against trained."""
     load_files(plugin)
-    if seed is not None and seeds is not None:
-        raise UsageError("--seed and --seeds exclude each other")
-    if seeds is not None and seeds < 1:
-        raise UsageError(f"--seeds must be 1 or more, not {seeds}")
-    numbers = range(seeds) if seeds is not None else [seed or 0]
+    numbers = _seeds(seed, seeds)
     if push is None and (private or benchmark):
         raise UsageError("--private and --benchmark say how to --push-to-hub OWNER/NAME: give that too")
     if push is not None and len(numbers) > 1:
@@ -122,11 +125,7 @@ def run(
         )
         for n in numbers
     ]
-    if expect is not None and any(cell.hash != expect for cell in cells):
-        raise UsageError(
-            f"this cell's hash is {cells[0].hash[:8]} here and {expect[:8]} where it was planned: use the same "
-            "bench-dfusion, plugins and files on both machines"
-        )
+    _check_planned(cells, expect)
     trackers.check(tracker or [])
     hub = None
     if push is not None:  # a missing token is said before any compute
@@ -135,30 +134,66 @@ def run(
         hub = connect(push)
     if processes > 1 and parallel.size() == 1:
         raise typer.Exit(parallel.launch(processes, sys.argv[1:]))
+    records = _run(cells, folder, device, keep_pairs, context.obj, rung, tracker or [])
+    if parallel.first():
+        _show(cells, records, folder)
+        if push is not None:
+            from bench_dfusion.publish import model as on_hub
+
+            where = on_hub.push(folder / cells[0].folder, push, private=private, benchmark=benchmark, hub=hub)
+            out.print(f"pushed: {escape(where)}", soft_wrap=True, highlight=False)
+
+
+def _seeds(seed: int | None, seeds: int | None) -> Sequence[int]:
+    """Those of --seed or --seeds. Raises UsageError."""
+    if seed is not None and seeds is not None:
+        raise UsageError("--seed and --seeds exclude each other")
+    if seeds is not None and seeds < 1:
+        raise UsageError(f"--seeds must be 1 or more, not {seeds}")
+    return range(seeds) if seeds is not None else [seed or 0]
+
+
+def _check_planned(cells: Sequence[Cell], expect: str | None) -> None:
+    """Raise UsageError where a cell is not the one that another machine planned."""
+    if expect is not None and any(cell.hash != expect for cell in cells):
+        raise UsageError(
+            f"this cell's hash is {cells[0].hash[:8]} here and {expect[:8]} where it was planned: use the same "
+            "bench-dfusion, plugins and files on both machines"
+        )
+
+
+def _run(
+    cells: Sequence[Cell],
+    folder: Path,
+    device: str | None,
+    keep_pairs: Keep | None,
+    loaded: Loaded | None,
+    rung: int,
+    trackers: Sequence[str],
+) -> list[Record]:
+    """The record of each cell, one after another; a stop says how to go on."""
     # Only now: they import what runs need, which takes longer than to find a mistake.
-    from bench_dfusion.cli import display
-    from bench_dfusion.results.leaderboard import Board
     from bench_dfusion.runs.loaded import Loaded
     from bench_dfusion.runs.trainer import run_cell
 
-    records = []
-    loaded = context.obj or Loaded()
+    loaded, records = loaded or Loaded(), []
     for cell in cells:
         try:
-            records.append(run_cell(cell, folder, device, keep_pairs, loaded, rung, tracker or []))
+            records.append(run_cell(cell, folder, device, keep_pairs, loaded, rung, trackers))
         except KeyboardInterrupt:
             out.print(f"\nstopped; the same command goes on from the last finished round ({folder / cell.folder})")
             raise typer.Exit(130) from None
-    if not parallel.first():
-        return
+    return records
+
+
+def _show(cells: Sequence[Cell], records: Sequence[Record], folder: Path) -> None:
+    """What the runs say, and of several their table. Raises typer.Exit(1) where one collapsed."""
+    from bench_dfusion.cli import display
+    from bench_dfusion.results.leaderboard import Board
+
     for cell, record in zip(cells, records, strict=True):
         display.record(record, folder / cell.folder, out)
     if len(records) > 1:
         display.board(Board(tuple(records)), out)
     if any(r.status == "failed" for r in records):
         raise typer.Exit(1)
-    if push is not None:
-        from bench_dfusion.publish import model as on_hub
-
-        where = on_hub.push(folder / cells[0].folder, push, private=private, benchmark=benchmark, hub=hub)
-        out.print(f"pushed: {escape(where)}", soft_wrap=True, highlight=False)

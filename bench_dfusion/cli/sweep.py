@@ -79,11 +79,7 @@ def sweep(
     from bench_dfusion.rewards import sums
     from bench_dfusion.sweeps import queue
 
-    of_ray = {"--ray-address": ray_address, "--cpus-per-cell": cpus, "--gpus-per-cell": gpus, "--storage": storage}
-    if launcher == "local" and (named := [o for o, value in of_ray.items() if value is not None]):
-        raise UsageError(f"{named[0]} is of --launcher ray: give that too")
-    if launcher == "ray" and (device or workers != 1):
-        raise UsageError("--device and --workers are of this machine: with ray give --cpus-per-cell, --gpus-per-cell")
+    _check_launcher(launcher, device, workers, ray_address, cpus, gpus, storage)
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds must be 1 or more, not {seeds}")
     from bench_dfusion.runs import trackers
@@ -139,3 +135,20 @@ def _names(text: str, option: str, names: list[str] | None = None) -> list[str]:
     if not all(names) or len(set(names)) < len(names):
         raise UsageError(f"{option} {text!r}: write different names with commas between, for example a,b")
     return names
+
+
+def _check_launcher(
+    launcher: str,
+    device: str | None,
+    workers: int,
+    address: str | None,
+    cpus: int | None,
+    gpus: float | None,
+    storage: str | None,
+) -> None:
+    """Raise UsageError for an option of the launcher that was not asked for."""
+    of_ray = {"--ray-address": address, "--cpus-per-cell": cpus, "--gpus-per-cell": gpus, "--storage": storage}
+    if launcher == "local" and (named := [o for o, value in of_ray.items() if value is not None]):
+        raise UsageError(f"{named[0]} is of --launcher ray: give that too")
+    if launcher == "ray" and (device or workers != 1):
+        raise UsageError("--device and --workers are of this machine: with ray give --cpus-per-cell, --gpus-per-cell")
