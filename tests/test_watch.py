@@ -55,6 +55,10 @@ def test_what_has_a_record_is_over(tmp_path: Path) -> None:
     assert found["0"].state == "finished" and "+0.250 [" in found["0"].said
     assert found["1"].state == "collapsed" and found["1"].said
     assert all(cell.over for cell in found.values())
+    (path,) = [p for p in tmp_path.rglob("record.json") if json.loads(p.read_text())["seed"] == 0]
+    status.Reporter(path.parent).say("train", 9, 16)
+    with files.locked(path.with_name(".lock"), "busy"):
+        assert by_seed(tmp_path)["0"].state == "training", "it goes on to a later rung"
     assert watching.headline(list(found.values())).startswith("2 of 2 over: 1 finished, 1 collapsed")
 
 

@@ -55,8 +55,9 @@ def _cell(path: Path) -> Watched:
         name = _name(files.read_json(path)["resolved"])
     except (OSError, ValueError, KeyError, TypeError):
         return Watched(folder.name, "error", "its cell.json cannot be read")
+    running = files.held(folder / ".lock")  # a run to a later rung has a record of the earlier one
     try:
-        if (folder / "record.json").exists():
+        if (folder / "record.json").exists() and not running:
             return _ended(name, folder)
         if (folder / "error.json").exists():
             return Watched(name, "error", str(files.read_json(folder / "error.json")["error"]))
@@ -65,7 +66,7 @@ def _cell(path: Path) -> Watched:
     now = status.read(folder)
     if now is None:
         return Watched(name, "waiting", "")
-    if not files.held(folder / ".lock") and (now.stage == "done" or time.time() - now.updated > SILENT):
+    if not running and (now.stage == "done" or time.time() - now.updated > SILENT):
         return Watched(name, "stopped", f"{now.done} of {now.total} rounds", tuple(now.rises))
     if now.stage == "train":
         left = now.seconds_left
