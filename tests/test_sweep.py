@@ -211,7 +211,7 @@ def test_a_process_that_dies_takes_one_cell_with_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_micro_fast_killed_twice_ends_with_the_records_of_an_uninterrupted_sweep(tmp_path: Path) -> None:
     words = ["sweep", "micro-fast", "--algo", "dpo,ddpo", "--builder", "dfusion,vanilla", "--reward", "clip"]
-    whole = [sys.executable, "-m", "bench_dfusion.cli", *words, "--seeds", "2", "--out"]
+    whole = [sys.executable, "-m", "bench_dfusion.cli", *words, "--seeds", "1", "--out"]
     for kills, name in ((0, "calm"), (2, "killed")):
         for kill in range(kills):
             # In the middle of training, of the first cell and then of a later one; the whole group, children too.
@@ -230,4 +230,4 @@ def test_micro_fast_killed_twice_ends_with_the_records_of_an_uninterrupted_sweep
         {path.parent.name: record.comparable() for path, record in records.find(tmp_path / name)}
         for name in ("calm", "killed")
     )
-    assert len(calm) == 8 and killed == calm
+    assert len(calm) == 4 and killed == calm
